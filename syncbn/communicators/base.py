@@ -1,0 +1,41 @@
+"""What a communicator is: the one thing that a layer needs of the engine that joins the replicas."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import tensorflow as tf
+
+
+@runtime_checkable
+class Communicator(Protocol):
+    """Adds tensors up over replicas.
+
+    Any object with these members can be given to a layer. Replicas must issue their calls in the
+    same order; each call takes part in one collective.
+    """
+
+    name: str
+    """What a layer's config stores: one of the names that ``communicator=`` takes."""
+
+    supports_jit: bool
+    """Whether XLA can compile a function that holds an `all_reduce_sum`."""
+
+    @property
+    def size(self) -> int:
+        """How many replicas take part."""
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is, from 0."""
+
+    def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        """Returns the sum of ``tensor`` over all replicas, in shape and dtype of ``tensor``.
+
+        Differentiable: the gradient of a sum over replicas is the sum of the replicas' gradients.
+
+        Args:
+            tensor: Floating, of one shape and dtype on all replicas.
+            name: The same on all replicas for the same call, and another one for another call that
+                may be under way at the same time.
+        """

@@ -1,0 +1,68 @@
+"""Horovod: the processes of a `horovodrun` or `mpirun` job, or those of a process set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn.communicators.launcher import require_whole_job
+from syncbn.communicators.tracing import refuse_xla
+
+
+class HorovodCommunicator:
+    """All Horovod processes, or those of one process set.
+
+    Args:
+        process_set: A `horovod.tensorflow.ProcessSet` that this process belongs to, or ``None``
+            for all processes.
+
+    Raises:
+        ImportError: Horovod with TensorFlow support is not installed.
+        RuntimeError: Horovod is not initialized, or runs with one process while the launcher
+            started several.
+        ValueError: this process does not belong to ``process_set``.
+    """
+
+    name = "horovod"
+    supports_jit = False
+
+    def __init__(self, process_set: Any = None):
+        try:
+            import horovod.tensorflow as hvd
+        except ImportError as error:
+            raise ImportError(
+                "communicator='horovod' needs Horovod with TensorFlow support. It has no wheels "
+                "and its last release does not build as it is: run launch/install_horovod.sh."
+            ) from error
+        if not hvd.is_initialized():
+            raise RuntimeError(
+                "communicator='horovod' needs Horovod to be initialized. Received: a process in "
+                "which it is not. Call hvd.init() before the first training step."
+            )
+        require_whole_job(
+            "Horovod", hvd.size(), "Start the job with horovodrun, or build Horovod with MPI."
+        )
+        self._hvd = hvd
+        self._process_set = hvd.global_process_set if process_set is None else process_set
+        if not self._process_set.included():
+            raise ValueError(
+                "A process can only use a process set that it belongs to. Received: "
+                f"{self._process_set} on rank {hvd.rank()}. Give each process its own set."
+            )
+
+    @property
+    def size(self) -> int:
+        return self._process_set.size()
+
+    @property
+    def rank(self) -> int:
+        return self._process_set.rank()
+
+    def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        refuse_xla("Horovod")
+        # Horovod matches the processes' calls by the name of the operation. A graph makes names
+        # unique by numbering them, in the order of the trace, which is the same everywhere.
+        return self._hvd.allreduce(
+            tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
+        )

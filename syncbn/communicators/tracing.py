@@ -1,0 +1,27 @@
+"""What is being traced: the only place that asks TensorFlow whether XLA will compile a function."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+# There is no public way to learn this while a function is traced; after the trace XLA's own
+# message names neither the layer nor the way out. Tried with TensorFlow 2.16 to 2.21;
+# tests/single/test_jit.py holds it.
+from tensorflow.python.ops import control_flow_util
+
+
+def refuse_xla(engine: str) -> None:
+    """Raises where a function that XLA compiles as a whole is being traced.
+
+    Raises:
+        NotImplementedError: ``engine`` leaves the graph, which compiled code cannot.
+    """
+    if tf.executing_eagerly():
+        return
+    graph = tf.compat.v1.get_default_graph()
+    if control_flow_util.GraphOrParentsInXlaContext(graph):
+        raise NotImplementedError(
+            f"XLA cannot compile a collective of {engine}. Received: a training call inside a "
+            "function with jit_compile=True. Use jit_compile=False, or 'auto' in "
+            "`Model.compile`, which then asks the layers."
+        )

@@ -1,0 +1,88 @@
+"""Centering: batch normalization's mean without its variance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn import keras_api
+from syncbn.communicators.base import Communicator
+from syncbn.layers.synchronized import SynchronizedLayer
+from syncbn.ops.channels import broadcast, normalized_axes
+from syncbn.ops.synchronized import AllReduceSum, center
+
+
+@keras_api.register_keras_serializable(package="syncbn")
+class SyncCentering(SynchronizedLayer):
+    r"""Removes the mean of each channel, taken over all replicas, and learns it.
+
+    In training $y = x - \mathrm{E}[x]$, where the mean is that of all elements of a channel on all
+    replicas, while a moving average of it is kept. At inference, and when ``trainable`` is false,
+    the layer subtracts that average, a constant. The variance is left alone.
+
+    Each training call costs one all-reduce of ``channels + 1`` float64 numbers, and its gradient
+    one of ``channels``. As with `SyncBatchNormalization`, every replica has to make every training
+    call.
+
+    Args:
+        axis: The axis (or axes) that keeps its means apart, typically that of the features.
+        momentum: Of the moving average, in [0, 1]. ``None`` for the cumulative average, in which
+            every batch weighs as many elements as it has (it adds a weight, ``moving_count``).
+        moving_mean_initializer: Of the moving mean.
+        communicator: As for `SyncBatchNormalization`.
+        **kwargs: Those of any layer.
+
+    Raises:
+        ValueError: ``momentum`` outside of [0, 1], an unknown ``communicator``.
+        TypeError: a ``communicator`` that is none.
+    """
+
+    def __init__(
+        self,
+        axis: int | Sequence[int] = -1,
+        momentum: float | None = 0.99,
+        *,
+        moving_mean_initializer: Any = "zeros",
+        communicator: str | Communicator = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(momentum, communicator, **kwargs)
+        self.axis = axis if isinstance(axis, int) else list(axis)
+        self.moving_mean_initializer = keras_api.keras.initializers.get(moving_mean_initializer)
+
+    def build(self, input_shape: Any) -> None:
+        self._check_input_shape(input_shape)
+        axes = normalized_axes(self.axis, input_shape)
+        sizes = {axis: input_shape[axis] for axis in axes}
+        self.moving_mean = self.add_statistic(
+            "moving_mean", tuple(sizes.values()), self.moving_mean_initializer
+        )
+        self._build_count(self.moving_mean.shape)
+        self.input_spec = keras_api.keras.layers.InputSpec(ndim=len(input_shape), axes=sizes)
+        super().build(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        initializer = keras_api.keras.initializers.serialize(self.moving_mean_initializer)
+        axis = self.axis if isinstance(self.axis, int) else list(self.axis)
+        return {**super().get_config(), "axis": axis, "moving_mean_initializer": initializer}
+
+    def _call_training(
+        self,
+        inputs: tf.Tensor,
+        axes: tuple[int, ...],
+        mask: tf.Tensor | None,
+        all_reduce_sum: AllReduceSum,
+    ) -> tf.Tensor:
+        outputs, count, mean = center(
+            inputs, axes=axes, all_reduce_sum=all_reduce_sum, mask=mask
+        )
+        self._move(count, (self.moving_mean, mean))
+        return outputs
+
+    def _call_inference(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
+        mean = tf.reshape(tf.convert_to_tensor(self.moving_mean), [-1])
+        axes = normalized_axes(self.axis, inputs.shape)
+        wide = tf.cast(inputs, mean.dtype)
+        return tf.cast(wide - broadcast(mean, inputs, axes), self.compute_dtype)

@@ -1,0 +1,183 @@
+"""What the synchronized layers share: the communicator, checked inputs, moving averages."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn import keras_api
+from syncbn.communicators.base import Communicator
+from syncbn.communicators.local import LocalCommunicator
+from syncbn.communicators.resolve import check, resolve, supports_jit
+from syncbn.ops.channels import normalized_axes
+from syncbn.ops.moments import expand_mask
+from syncbn.ops.synchronized import AllReduceSum
+
+
+class SynchronizedLayer(keras_api.StatisticsLayer):
+    """A layer that takes statistics over all replicas when it trains.
+
+    Subclasses set `momentum`, build their statistics, call `_build_count`, and define
+    `_call_training` and `_call_inference`.
+    """
+
+    def __init__(
+        self, momentum: float | None, communicator: str | Communicator, **kwargs: Any
+    ) -> None:
+        if momentum is not None and not 0.0 <= momentum <= 1.0:
+            raise ValueError(
+                "`momentum` must lie in [0, 1], or be None for the cumulative average. "
+                f"Received: momentum={momentum}."
+            )
+        self._communicator = check(communicator)
+        super().__init__(**kwargs)
+        self.momentum = momentum
+        self.supports_masking = True
+
+    @property
+    def communicator(self) -> str | Communicator:
+        """The communicator that the layer was given."""
+        return self._communicator
+
+    @property
+    def supports_jit(self) -> bool:
+        """Whether XLA can compile a training step with this layer, with the engine used now."""
+        return self._host_supports_jit and supports_jit(self._communicator)
+
+    @supports_jit.setter
+    def supports_jit(self, value: bool) -> None:
+        self._host_supports_jit = value
+
+    def get_config(self) -> dict[str, Any]:
+        communicator = self._communicator
+        name = communicator if isinstance(communicator, str) else communicator.name
+        return {**super().get_config(), "momentum": self.momentum, "communicator": name}
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        """Applies the layer.
+
+        Args:
+            inputs: Floating, rank 2 at least.
+            training: Whether to use, and move towards, the statistics of the batch over all
+                replicas, rather than the moving ones. In that case every replica has to make the
+                call, with an empty batch if need be.
+            mask: Booleans, one dimension less than ``inputs``: they cover all dimensions but the
+                last. The statistics are those of the elements where it is true, whatever the others
+                hold; all elements are normalized.
+
+        Returns:
+            Shape of ``inputs``, the layer's compute dtype.
+
+        Raises:
+            TypeError: inputs that are not floating.
+            ValueError: a mask of another rank, or an axis that the inputs do not have.
+            ImportError, RuntimeError: see `syncbn.resolve`.
+        """
+        if not inputs.dtype.is_floating:
+            raise TypeError(
+                f"{type(self).__name__} needs floating inputs. "
+                f"Received: dtype {inputs.dtype.name}. Cast them, with tf.cast(x, tf.float32)."
+            )
+        training = keras_api.training_mode(self, training)
+        if tf.is_tensor(training):
+            return tf.cond(
+                training,
+                lambda: self._train(inputs, mask),
+                lambda: self._call_inference(inputs, mask),
+            )
+        return self._train(inputs, mask) if training else self._call_inference(inputs, mask)
+
+    def _train(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
+        axes = normalized_axes(self.axis, inputs.shape)
+        if mask is not None:
+            mask = expand_mask(mask, inputs)
+        outputs = self._call_training(inputs, axes, mask, self._all_reduce_sum())
+        return tf.cast(outputs, self.compute_dtype)
+
+    def _call_training(
+        self,
+        inputs: tf.Tensor,
+        axes: tuple[int, ...],
+        mask: tf.Tensor | None,
+        all_reduce_sum: AllReduceSum,
+    ) -> tf.Tensor:
+        raise NotImplementedError
+
+    def _call_inference(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
+        raise NotImplementedError
+
+    def _all_reduce_sum(self) -> AllReduceSum:
+        # Looked up at each call: the layer may be tried out eagerly before it is trained under a
+        # strategy. The lookup costs microseconds, and a graph pays them once.
+        if keras_api.only_infers_shapes():
+            communicator: Communicator = LocalCommunicator()
+        else:
+            communicator = resolve(self._communicator)
+            _require_replica_context()
+        scope = re.sub(r"[^\w.\-/]", "_", keras_api.layer_path(self))
+
+        def all_reduce_sum(tensor: tf.Tensor, name: str) -> tf.Tensor:
+            return communicator.all_reduce_sum(tensor, f"syncbn/{scope}/{name}")
+
+        return all_reduce_sum
+
+    def _check_input_shape(self, input_shape: Any) -> None:
+        """Raises what `call` would for inputs of this shape."""
+        shape = tuple(input_shape)
+        if len(shape) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs inputs of rank 2 at least: a batch and channels. "
+                f"Received: input shape {shape}."
+            )
+        normalized_axes(self.axis, shape)
+
+    def _build_count(self, shape: Any) -> None:
+        """Creates what the cumulative average needs: how many elements each channel has seen."""
+        if self.momentum is None:
+            # float64: in float32 a sum stops growing at ten million batches of a few elements.
+            self.moving_count = self.add_statistic("moving_count", shape, "zeros", "float64")
+
+    def _move(self, count: tf.Tensor, *moves: tuple[Any, tf.Tensor]) -> None:
+        """Moves statistics towards those of a batch of ``count`` elements per channel.
+
+        Each move is a variable and a channel vector. Where the count is zero, nothing moves.
+        """
+        shape = moves[0][0].shape
+        if count.shape.rank:
+            count = tf.reshape(count, shape)
+        if self.momentum is None:
+            total = tf.convert_to_tensor(self.moving_count) + count
+            rate = tf.math.divide_no_nan(tf.broadcast_to(count, shape), total)
+            self.moving_count.assign(total)
+        else:
+            rate = tf.cast(count > 0, tf.float64) * (1.0 - self.momentum)
+        for variable, target in moves:
+            old = tf.convert_to_tensor(variable)
+            step = tf.reshape(tf.cast(target, old.dtype), shape) - old
+            variable.assign(old + step * tf.cast(rate, old.dtype))
+
+
+def _require_replica_context() -> None:
+    """Raises where a training call cannot be synchronized, whatever the engine."""
+    strategy = tf.distribute.get_strategy()
+    asynchronous = (
+        tf.distribute.experimental.ParameterServerStrategy,
+        tf.compat.v1.distribute.experimental.ParameterServerStrategy,
+    )
+    if isinstance(strategy, asynchronous):
+        raise RuntimeError(
+            "Statistics can be synchronized only over replicas that run in step. Received: a "
+            "training call under ParameterServerStrategy, whose workers are asynchronous. Use "
+            "MirroredStrategy or MultiWorkerMirroredStrategy, or plain BatchNormalization."
+        )
+    if tf.distribute.in_cross_replica_context() and strategy.num_replicas_in_sync > 1:
+        raise RuntimeError(
+            "A synchronized layer must be called in a replica context when training. Received: a "
+            f"call in the cross-replica context of {type(strategy).__name__}. Call the model "
+            "inside the function that is given to `strategy.run(...)`, or train with `model.fit`."
+        )

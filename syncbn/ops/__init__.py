@@ -1,0 +1,1 @@
+"""Pure tensor functions: no Keras, no engine, no state."""
