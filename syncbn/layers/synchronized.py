@@ -58,6 +58,7 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
+    @tf.autograph.experimental.do_not_convert
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         """Applies the layer.
 

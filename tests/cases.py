@@ -1,0 +1,66 @@
+"""The cases that every engine is put through, and how to draw more of them."""
+
+from hypothesis import strategies as st
+
+from tests.contract import Case
+
+
+def splits(size):
+    """Even, ragged, partly empty, and wholly empty batches for ``size`` replicas."""
+    ragged = tuple(range(1, size + 1))
+    return [(3,) * size, ragged, (*ragged[:-1], 0), (0,) * (size - 1) + (4,), (0,) * size]
+
+
+def cases(size):
+    """Cases for ``size`` replicas: each option once or more, and the splits with all of them."""
+    even, ragged, last_empty, one_full, empty = splits(size)
+    center = "SyncCentering"
+    return [
+        *(Case(split) for split in splits(size)),
+        *(Case(split, layer=center) for split in splits(size)),
+        *(Case(split, graph=True, steps=3) for split in (ragged, last_empty, empty)),
+        Case(ragged, layer=center, graph=True, steps=3),
+        Case(ragged, masked=True, poison=float("nan")),
+        Case(last_empty, masked=True, poison=float("inf"), graph=True),
+        Case(ragged, masked=True, poison=float("nan"), layer=center),
+        Case(ragged, axis=1, masked=True),
+        Case(one_full, axis=1, sample=(3, 4, 2, 5)),
+        Case(ragged, axis=1, layer=center, masked=True),
+        Case(ragged, axis=-2, sample=(6, 3)),
+        Case(even, sample=(7,), graph=True),
+        Case(ragged, sample=(2, 3, 2, 4)),
+        # Large enough for the fused kernels.
+        Case(ragged, sample=(48, 48, 64), graph=True),
+        Case(last_empty, sample=(48, 48, 64), masked=True),
+        Case(ragged, dtype="float64"),
+        Case(ragged, dtype="float16"),
+        Case(last_empty, dtype="bfloat16"),
+        Case(ragged, dtype="float16", layer=center),
+        Case(ragged, mean=1e3, spread=10.0, sample=(16, 16, 4)),
+        Case(ragged, options=(("momentum", None),), steps=3),
+        Case(last_empty, options=(("momentum", None),), axis=1, masked=True, steps=2),
+        Case(empty, options=(("momentum", None),)),
+        Case(ragged, options=(("unbiased_moving_variance", True),)),
+        Case(ragged, options=(("center", False), ("scale", False))),
+        Case(ragged, options=(("center", False),)),
+    ]
+
+
+@st.composite
+def drawn_cases(draw, size):
+    """Draws a case for ``size`` replicas."""
+    sample = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple))
+    axis = draw(st.integers(1, len(sample)))
+    return Case(
+        split=tuple(draw(st.integers(0, 4)) for _ in range(size)),
+        sample=sample,
+        layer=draw(st.sampled_from(["SyncBatchNormalization", "SyncCentering"])),
+        axis=draw(st.sampled_from([axis, axis - len(sample) - 1])),
+        dtype=draw(st.sampled_from(["float32", "float64", "float16", "bfloat16"])),
+        masked=draw(st.booleans()),
+        poison=draw(st.sampled_from([None, float("nan"), float("inf")])),
+        graph=draw(st.booleans()),
+        options=(("momentum", draw(st.sampled_from([None, 0.0, 0.9, 1.0]))),),
+        seed=draw(st.integers(0, 1000)),
+        tiny=True,
+    )

@@ -1,0 +1,196 @@
+"""The contract as a function: W replicas behave as one replica with the concatenated batch.
+
+A `Case` says what is drawn, `check` runs it on replicas of any kind and compares every replica's
+part with the oracle's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import syncbn
+from tests import oracle
+
+# Relative to the largest magnitude. The 16-bit types round outputs and gradients to 11 and 8 bits.
+TOLERANCE = {"float64": 1e-11, "float32": 5e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    split: tuple[int, ...]
+    """The batch size of each replica."""
+    sample: tuple[int, ...] = (5, 4, 6)
+    """The shape of a sample."""
+    layer: str = "SyncBatchNormalization"
+    axis: Any = -1
+    dtype: str = "float32"
+    masked: bool = False
+    poison: float | None = None
+    """What stands in the masked elements, such as NaN."""
+    mean: float = 0.0
+    spread: float = 0.0
+    """How far apart the means of the replicas are."""
+    graph: bool = False
+    steps: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
+    seed: int = 0
+    tiny: bool = False
+    """Whether dx may be what is left when two nearly equal terms cancel, as with two samples: then
+    the tolerance is relative to the terms."""
+
+    def __str__(self) -> str:
+        default = Case(self.split)
+        changed = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(default, field.name)
+        ]
+        return "-".join(["+".join(map(str, self.split)), *changed]).replace(" ", "")
+
+    @property
+    def policy(self) -> Any:
+        return f"mixed_{self.dtype}" if self.dtype in ("float16", "bfloat16") else self.dtype
+
+
+def check(replicas, case: Case, communicator: Any = None) -> None:
+    """Runs ``case`` on ``replicas`` and compares with the oracle."""
+    assert len(case.split) == replicas.size, "the case is for another number of replicas"
+    rng = np.random.default_rng(case.seed)
+    size = sum(case.split)
+    dtype = tf.as_dtype(case.dtype)
+    starts = np.cumsum([0, *case.split])
+    parts = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    normalizes = case.layer == "SyncBatchNormalization"
+    options = {"axis": case.axis, "momentum": 0.9, "dtype": case.policy, **dict(case.options)}
+    layers = replicas.build(
+        lambda rank: getattr(syncbn, case.layer)(
+            communicator=replicas.communicator(rank) if communicator is None else communicator,
+            **options,
+        ),
+        (None, *case.sample),
+    )
+    gamma = beta = None
+    if normalizes:
+        channels = layers[0].moving_mean.shape
+        gamma, beta = rng.normal(size=(2, *channels)) if channels else (1.0, 0.0)
+        gamma, beta = np.float32(gamma + 2), np.float32(beta)
+        use = [w for w, on in ((gamma, options.get("scale", True)), (beta, options.get("center", True))) if on]
+        for layer in layers:
+            layer.set_weights([*use, *layer.get_weights()[len(use) :]])
+        gamma = gamma if options.get("scale", True) else np.ones_like(gamma)
+        beta = beta if options.get("center", True) else np.zeros_like(beta)
+    expected_moving = None
+
+    def step(layer, x, dy, mask):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True, mask=mask)
+        return y, tape.gradient(y, [x, *layer.trainable_variables], output_gradients=dy)
+
+    for _ in range(case.steps):
+        x = rng.normal(size=(size, *case.sample)) + case.mean
+        for rank, part in enumerate(parts):
+            x[part] += rank * case.spread
+        x = tf.cast(x, dtype).numpy()
+        dy = tf.cast(rng.normal(size=x.shape), dtype).numpy()
+        mask = None
+        if case.masked:
+            mask = rng.random(x.shape[:-1]) < 0.6
+            if case.poison is not None:
+                x[~mask] = case.poison
+                dy[~mask] = 0
+        arguments = [
+            (tf.constant(x[part]), tf.constant(dy[part]), None if mask is None else mask[part])
+            for part in parts
+        ]
+        results = replicas.run(step, layers, arguments, graph=case.graph)
+        x64, dy64 = x.astype("float64"), dy.astype("float64")
+        if normalizes:
+            truth = oracle.batch_normalization(x64, dy64, gamma, beta, axis=case.axis, mask=mask)
+        else:
+            truth = oracle.centering(x64, dy64, axis=case.axis, mask=mask)
+        shares = _shares(truth, x64, dy64, parts, case, mask) if normalizes else {}
+        expected_moving = _moved(expected_moving, truth, case, options)
+        for rank, (y, (dx, *parameters)) in results.items():
+            part = parts[rank]
+            assert y.shape == x[part].shape
+            _close(y, truth.y[part], truth.y, case, f"y of replica {rank}", mask, part)
+            magnitude = truth.dx if not (case.tiny and normalizes) else truth.dx_terms
+            _close(dx, truth.dx[part], magnitude, case, f"dx of replica {rank}", mask, part)
+            names = [n for n, o in (("dgamma", "scale"), ("dbeta", "center")) if options.get(o, True)]
+            for name, gradient in zip(names if normalizes else [], parameters, strict=True):
+                own, whole = shares[name][rank], np.stack(shares[name])
+                _close(gradient.reshape(-1), own, whole, case, f"{name} of replica {rank}")
+
+    for name, values in replicas.moving(layers).items():
+        for rank, value in values.items():
+            what = f"{name} of replica {rank}"
+            # 16-bit inputs are exact for the statistics, which are float32.
+            tolerance = TOLERANCE["float64" if case.dtype == "float64" else "float32"]
+            _near(value.reshape(-1), expected_moving[name], expected_moving[name], tolerance, what)
+        first = next(iter(values.values()))
+        assert all(np.array_equal(first, v) for v in values.values()), f"{name} differs"
+
+
+def _shares(truth, x, dy, parts, case, mask):
+    """Each replica's own part of the parameter gradients, which add up to the oracle's."""
+    kept = tuple(a % x.ndim for a in (case.axis if isinstance(case.axis, tuple) else (case.axis,)))
+    reduced = tuple(a for a in range(x.ndim) if a not in kept)
+    shape = [x.shape[a] if a in kept else 1 for a in range(x.ndim)]
+    deviation = np.sqrt(truth.variance + 1e-3).reshape(shape)
+    normalized = (x - truth.mean.reshape(shape)) / deviation
+    product = oracle.contribution(dy, normalized)
+    shares = {
+        "dgamma": [product[part].sum(reduced).reshape(-1) for part in parts],
+        "dbeta": [dy[part].sum(reduced).reshape(-1) for part in parts],
+    }
+    np.testing.assert_allclose(np.sum(shares["dgamma"], 0), truth.dgamma, atol=1e-8)
+    np.testing.assert_allclose(np.sum(shares["dbeta"], 0), truth.dbeta, atol=1e-8)
+    return shares
+
+
+def _moved(moving, truth, case, options):
+    """The moving statistics after a batch with the moments of ``truth``."""
+    count, channels = truth.count, truth.mean.size
+    moving = moving or {
+        "moving_mean": np.zeros(channels),
+        "moving_variance": np.ones(truth.variance.size),
+        "moving_count": np.zeros(channels),
+    }
+    variance = truth.variance
+    if options.get("unbiased_moving_variance"):
+        variance = variance * count / np.maximum(count - 1, 1)
+    if options["momentum"] is None:
+        total = moving["moving_count"] + count
+        rate = count / np.maximum(total, 1)
+    else:
+        total, rate = moving["moving_count"], (1 - options["momentum"]) * (count > 0)
+    return {
+        "moving_mean": moving["moving_mean"] + rate * (truth.mean - moving["moving_mean"]),
+        "moving_variance": moving["moving_variance"]
+        + (rate * (variance - moving["moving_variance"]) if variance.size else 0),
+        "moving_count": np.broadcast_to(total, channels),
+    }
+
+
+def _close(actual, expected, whole, case, what, mask=None, part=None):
+    if case.poison is not None and mask is not None:
+        # What is put in under a mask comes out there, and nowhere else.
+        actual, expected = actual[mask[part]], expected[mask[part]]
+        whole = whole[mask]
+    # The mean is kept in the dtype of the statistics, which rounds it.
+    rounding = abs(case.mean) * TOLERANCE[case.dtype] / 50
+    _near(actual, expected, whole, TOLERANCE[case.dtype] + rounding, what)
+
+
+def _near(actual, expected, whole, tolerance, what):
+    actual = np.asarray(actual, "float64")
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
+    assert np.isfinite(actual).all(), f"{what} is not finite"
+    scale = max(np.abs(whole).max(initial=0), 1e-30)
+    error = np.abs(actual - expected).max(initial=0) / scale
+    assert error <= tolerance, f"{what} is off by {error:.2e} of its largest magnitude {scale:.3g}"

@@ -1,0 +1,70 @@
+"""The truth: NumPy in float64 on the concatenated batch, with nothing of the package in it."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Result(NamedTuple):
+    """What a layer must return for the whole batch; parameter gradients are summed over it."""
+
+    y: np.ndarray
+    dx: np.ndarray
+    dgamma: np.ndarray
+    dbeta: np.ndarray
+    count: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    dx_terms: np.ndarray
+    """The first of the terms that add up to dx."""
+
+
+def _axes(x, axis):
+    kept = {a % x.ndim for a in (axis if isinstance(axis, (list, tuple)) else [axis])}
+    return tuple(a for a in range(x.ndim) if a not in kept)
+
+
+def _weights(x, mask):
+    if mask is None:
+        return np.ones(x.shape)
+    return np.broadcast_to(np.asarray(mask, "float64")[..., None], x.shape)
+
+
+def _moments(x, weights, reduced):
+    count = weights.sum(reduced, keepdims=True)
+    safe = np.maximum(count, 1)
+    seen = np.where(weights > 0, x, 0)
+    mean = seen.sum(reduced, keepdims=True) / safe
+    variance = (np.where(weights > 0, x - mean, 0) ** 2).sum(reduced, keepdims=True) / safe
+    return count, mean, variance
+
+
+def batch_normalization(x, dy, gamma, beta, *, axis=-1, epsilon=1e-3, mask=None):
+    """Normalizes ``x``; ``dy`` is the loss's gradient with respect to the outputs."""
+    x, dy = np.asarray(x, "float64"), np.asarray(dy, "float64")
+    reduced, weights = _axes(x, axis), _weights(x, mask)
+    count, mean, variance = _moments(x, weights, reduced)
+    shape = mean.shape
+    gamma, beta = (np.asarray(v, "float64").reshape(shape) for v in (gamma, beta))
+    normalized = (x - mean) / np.sqrt(variance + epsilon)
+    product = contribution(dy, normalized)
+    dbeta, dgamma = (v.sum(reduced, keepdims=True) for v in (dy, product))
+    share = (dbeta + np.where(weights > 0, normalized, 0) * dgamma) * weights / np.maximum(count, 1)
+    scale = gamma / np.sqrt(variance + epsilon)
+    flat = [v.reshape(-1) for v in (dgamma, dbeta, count, mean, variance)]
+    return Result(gamma * normalized + beta, scale * (dy - share), *flat, scale * dy)
+
+
+def contribution(dy, normalized):
+    """What each element gives to dgamma: nothing where it does not matter, whatever it holds."""
+    return dy * np.where(dy == 0, 0, normalized)
+
+
+def centering(x, dy, *, axis=-1, mask=None):
+    """Centers ``x``; the fields of the result that centering lacks are empty."""
+    x, dy = np.asarray(x, "float64"), np.asarray(dy, "float64")
+    reduced, weights = _axes(x, axis), _weights(x, mask)
+    count, mean, _ = _moments(x, weights, reduced)
+    share = np.where(weights > 0, dy.sum(reduced, keepdims=True), 0) / np.maximum(count, 1)
+    none = np.zeros(0)
+    return Result(x - mean, dy - share, none, none, count.reshape(-1), mean.reshape(-1), none, dy)

@@ -1,0 +1,50 @@
+"""The suite that runs on every engine: a launcher runs it in each rank, with the same arguments.
+
+``SYNCBN_TEST_ENGINE`` names the engine: ``mirrored:N`` (in one process), ``multiworker``,
+``horovod`` or ``mpi``. `tests/launchers/test_suite.py` starts them all.
+"""
+
+import faulthandler
+import os
+
+import pytest
+
+from tests import replicas as kinds
+
+ENGINE, _, SIZE = os.environ.get("SYNCBN_TEST_ENGINE", "mirrored:2").partition(":")
+
+
+def pytest_configure(config):
+    # A rank that waits for one which has failed shows where it waits, and ends. The launcher's
+    # limit, in tests/processes.py, is a little longer.
+    limit = float(os.environ.get("SYNCBN_TEST_LIMIT", "300"))
+    faulthandler.dump_traceback_later(limit, exit=True)
+
+
+def pytest_unconfigure(config):
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(scope="session")
+def replicas():
+    """The replicas that the engine joins."""
+    if ENGINE == "mirrored":
+        kinds.use_logical_devices(int(SIZE))
+        return kinds.mirrored(int(SIZE))
+    if ENGINE == "multiworker":
+        return kinds.multiworker()
+    if ENGINE == "horovod":
+        import horovod.tensorflow as hvd
+
+        hvd.init()
+        return kinds.Process(hvd.rank(), hvd.size())
+    if ENGINE == "mpi":
+        from mpi4py import MPI
+
+        return kinds.Process(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)
+    raise pytest.UsageError(f"SYNCBN_TEST_ENGINE: unknown engine {ENGINE!r}")
+
+
+@pytest.fixture
+def engine():
+    return {"mirrored": "tf.distribute", "multiworker": "tf.distribute"}.get(ENGINE, ENGINE)

@@ -1,0 +1,195 @@
+"""Replicas of every kind, behind one interface, so that one suite can run on all of them.
+
+``build(make, shape)`` makes the layers, ``run(step, layers, arguments, graph)`` runs one step on
+each replica and returns the results of those that live in this process, by rank, as NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import numpy as np
+import tensorflow as tf
+
+
+class Threads:
+    """Replicas that are threads: a communicator of a user's own making, and a fast one."""
+
+    def __init__(self, size):
+        self.size = size
+        self._barrier = threading.Barrier(size, timeout=30)
+        self._slots = [None] * size
+
+    def communicator(self, rank):
+        return ThreadCommunicator(self, rank)
+
+    def build(self, make, shape):
+        layers = [make(rank) for rank in range(self.size)]
+        for layer in layers:
+            layer.build(shape)
+        return layers
+
+    def run(self, step, layers, arguments, graph=False):
+        results, errors = {}, []
+
+        def replica(rank):
+            try:
+                function = tf.function(step) if graph else step
+                results[rank] = _to_numpy(function(layers[rank], *arguments[rank]))
+            except threading.BrokenBarrierError:
+                pass  # another replica failed, and says why
+            except BaseException as error:
+                errors.append(error)
+                self._barrier.abort()
+
+        threads = [threading.Thread(target=replica, args=[rank]) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self._barrier.reset()
+        if errors:
+            raise errors[0]
+        return results
+
+    def moving(self, layers):
+        return {
+            name: {rank: getattr(layer, name).numpy() for rank, layer in enumerate(layers)}
+            for name in _statistics(layers[0])
+        }
+
+
+class ThreadCommunicator:
+    name = "local"
+    supports_jit = False
+
+    def __init__(self, replicas, rank):
+        self._replicas, self.rank, self.size = replicas, rank, replicas.size
+        self.payloads = []
+
+    def all_reduce_sum(self, tensor, name):
+        def reduce(value):
+            slots, barrier = self._replicas._slots, self._replicas._barrier
+            slots[self.rank] = value
+            barrier.wait()
+            total = np.sum(slots, axis=0, dtype=value.dtype)
+            barrier.wait()
+            return total
+
+        self.payloads.append(tensor.shape.num_elements())
+        total = tf.numpy_function(reduce, [tensor], tensor.dtype)
+        total.set_shape(tensor.shape)
+        return total
+
+
+class Strategy:
+    """The replicas of a tf.distribute strategy, in this process and maybe in others."""
+
+    def __init__(self, strategy):
+        self.strategy = strategy
+        self.size = strategy.num_replicas_in_sync
+
+    def communicator(self, rank):
+        return "auto"
+
+    def build(self, make, shape):
+        with self.strategy.scope():
+            layer = make(None)
+            layer.build(shape)
+        return [layer]
+
+    def run(self, step, layers, arguments, graph=False):
+        (layer,) = layers
+
+        def distributed(index):
+            return self.strategy.experimental_distribute_values_from_function(
+                lambda context: tf.convert_to_tensor(
+                    arguments[context.replica_id_in_sync_group][index]
+                )
+            )
+
+        inputs = [None if arguments[0][i] is None else distributed(i) for i in range(3)]
+
+        def replica(*inputs):
+            rank = tf.distribute.get_replica_context().replica_id_in_sync_group
+            return tf.convert_to_tensor(rank), step(layer, *inputs)
+
+        def run(*inputs):
+            return self.strategy.run(replica, args=inputs)
+
+        outputs = (tf.function(run) if graph else run)(*inputs)
+        local = zip(
+            *(self.strategy.experimental_local_results(o) for o in tf.nest.flatten(outputs)),
+            strict=True,
+        )
+        results = {}
+        for flat in local:
+            rank, result = tf.nest.pack_sequence_as(outputs, flat)
+            results[int(rank)] = _to_numpy(result)
+        return results
+
+    def moving(self, layers):
+        (layer,) = layers
+        return {
+            name: dict(enumerate(_local_values(self.strategy, getattr(layer, name))))
+            for name in _statistics(layer)
+        }
+
+
+class Process:
+    """This process is one replica; an engine joins it to the others."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+    def communicator(self, rank):
+        return "auto"
+
+    def build(self, make, shape):
+        layer = make(self.rank)
+        layer.build(shape)
+        return [layer]
+
+    def run(self, step, layers, arguments, graph=False):
+        function = tf.function(step) if graph else step
+        return {self.rank: _to_numpy(function(layers[0], *arguments[self.rank]))}
+
+    def moving(self, layers):
+        return {
+            name: {self.rank: getattr(layers[0], name).numpy()} for name in _statistics(layers[0])
+        }
+
+
+def mirrored(size):
+    return Strategy(tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(size)]))
+
+
+def multiworker():
+    """The workers of the cluster that ``TF_CONFIG`` describes; this process is one of them."""
+    return Strategy(tf.distribute.MultiWorkerMirroredStrategy())
+
+
+def use_logical_devices(count):
+    """Splits the CPU; must come before anything that runs on it."""
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * count,
+        )
+    assert len(tf.config.list_logical_devices("CPU")) >= count, "TensorFlow has started before"
+
+
+def _local_values(strategy, variable):
+    value = getattr(variable, "value", variable)
+    value = value if isinstance(value, tf.Variable) or not callable(value) else variable
+    return [v.numpy() for v in strategy.experimental_local_results(value)]
+
+
+def _statistics(layer):
+    names = ("moving_mean", "moving_variance", "moving_count")
+    return [name for name in names if getattr(layer, name, None) is not None]
+
+
+def _to_numpy(structure):
+    return tf.nest.map_structure(lambda v: tf.convert_to_tensor(v).numpy(), structure)
