@@ -1,0 +1,54 @@
+"""Runs `tests/parallel` under every launcher, in real processes."""
+
+import sys
+
+import pytest
+
+from tests import processes
+
+LIMIT = 240  # seconds; two to three times what it takes on two cores
+
+PYTEST = [sys.executable, "-m", "pytest", "--color=no", "-q", "-p", "no:cacheprovider"]
+SUITE = [*PYTEST, "tests/parallel"]
+
+
+def commands(launcher, size):
+    if launcher == "mirrored":
+        return [("mirrored", SUITE, {})]
+    if launcher == "multiworker":
+        return processes.workers(size, *SUITE)
+    if launcher == "mpi":
+        return [("mpirun", processes.mpirun(size, *SUITE), {})]
+    _, controller = launcher.split("-")
+    return [("horovodrun", processes.horovodrun(size, controller, *SUITE), {})]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "size", "legacy"),
+    [
+        *(("mirrored", size, False) for size in (2, 3, 8)),
+        *(("multiworker", size, False) for size in (2, 3)),
+        *(("mpi", size, False) for size in (2, 3)),
+        *(("horovod-gloo", size, False) for size in (2, 3)),
+        *(("horovod-mpi", size, False) for size in (2, 3)),
+        # The engines do not know Keras; Keras 2 is run once each in one process and in several.
+        ("mirrored", 2, True),
+        ("mpi", 2, True),
+        ("horovod-gloo", 2, True),
+        ("multiworker", 2, True),
+    ],
+)
+def test_the_suite_passes_under(launcher, size, legacy):
+    engine = launcher.split("-")[0]
+    finished = processes.run(
+        commands(launcher, size),
+        limit=LIMIT,
+        env={
+            "SYNCBN_TEST_ENGINE": f"mirrored:{size}" if engine == "mirrored" else engine,
+            "SYNCBN_TEST_LIMIT": str(LIMIT - 20),
+            "TF_USE_LEGACY_KERAS": str(int(legacy)),
+        },
+    )
+    assert finished.code == 0, finished.output
+    ranks = 1 if engine == "mirrored" else size
+    assert finished.output.count(" passed in ") == ranks, finished.output

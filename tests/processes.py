@@ -1,0 +1,144 @@
+"""Starting processes from tests: a hard limit, no orphans, and every rank's output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What a launcher, or a test that was itself launched, leaves behind for its children.
+_INHERITED = ("OMPI_", "PMI", "PRTE_", "HOROVOD_", "SLURM_", "TF_CONFIG", "SYNCBN_TEST")
+
+
+class Finished(NamedTuple):
+    """How processes ended: the first code that is not zero, and all of their output."""
+
+    code: int
+    output: str
+
+
+def environment(**changes):
+    """This process's environment without what launchers set, with ``changes``."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(_INHERITED)}
+    # The ranks of a test share this machine's few cores, and root may run MPI in a container.
+    shared = {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "OMP_NUM_THREADS": "1",
+        "TF_NUM_INTRAOP_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), kept.get("PATH", "")]),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return {**kept, **shared, **changes}
+
+
+def run(commands, *, limit, env=None):
+    """Runs commands side by side, and ends all of them when one fails or ``limit`` seconds are up.
+
+    Args:
+        commands: A list of (label, argument list, environment changes).
+        limit: In seconds.
+        env: Environment changes for all of them.
+    """
+    with contextlib.ExitStack() as stack:
+        started = []
+        for label, command, changes in commands:
+            log = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment(**(env or {}), **changes),
+                start_new_session=True,
+            )
+            stack.callback(_end, process)
+            started.append((label, process, log))
+        deadline = time.monotonic() + limit
+        verdict = ""
+        while any(process.poll() is None for _, process, _ in started):
+            if any(process.poll() for _, process, _ in started):
+                verdict = "one process failed, so the others were ended"
+                _settle(started, 5)
+                break
+            if time.monotonic() > deadline:
+                verdict = f"ended after the limit of {limit} s"
+                break
+            time.sleep(0.05)
+        codes = [process.poll() for _, process, _ in started]
+        for _, process, _ in started:
+            _end(process)
+        output = "".join(f"----- {label}\n{_read(log)}" for label, _, log in started)
+        failed = [code for code in codes if code] + [124 for code in codes if code is None]
+        return Finished(failed[0] if failed else 0, f"{output}\n{verdict}")
+
+
+def mpirun(size, *command):
+    """The command that runs ``command`` in ``size`` processes under Open MPI."""
+    return ["mpirun", "--oversubscribe", "--tag-output", "-np", str(size), *command]
+
+
+def horovodrun(size, controller, *command):
+    """The command that runs ``command`` in ``size`` processes under Horovod."""
+    return ["horovodrun", f"--{controller}", "-np", str(size), *command]
+
+
+def workers(size, *command):
+    """The commands of ``size`` workers of one tf.distribute cluster on this machine."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(size)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        hosts = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+    return [
+        (
+            f"worker {rank}",
+            list(command),
+            {
+                "TF_CONFIG": json.dumps(
+                    {"cluster": {"worker": hosts}, "task": {"type": "worker", "index": rank}}
+                )
+            },
+        )
+        for rank in range(size)
+    ]
+
+
+def python(code, *, limit=120, **env):
+    """Runs a piece of Python in a process of its own."""
+    return run([("python", [sys.executable, "-c", code], {})], limit=limit, env=env)
+
+
+def _settle(started, seconds):
+    """Gives the others a moment to fail by themselves, and to say why."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(p.poll() is None for _, p, _ in started):
+        time.sleep(0.05)
+
+
+def _end(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(3)  # a launcher passes the signal on to its ranks
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _read(log):
+    log.seek(0)
+    return log.read()
