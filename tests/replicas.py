@@ -2,11 +2,13 @@
 
 ``build(make, shape)`` makes the layers, ``run(step, layers, arguments, graph)`` runs one step on
 each replica and returns the results of those that live in this process, by rank, as NumPy arrays.
+After a run in a graph, ``operations`` are those of that graph, of all local replicas.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 
 import numpy as np
@@ -18,7 +20,7 @@ class Threads:
 
     def __init__(self, size):
         self.size = size
-        self._barrier = threading.Barrier(size, timeout=30)
+        self._barrier = threading.Barrier(size, timeout=10)
         self._slots = [None] * size
 
     def communicator(self, rank):
@@ -35,8 +37,9 @@ class Threads:
 
         def replica(rank):
             try:
-                function = tf.function(step) if graph else step
-                results[rank] = _to_numpy(function(layers[rank], *arguments[rank]))
+                # Never as a graph: its operations wait in TensorFlow's own threads, of which there
+                # may be fewer than replicas.
+                results[rank] = _to_numpy(step(layers[rank], *arguments[rank]))
             except threading.BrokenBarrierError:
                 pass  # another replica failed, and says why
             except BaseException as error:
@@ -89,6 +92,7 @@ class Strategy:
     def __init__(self, strategy):
         self.strategy = strategy
         self.size = strategy.num_replicas_in_sync
+        self.local_size = len(strategy.extended.worker_devices)
 
     def communicator(self, rank):
         return "auto"
@@ -109,7 +113,10 @@ class Strategy:
                 )
             )
 
-        inputs = [None if arguments[0][i] is None else distributed(i) for i in range(3)]
+        inputs = [
+            None if argument is None else distributed(index)
+            for index, argument in enumerate(arguments[0])
+        ]
 
         def replica(*inputs):
             rank = tf.distribute.get_replica_context().replica_id_in_sync_group
@@ -118,7 +125,10 @@ class Strategy:
         def run(*inputs):
             return self.strategy.run(replica, args=inputs)
 
-        outputs = (tf.function(run) if graph else run)(*inputs)
+        function = tf.function(run)
+        outputs = (function if graph else run)(*inputs)
+        if graph:
+            self.operations = function.get_concrete_function(*inputs).graph.get_operations()
         local = zip(
             *(self.strategy.experimental_local_results(o) for o in tf.nest.flatten(outputs)),
             strict=True,
@@ -141,7 +151,7 @@ class Process:
     """This process is one replica; an engine joins it to the others."""
 
     def __init__(self, rank, size):
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.local_size = rank, size, 1
 
     def communicator(self, rank):
         return "auto"
@@ -152,8 +162,13 @@ class Process:
         return [layer]
 
     def run(self, step, layers, arguments, graph=False):
-        function = tf.function(step) if graph else step
-        return {self.rank: _to_numpy(function(layers[0], *arguments[self.rank]))}
+        function = tf.function(functools.partial(step, layers[0]))
+        own = arguments[self.rank]
+        if not graph:
+            return {self.rank: _to_numpy(step(layers[0], *own))}
+        result = {self.rank: _to_numpy(function(*own))}
+        self.operations = function.get_concrete_function(*own).graph.get_operations()
+        return result
 
     def moving(self, layers):
         return {

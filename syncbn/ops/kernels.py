@@ -1,12 +1,13 @@
 """Which kernels to use where: TensorFlow's fused batch norm, or plain operations.
 
 Both give the same answer. TensorFlow's fused kernels read and write memory fewer times but cost
-more to start, and exist for float32 with the channels last only. Here they stand for three things
+more to start, and exist for float32 with the channels last only. Here they stand for two things
 that they do in their *inference* form, which, unlike the training form, is right for empty inputs:
 
 - the forward kernel maps ``x`` to ``(x - mean) * scale + offset``;
-- the gradient kernel returns ``dy * scale`` and the two sums over ``dy`` in one go;
-- fed with ``dy = x``, the gradient kernel returns the sum and the sum of squares.
+- the gradient kernel returns ``dy * scale`` and the two sums over ``dy`` in one go.
+
+For the moments, plain operations are as fast and more accurate (see `sum_to_channels`).
 """
 
 from __future__ import annotations
@@ -68,14 +69,14 @@ def scale_and_offset(
 
 
 class GradientTerms(NamedTuple):
-    """What the gradient kernel makes of ``dy`` and ``x``; the sums are channel vectors."""
+    """What the gradient kernel makes of ``dy`` and ``x``, in their dtype."""
 
     scaled: tf.Tensor
     """``dy * scale``, shape of ``dy``."""
     sum: tf.Tensor
-    """The sum of ``dy``."""
+    """The sum of ``dy``, ``(channels,)``."""
     centered_sum: tf.Tensor
-    """The sum of ``dy * (x - mean)``."""
+    """The sum of ``dy * (x - mean)``, ``(channels,)``."""
 
 
 def gradient_terms(
@@ -97,8 +98,8 @@ def gradient_terms(
         product = dy * centered if mask is None else tf.math.multiply_no_nan(centered, dy)
         return GradientTerms(
             dy * broadcast(scale, x, axes),
-            sum_to_channels(dy, axes),
-            sum_to_channels(product, axes),
+            tf.cast(sum_to_channels(dy, axes), x.dtype),
+            tf.cast(sum_to_channels(product, axes), x.dtype),
         )
     terms = tf.raw_ops.FusedBatchNormGradV3(
         y_backprop=_rows(dy, axes),
@@ -113,17 +114,6 @@ def gradient_terms(
     return GradientTerms(
         tf.reshape(terms.x_backprop, tf.shape(dy)), terms.offset_backprop, terms.scale_backprop
     )
-
-
-def sum_and_square_sum(
-    x: tf.Tensor, axes: Sequence[int], fused: bool
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the sums of ``x`` and of its squares over each channel, as channel vectors."""
-    if not fused:
-        return sum_to_channels(x, axes), sum_to_channels(tf.square(x), axes)
-    zeros, ones = (tf.fill([channel_count(x, axes)], value) for value in (0.0, 1.0))
-    terms = gradient_terms(x, x, zeros, ones, axes, fused)
-    return terms.sum, terms.centered_sum
 
 
 def _rows(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:

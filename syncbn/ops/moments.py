@@ -9,7 +9,6 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from syncbn.ops.channels import broadcast, reduction_axes, statistics_dtype, sum_to_channels
-from syncbn.ops.kernels import fused_is_faster, sum_and_square_sum
 
 
 class Moments(NamedTuple):
@@ -62,7 +61,7 @@ def count_elements(
 
 
 def local_moments(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Moments:
-    """Returns this replica's moments, in float32 at least.
+    """Returns this replica's moments, in float64.
 
     Args:
         x: The input, of any floating dtype and of rank 2 at least.
@@ -70,22 +69,20 @@ def local_moments(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = No
         mask: From `expand_mask`; elements where it is false do not exist for the statistics.
 
     The corrected two-pass algorithm of Chan, Golub & LeVeque, "Algorithms for Computing the Sample
-    Variance" (1983), equation 1.7. A float32 sum over a million elements has few right digits when
-    their mean is large (a mean off by 12 was seen at mean 1e4, where the standard deviation was
-    one), so the mean of the first pass is only a pivot: the second pass corrects both moments.
+    Variance" (1983), equation 1.7: the second pass runs about a pivot, the mean rounded to the
+    dtype of the elements, and what the rounding took is put right.
     """
     x = tf.cast(x, statistics_dtype(x.dtype))
     count = count_elements(x, axes, mask)
-    size = tf.cast(count, x.dtype)
-    seen = x if mask is None else tf.where(mask, x, tf.zeros([], x.dtype))
-    pivot = tf.math.divide_no_nan(sum_to_channels(seen, axes), size)
-    residual = x - broadcast(pivot, x, axes)
+    zero = tf.zeros([], x.dtype)
+    seen = x if mask is None else tf.where(mask, x, zero)
+    mean = tf.math.divide_no_nan(sum_to_channels(seen, axes), count)
+    pivot = tf.cast(mean, x.dtype)
+    squares = tf.math.squared_difference(x, broadcast(pivot, x, axes))
     if mask is not None:
-        residual = tf.where(mask, residual, tf.zeros([], x.dtype))
-    total, squares = sum_and_square_sum(residual, axes, fused_is_faster(x, axes))
-    shift = tf.math.divide_no_nan(total, size)
-    variance = tf.math.divide_no_nan(squares, size) - tf.square(shift)
-    return Moments(count, pivot + shift, _not_negative(variance))
+        squares = tf.where(mask, squares, zero)
+    variance = tf.math.divide_no_nan(sum_to_channels(squares, axes), count)
+    return Moments(count, mean, _not_negative(variance - tf.square(mean - tf.cast(pivot, mean.dtype))))
 
 
 def pack(moments: Moments) -> tf.Tensor:
@@ -95,7 +92,7 @@ def pack(moments: Moments) -> tf.Tensor:
     second moment about zero leaves a float32 input's variance all of its digits: the mean may be
     a million times the standard deviation.
     """
-    count, mean, variance = (tf.cast(part, tf.float64) for part in moments)
+    count, mean, variance = moments
     second = count * (variance + tf.square(mean))
     return tf.concat([tf.reshape(count, [-1]), count * mean, second], 0)
 

@@ -116,7 +116,7 @@ def center(
     def subtract_mean(x: tf.Tensor) -> tuple[Any, Any]:
         count = count_elements(x, axes, mask)
         total = sum_to_channels(_where(mask, tf.cast(x, dtype)), axes)
-        packed = tf.concat([tf.reshape(count, [-1]), tf.cast(total, tf.float64)], 0)
+        packed = tf.concat([tf.reshape(count, [-1]), total], 0)
         packed = all_reduce_sum(packed, "statistics")
         count, total = tf.split(packed, [packed.shape[0] - channels, channels])
         mean = tf.cast(tf.math.divide_no_nan(total, count), dtype)
@@ -125,7 +125,7 @@ def center(
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tf.Tensor:
             wide_dy = tf.cast(dy, dtype)
             sum_dy = all_reduce_sum(sum_to_channels(wide_dy, axes), "gradient")
-            mean_dy = tf.math.divide_no_nan(sum_dy, tf.cast(count, dtype))
+            mean_dy = tf.cast(tf.math.divide_no_nan(sum_dy, count), dtype)
             correction = tf.broadcast_to(broadcast(mean_dy, x, axes), tf.shape(x))
             return tf.cast(wide_dy - _where(mask, correction), x.dtype)
 

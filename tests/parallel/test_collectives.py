@@ -1,0 +1,161 @@
+"""How many collectives there are, how large, in which order; and that they have gradients."""
+
+import collections
+import functools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import syncbn
+from tests import oracle
+
+COLLECTIVES = ("CollectiveReduceV2", "HorovodAllreduce", "PyFunc")
+
+
+def forward_and_backward(layer, x, *_):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = tf.reduce_sum(layer(x, training=True) ** 3)
+    return tape.gradient(loss, x)
+
+
+def arguments(replicas, *shape):
+    rng = np.random.default_rng(1)
+    return [(tf.constant(rng.normal(size=shape), tf.float32),) for _ in range(replicas.size)]
+
+
+@pytest.mark.parametrize(
+    ("layer", "forward", "backward"),
+    [(syncbn.SyncBatchNormalization, 2 * 5 + 1, 2 * 5), (syncbn.SyncCentering, 5 + 1, 5)],
+)
+def test_there_is_one_collective_forward_and_one_backward(layer, forward, backward, replicas):
+    layers = replicas.build(lambda rank: layer(), (None, 3, 5))
+    replicas.run(forward_and_backward, layers, arguments(replicas, 4, 3, 5), graph=True)
+    payloads = collections.Counter(
+        operation.inputs[0].shape.num_elements()
+        for operation in replicas.operations
+        if operation.type in COLLECTIVES
+    )
+    assert payloads == {forward: replicas.local_size, backward: replicas.local_size}
+
+
+def test_inference_communicates_with_nobody(replicas):
+    def infer(layer, x):
+        return layer(x, training=False)
+
+    layers = replicas.build(lambda rank: syncbn.SyncBatchNormalization(), (None, 3, 5))
+    replicas.run(infer, layers, arguments(replicas, 4, 3, 5), graph=True)
+    kinds = {operation.type for operation in replicas.operations}
+    assert not kinds & {*COLLECTIVES, "IdentityN"}, "a collective, or a custom gradient"
+
+
+@pytest.mark.parametrize("dtype", [tf.float64, tf.float32, tf.float16, tf.bfloat16])
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_the_gradient_of_a_sum_is_the_sum_of_the_gradients(graph, dtype, replicas):
+    class Sum(tf.keras.layers.Layer):
+        def call(self, x):
+            return syncbn.resolve().all_reduce_sum(x, "sum")
+
+    def step(layer, x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+            loss = tf.reduce_sum(y * y)
+        return y, tape.gradient(loss, x)
+
+    layers = replicas.build(lambda rank: Sum(dtype=dtype.name), (None, 2))
+    inputs = [(tf.constant([[rank + 1.0, 2.0]], dtype),) for rank in range(replicas.size)]
+    total = np.sum([x.numpy() for (x,) in inputs], axis=0).astype("float64")
+    for y, dx in replicas.run(step, layers, inputs, graph=graph).values():
+        np.testing.assert_array_equal(y.astype("float64"), total)
+        # d/dx of the sum over the replicas of (sum x)^2, which each of them computes.
+        np.testing.assert_array_equal(dx.astype("float64"), 2 * replicas.size * total)
+
+
+def test_the_communicator_knows_its_size_and_rank(replicas, engine):
+    def ask(layer, x):
+        communicator = syncbn.resolve()
+        assert communicator.name == engine
+        assert isinstance(communicator, syncbn.Communicator)
+        return communicator.size + 0 * x, communicator.rank + 0 * x
+
+    layers = replicas.build(lambda rank: tf.keras.layers.Layer(), (None, 1))
+    results = replicas.run(ask, layers, arguments(replicas, 1))
+    for rank, (size, own) in results.items():
+        assert (size, own) == (replicas.size, rank)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["one function", "nested functions"])
+def test_parallel_branches_do_not_mix_their_messages(nested, replicas):
+    if nested and replicas.local_size > 1:
+        pytest.skip("TensorFlow refuses merge_call in a nested tf.function (tf-keras#301)")
+    branches = 6
+
+    class Branches(tf.keras.layers.Layer):
+        """Layers with no path between them, whose messages all have one size."""
+
+        def __init__(self):
+            super().__init__()
+            self.parts = [syncbn.SyncBatchNormalization(momentum=0.0) for _ in range(branches)]
+
+        def build(self, shape):
+            for part in self.parts:
+                part.build(shape)
+            super().build(shape)
+
+    def step(layer, x):
+        def branch(part, factor, x):
+            return part(x * factor + factor, training=True)
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = []
+            for number, part in enumerate(layer.parts):
+                function = functools.partial(branch, part, number + 1.0)
+                outputs.append((tf.function(function) if nested else function)(x))
+            loss = tf.add_n([tf.reduce_sum(y**3) for y in outputs])
+        return outputs, tape.gradient(loss, x)
+
+    layers = replicas.build(lambda rank: Branches(), (None, 3))
+    inputs = arguments(replicas, 4, 3)
+    whole = np.concatenate([x.numpy() for (x,) in inputs]).astype("float64")
+    truths, dx = [], 0
+    for factor in range(1, branches + 1):
+        x = whole * factor + factor
+        y = oracle.batch_normalization(x, np.zeros_like(x), np.ones(3), np.zeros(3)).y
+        truths.append(oracle.batch_normalization(x, 3 * y**2, np.ones(3), np.zeros(3)))
+        dx = dx + truths[-1].dx * factor
+    for _ in range(5):
+        results = replicas.run(step, layers, inputs, graph=True)
+        for rank, (outputs, gradient) in results.items():
+            part = slice(4 * rank, 4 * rank + 4)
+            for y, truth in zip(outputs, truths, strict=True):
+                np.testing.assert_allclose(y, truth.y[part], atol=1e-5)
+            np.testing.assert_allclose(gradient, dx[part], atol=1e-4 * np.abs(dx).max())
+
+
+def test_a_shared_layer_may_be_called_twice_in_a_step(replicas):
+    def step(layer, x):
+        return layer(x, training=True), layer(3 * x + 1, training=True)
+
+    layers = replicas.build(lambda rank: syncbn.SyncBatchNormalization(epsilon=0.0), (None, 3))
+    for once, twice in replicas.run(step, layers, arguments(replicas, 4, 3), graph=True).values():
+        np.testing.assert_allclose(once, twice, atol=1e-5)
+
+
+def test_collectives_in_a_loop_stay_in_step(replicas):
+    if replicas.local_size > 1:
+        pytest.skip("TensorFlow refuses merge_call in a loop's body (tf-keras#301)")
+
+    def step(layer, x):
+        for _ in tf.range(4):
+            x = layer(x, training=True) * 2 + 1
+        return x
+
+    layers = replicas.build(lambda rank: syncbn.SyncBatchNormalization(epsilon=0.0), (None, 3))
+    inputs = arguments(replicas, 4, 3)
+    whole = np.concatenate([x.numpy() for (x,) in inputs]).astype("float64")
+    truth = 2 * (whole - whole.mean(0)) / whole.std(0) + 1
+    for rank, y in replicas.run(step, layers, inputs, graph=True).items():
+        np.testing.assert_allclose(y, truth[4 * rank : 4 * rank + 4], atol=1e-5)

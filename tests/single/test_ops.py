@@ -1,0 +1,87 @@
+"""The pure functions: moments, their wire format, and the kernels."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from syncbn.ops import kernels
+from syncbn.ops.channels import normalized_axes
+from syncbn.ops.moments import local_moments, pack, unpack
+
+
+@pytest.mark.parametrize(
+    "shape", [(1,), (2,), (1000,), (1_000_000,), (10, 100_000), (2, 64, 64, 64)], ids=str
+)
+@pytest.mark.parametrize("mean", [0.0, 1e4, -1e6])
+def test_local_moments_keep_their_digits_at_any_mean_and_size(mean, shape):
+    x = np.random.default_rng(0).normal(mean, 1, size=(*shape, 4)).astype("float32")
+    truth = x.astype("float64").reshape(-1, 4)
+    moments = local_moments(tf.constant(x), (len(shape),))
+    assert float(moments.count) == len(truth)
+    spacing = np.spacing(np.float32(max(abs(mean), 1)))
+    np.testing.assert_allclose(moments.mean, truth.mean(0), atol=spacing)
+    np.testing.assert_allclose(moments.variance, truth.var(0), rtol=2e-5, atol=max(spacing**2, 1e-10))
+
+
+def test_a_jump_in_the_data_does_not_spoil_the_variance():
+    # A pivot taken from the first elements would be 1e4 standard deviations off here.
+    x = np.random.default_rng(0).normal(1e4, 1, size=(50_000, 2)).astype("float32")
+    x[:3] = 0
+    variance = local_moments(tf.constant(x), (1,)).variance
+    np.testing.assert_allclose(variance, x.astype("float64").var(0), rtol=1e-5)
+
+
+def test_packed_moments_of_parts_add_up_to_those_of_the_whole():
+    rng = np.random.default_rng(0)
+    x = rng.normal(1e5, 1, size=(40, 3)) + np.arange(40)[:, None]
+    parts = [x[:0], x[:1], x[1:7], x[7:]]
+    packed = sum(pack(local_moments(tf.constant(part), (1,))) for part in parts)
+    assert packed.dtype == tf.float64
+    assert packed.shape == (2 * 3 + 1,)
+    whole = unpack(packed, 3)
+    assert float(whole.count) == 40
+    np.testing.assert_allclose(whole.mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(whole.variance, x.var(0), rtol=1e-6)
+
+
+def test_nothing_has_moments_zero():
+    whole = unpack(pack(local_moments(tf.zeros([0, 5, 3]), (2,))), 3)
+    for part in whole:
+        np.testing.assert_array_equal(part, np.zeros(part.shape))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 700])
+def test_fused_and_plain_kernels_give_the_same_answer(rows):
+    rng = np.random.default_rng(0)
+    x, dy = (tf.constant(rng.normal(3, 2, size=(rows, 2, 8)), tf.float32) for _ in range(2))
+    mean, scale, offset = (tf.constant(v, tf.float32) for v in rng.normal(size=(3, 8)))
+    axes = (2,)
+    for fused in (False, True):
+        y = kernels.scale_and_offset(x, mean, scale, offset, axes, fused)
+        truth = (x.numpy() - mean.numpy()) * scale.numpy() + offset.numpy()
+        np.testing.assert_allclose(y, truth, rtol=1e-5, atol=1e-5)
+
+        terms = kernels.gradient_terms(dy, x, mean, scale, axes, fused)
+        np.testing.assert_allclose(terms.scaled, dy * scale, rtol=1e-6)
+        wide, centered = dy.numpy().astype("float64"), x.numpy().astype("float64") - mean.numpy()
+        np.testing.assert_allclose(terms.sum, wide.sum((0, 1)), rtol=1e-5)
+        np.testing.assert_allclose(terms.centered_sum, (wide * centered).sum((0, 1)), rtol=1e-4)
+
+
+def test_fused_kernels_are_chosen_for_large_channels_last_inputs_only():
+    def chosen(shape, axes, dtype=tf.float32):
+        return kernels.fused_is_faster(tf.TensorSpec(shape, dtype), axes)
+
+    assert chosen([8, 56, 56, 64], (3,))
+    assert chosen([None, 56, 56, 64], (3,))
+    assert not chosen([2, 7, 7, 512], (3,))
+    assert not chosen([8, 64, 56, 56], (1,))
+    assert not chosen([8, 56, 56, 64], (3,), tf.float64)
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape", "expected"),
+    [(-1, (None, 3), (1,)), (1, (2, 3, 4), (1,)), ((3, -3), (2, 3, 4, 5), (1, 3))],
+)
+def test_axes_are_sorted_and_counted_from_the_front(axis, shape, expected):
+    assert normalized_axes(axis, shape) == expected
