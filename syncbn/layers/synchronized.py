@@ -36,6 +36,8 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         self.momentum = momentum
         self.supports_masking = True
 
+    _host_supports_jit = True
+
     @property
     def communicator(self) -> str | Communicator:
         """The communicator that the layer was given."""

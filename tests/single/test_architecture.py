@@ -1,0 +1,89 @@
+"""The plan of the house: what is public, which floor imports which, what an import loads."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import syncbn
+from tests import processes
+
+PACKAGE = Path(syncbn.__file__).parent
+
+FLOORS = {
+    "syncbn.ops": 0,
+    "syncbn.communicators.base": 0,
+    "syncbn.communicators": 1,
+    "syncbn.keras_api": 1,
+    "syncbn.layers": 2,
+    "syncbn": 4,
+}
+
+
+def floor(module):
+    while module not in FLOORS:
+        module = module.rpartition(".")[0]
+    return FLOORS[module]
+
+
+def imports():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        name = name.removesuffix(".__init__")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("syncbn"):
+                for alias in node.names:
+                    candidate = f"{node.module}.{alias.name}"
+                    is_module = (PACKAGE.parent / candidate.replace(".", "/")).with_suffix(".py")
+                    yield name, candidate if is_module.exists() else node.module
+
+
+def test_the_public_names():
+    assert sorted(syncbn.__all__) == [
+        "Communicator",
+        "DistributeCommunicator",
+        "HorovodCommunicator",
+        "LocalCommunicator",
+        "MPICommunicator",
+        "SyncBatchNormalization",
+        "SyncCentering",
+        "resolve",
+    ]
+    for name in syncbn.__all__:
+        assert getattr(syncbn, name).__doc__
+
+
+def test_imports_go_down_only():
+    found = list(imports())
+    assert len(found) > 20
+    for importer, imported in found:
+        assert floor(imported) <= floor(importer), f"{importer} imports {imported}, which is above"
+
+
+def test_engines_do_not_know_each_other():
+    engines = {f"syncbn.communicators.{n}" for n in ("local", "distribute", "horovod", "mpi")}
+    for importer, imported in imports():
+        assert not (importer in engines and imported in engines), f"{importer} imports {imported}"
+
+
+@pytest.mark.parametrize("legacy", ["0", "1"])
+def test_importing_the_package_loads_no_engine(legacy):
+    finished = processes.python(
+        "import sys, syncbn\n"
+        "layer = syncbn.SyncBatchNormalization()\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "assert not loaded & {'horovod', 'mpi4py'}, loaded & {'horovod', 'mpi4py'}\n"
+        "print(layer)\n",
+        TF_USE_LEGACY_KERAS=legacy,
+    )
+    assert finished.code == 0, finished.output
+
+
+def test_another_backend_of_keras_is_refused():
+    # As if it were another: none of them is installed here.
+    finished = processes.python(
+        "import tensorflow as tf\ntf.keras.config.backend = lambda: 'jax'\nimport syncbn",
+        TF_USE_LEGACY_KERAS="0",
+    )
+    assert finished.code != 0
+    assert "KERAS_BACKEND=tensorflow" in finished.output

@@ -1,0 +1,153 @@
+"""What users get wrong: the error names the requirement, what came, and the way out."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import syncbn
+from syncbn.communicators.launcher import launched
+from tests.keras import KERAS_3, keras
+
+BOTH = pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
+
+
+@BOTH
+@pytest.mark.parametrize("axis", [3, -4])
+def test_an_axis_outside_of_the_input(make, axis):
+    with pytest.raises(ValueError, match=rf"name dimensions of the input.*axis={axis}.*axis=-1"):
+        make(axis=axis).build((2, 3, 4))
+
+
+@pytest.mark.skipif(KERAS_3, reason="Keras 3 takes one axis, which test_properties.py checks")
+def test_duplicate_axes_of_batch_normalization():
+    with pytest.raises(ValueError, match=r"each dimension once.*Remove"):
+        syncbn.SyncBatchNormalization(axis=[1, -2]).build((2, 3, 4))
+
+
+def test_duplicate_axes():
+    with pytest.raises(ValueError, match=r"each dimension once.*\[1, -2\].*Remove"):
+        syncbn.SyncCentering(axis=[1, -2]).build((2, 3, 4))
+
+
+@BOTH
+def test_an_unknown_number_of_channels(make):
+    with pytest.raises(ValueError, match=r"known size.*\(None, 3, None\).*input shape"):
+        make().build((None, 3, None))
+
+
+@BOTH
+def test_an_input_without_a_batch(make):
+    with pytest.raises(ValueError, match=r"rank 2 at least.*\(3,\)"):
+        make().build((3,))
+
+
+@BOTH
+@pytest.mark.parametrize("training", [False, True])
+def test_an_integer_input(make, training):
+    with pytest.raises(TypeError, match=r"floating inputs.*int32.*tf\.cast"):
+        make()(tf.constant([[1, 2]]), training=training)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(4,), (4, 3, 2)])
+def test_a_mask_of_the_wrong_rank(make, shape):
+    layer = make()
+    with pytest.raises(ValueError, match=r"one dimension less.*mask shape.*\(4, 3, 2\)"):
+        layer(np.ones((4, 3, 2), "float32"), training=True, mask=np.ones(shape, bool))
+
+
+@BOTH
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
+def test_a_momentum_outside_of_its_range(make, momentum):
+    with pytest.raises(ValueError, match=r"\[0, 1\].*None.*Received: momentum"):
+        make(momentum=momentum)
+
+
+def test_a_negative_epsilon():
+    with pytest.raises(ValueError, match=r"not be negative.*epsilon=-0\.1"):
+        syncbn.SyncBatchNormalization(epsilon=-0.1)
+
+
+@pytest.mark.parametrize("option", [{"renorm": True}, {"virtual_batch_size": 2}], ids=str)
+def test_options_that_are_not_supported(option):
+    with pytest.raises(ValueError, match="neither batch renormalization nor virtual batches"):
+        syncbn.SyncBatchNormalization(**option)
+
+
+def test_a_synchronized_layer_that_is_not():
+    with pytest.raises(ValueError, match="communicator='local'"):
+        syncbn.SyncBatchNormalization(synchronized=False)
+
+
+@BOTH
+def test_an_unknown_communicator(make):
+    with pytest.raises(ValueError, match=r"'auto', 'tf.distribute'.*communicator='nccl'"):
+        make(communicator="nccl")
+
+
+@BOTH
+@pytest.mark.parametrize("thing", [3, None, object(), syncbn.LocalCommunicator])
+def test_something_that_is_no_communicator(make, thing):
+    with pytest.raises(TypeError, match=r"members of syncbn\.Communicator.*Received"):
+        make(communicator=thing)
+
+
+@pytest.mark.parametrize("name", ["horovod", "mpi"])
+def test_an_engine_that_is_not_installed(name, monkeypatch):
+    module = {"horovod": "horovod.tensorflow", "mpi": "mpi4py"}[name]
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    layer = syncbn.SyncBatchNormalization(communicator=name)
+    layer(np.ones((2, 3), "float32"))  # inference needs no engine
+    way_out = {"horovod": "install_horovod.sh", "mpi": r"pip install 'syncbn\[mpi\]'"}[name]
+    with pytest.raises(ImportError, match=way_out):
+        layer(np.ones((2, 3), "float32"), training=True)
+
+
+@pytest.mark.parametrize(
+    "variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS"]
+)
+def test_a_launcher_started_several_processes_and_no_engine_joins_them(variable, monkeypatch):
+    monkeypatch.setenv(variable, "4")
+    layer = syncbn.SyncCentering()
+    with pytest.raises(RuntimeError, match=rf"{variable} says that 4 processes.*import mpi4py"):
+        layer(np.ones((2, 3), "float32"), training=True)
+    local = syncbn.SyncCentering(communicator="local")
+    local(np.ones((2, 3), "float32"), training=True)
+
+
+def test_a_tensorflow_cluster_without_its_strategy(monkeypatch):
+    hosts = '["a:1", "b:1"]'
+    monkeypatch.setenv("TF_CONFIG", f'{{"cluster": {{"worker": {hosts}, "chief": ["c:1"]}}}}')
+    with pytest.raises(RuntimeError, match="TF_CONFIG says that 3 processes"):
+        syncbn.resolve()
+
+
+@pytest.mark.parametrize("text", ["", "not json", "[]", "{}", '{"cluster": {}}'])
+def test_a_broken_tf_config_says_nothing(text, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", text)
+    assert launched().processes == 1
+
+
+@BOTH
+def test_a_training_call_in_cross_replica_context(make, mirrored):
+    with mirrored(2).strategy.scope():
+        layer = make()
+        layer.build((None, 3))
+        with pytest.raises(RuntimeError, match=r"replica context.*MirroredStrategy.*strategy\.run"):
+            layer(np.ones((2, 3), "float32"), training=True)
+        layer(np.ones((2, 3), "float32"), training=False)
+
+
+def test_the_message_of_a_layer_reaches_the_user_of_fit(mirrored):
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.layer = syncbn.SyncBatchNormalization(axis=5)
+
+        def call(self, x, training=None):
+            return self.layer(x, training=training)
+
+    model = Model()
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="name dimensions of the input"):
+        model.fit(np.ones((4, 3)), np.ones((4, 3)), verbose=0)
