@@ -1,6 +1,6 @@
 """Time of a stack of layers, forward and backward, against Keras' own synchronized layer.
 
-usage: python benchmarks/layers.py [--layers 4] [--replicas 2] [--repeats 60] [--shape 8,56,56,64 ...]
+usage: python benchmarks/layers.py [--layers 4] [--replicas 2] [--shape 8,56,56,64 ...]
 
 Runs under MirroredStrategy over logical CPU devices. The contestants take turns, step by step, in
 one process, so that whatever else the machine does hits them alike; medians and their ratios are
@@ -92,7 +92,9 @@ def main() -> None:
         [tf.config.LogicalDeviceConfiguration()] * arguments.replicas,
     )
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(arguments.replicas)])
-    print(f"{arguments.layers} layers, {arguments.replicas} replicas, {os.cpu_count()} cores, ms/step")
+    print(
+        f"{arguments.layers} layers, {arguments.replicas} replicas, {os.cpu_count()} cores, ms/step"
+    )
     print(f"{'shape':>20} " + " ".join(f"{name:>19}" for name in CONTESTANTS) + "   ours / theirs")
     for shape in arguments.shape:
         steps = {

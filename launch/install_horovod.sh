@@ -5,7 +5,7 @@
 #
 #   --python PYTHON   the interpreter to install into   (default: python3)
 #   --cache DIR       where the built wheel is kept
-#                     (default: $SYNCBN_CACHE, else ${XDG_CACHE_HOME:-~/.cache}/syncbn)
+#                     (default: $SYNCBN_CACHE, else $XDG_CACHE_HOME/syncbn, else ~/.cache/syncbn)
 #   --nccl            build the GPU operations over NCCL (needs CUDA and NCCL)
 #   --rebuild         build even where the cache holds a wheel
 #
@@ -20,7 +20,6 @@ version=0.28.1
 sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 # Gloo's CMakeLists asks for a policy level that CMake 4 has dropped.
 cmake_version=3.31.10
-cmake_sha256_file=""
 
 die() { echo "install_horovod.sh: $*" >&2; exit 1; }
 
@@ -69,7 +68,6 @@ if [ "$rebuild" = 1 ] || ! compgen -G "$wheels/horovod-*.whl" >/dev/null; then
   trap 'rm -rf "$work"' EXIT
   echo "Building Horovod $version for $target (MPI: ${mpi%-}). This takes a few minutes, once."
   echo "horovod==$version --hash=sha256:$sha256" >"$work/horovod.txt"
-  # `pip download` would run the package's own setup; `--no-build-isolation` keeps it to what is here.
   "$python" -m pip install -q "setuptools<81" wheel packaging
   "$python" -m pip download -q --no-deps --no-binary=:all: --no-build-isolation \
     --require-hashes -r "$work/horovod.txt" -d "$work"
@@ -80,8 +78,6 @@ if [ "$rebuild" = 1 ] || ! compgen -G "$wheels/horovod-*.whl" >/dev/null; then
 
   source=$work/horovod-$version
   sed -i '/xla_mpi_ops\.cc/d' "$source/horovod/tensorflow/CMakeLists.txt"
-  grep -rq xla_mpi_ops.cc "$source/horovod/tensorflow/CMakeLists.txt" &&
-    die "the XLA operation is still in the build"
 
   options=(HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_GLOO=1)
   if [ "$mpi" = none ]; then options+=(HOROVOD_WITHOUT_MPI=1); else options+=(HOROVOD_WITH_MPI=1); fi

@@ -24,7 +24,7 @@ if KERAS_3 and keras.config.backend() != "tensorflow":
 register_keras_serializable = keras.utils.register_keras_serializable
 
 
-class StatisticsLayer(keras.layers.Layer):  # type: ignore[misc, name-defined]
+class StatisticsLayer(keras.layers.Layer):  # type: ignore[name-defined]
     """A layer that can hold moving statistics, in either Keras.
 
     A moving statistic is a weight that is not trained, float32 at least, and synchronized

@@ -7,6 +7,7 @@ part with the oracle's.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def check(replicas, case: Case, communicator: Any = None) -> None:
     size = sum(case.split)
     dtype = tf.as_dtype(case.dtype)
     starts = np.cumsum([0, *case.split])
-    parts = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(starts)]
     normalizes = case.layer == "SyncBatchNormalization"
     options = {"axis": case.axis, "momentum": 0.9, "dtype": case.policy, **dict(case.options)}
     layers = replicas.build(
@@ -78,7 +79,11 @@ def check(replicas, case: Case, communicator: Any = None) -> None:
         channels = layers[0].moving_mean.shape
         gamma, beta = rng.normal(size=(2, *channels)) if channels else (1.0, 0.0)
         gamma, beta = np.float32(gamma + 2), np.float32(beta)
-        use = [w for w, on in ((gamma, options.get("scale", True)), (beta, options.get("center", True))) if on]
+        use = [
+            w
+            for w, on in ((gamma, options.get("scale", True)), (beta, options.get("center", True)))
+            if on
+        ]
         for layer in layers:
             layer.set_weights([*use, *layer.get_weights()[len(use) :]])
         gamma = gamma if options.get("scale", True) else np.ones_like(gamma)
@@ -121,7 +126,9 @@ def check(replicas, case: Case, communicator: Any = None) -> None:
             _close(y, truth.y[part], truth.y, case, f"y of replica {rank}", mask, part)
             magnitude = truth.dx if not (case.tiny and normalizes) else truth.dx_terms
             _close(dx, truth.dx[part], magnitude, case, f"dx of replica {rank}", mask, part)
-            names = [n for n, o in (("dgamma", "scale"), ("dbeta", "center")) if options.get(o, True)]
+            names = [
+                n for n, o in (("dgamma", "scale"), ("dbeta", "center")) if options.get(o, True)
+            ]
             for name, gradient in zip(names if normalizes else [], parameters, strict=True):
                 own, whole = shares[name][rank], np.stack(shares[name])
                 _close(gradient.reshape(-1), own, whole, case, f"{name} of replica {rank}")

@@ -1,4 +1,4 @@
-"""What a communicator is: the one thing that a layer needs of the engine that joins the replicas."""
+"""What a communicator is: all that a layer needs of the engine that joins the replicas."""
 
 from __future__ import annotations
 

@@ -93,10 +93,9 @@ def choose() -> str:
     if hvd is not None and hvd.is_initialized() and hvd.size() > 1:
         return "horovod"
     mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        if mpi.COMM_WORLD.size > 1:
-            return "mpi"
-    return "local"
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+        return "local"
+    return "mpi" if mpi.COMM_WORLD.size > 1 else "local"
 
 
 def supports_jit(communicator: str | Communicator) -> bool:

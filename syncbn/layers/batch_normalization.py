@@ -16,7 +16,7 @@ from syncbn.ops.synchronized import AllReduceSum, batch_normalize
 
 
 @keras_api.register_keras_serializable(package="syncbn")
-class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNormalization):  # type: ignore[misc, name-defined]
+class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNormalization):
     r"""Batch normalization with the statistics of the whole batch, over all replicas.
 
     In training

@@ -75,9 +75,7 @@ class SyncCentering(SynchronizedLayer):
         mask: tf.Tensor | None,
         all_reduce_sum: AllReduceSum,
     ) -> tf.Tensor:
-        outputs, count, mean = center(
-            inputs, axes=axes, all_reduce_sum=all_reduce_sum, mask=mask
-        )
+        outputs, count, mean = center(inputs, axes=axes, all_reduce_sum=all_reduce_sum, mask=mask)
         self._move(count, (self.moving_mean, mean))
         return outputs
 

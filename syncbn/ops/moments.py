@@ -11,7 +11,6 @@ import tensorflow as tf
 from syncbn.ops.channels import broadcast, reduction_axes, statistics_dtype, sum_to_channels
 from syncbn.ops.kernels import fused_is_faster, rough_moments
 
-
 # Beyond, the fused kernel's float32 sums of squares lose more than the fifth digit.
 _MOST_FUSED_ROWS = 1 << 17
 
@@ -20,7 +19,7 @@ class Moments(NamedTuple):
     """Statistics of a batch. An empty batch has count, mean and variance zero."""
 
     count: tf.Tensor
-    """float64, elements per channel: a scalar, or ``(channels,)`` where a mask makes them differ."""
+    """Elements per channel, float64: ``()``, or ``(channels,)`` where a mask makes them differ."""
     mean: tf.Tensor
     """``(channels,)``"""
     variance: tf.Tensor
@@ -45,9 +44,7 @@ def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     return tf.expand_dims(tf.cast(mask, tf.bool), -1)
 
 
-def count_elements(
-    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None
-) -> tf.Tensor:
+def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> tf.Tensor:
     """Returns how many elements of ``x`` each channel has, under ``mask``; float64.
 
     A scalar, or ``(channels,)`` where the mask can differ from channel to channel, that is where

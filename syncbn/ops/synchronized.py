@@ -54,7 +54,6 @@ def batch_normalize(
         ``x``, and this replica's own share in those of ``gamma`` and ``beta``.
     """
     dtype = statistics_dtype(x.dtype)
-    channels = channel_count(x, axes)
     fused = fused_is_faster(x, axes)
 
     @tf.custom_gradient
@@ -84,7 +83,6 @@ def batch_normalize(
 
         return (tf.cast(y, x.dtype), count, mean, variance), gradient
 
-    assert channels == gamma.shape[0] == beta.shape[0], (channels, gamma.shape, beta.shape)
     y, *moments = normalize(x, tf.cast(gamma, dtype), tf.cast(beta, dtype))
     return y, Moments(*map(tf.stop_gradient, moments))
 

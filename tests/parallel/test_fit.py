@@ -78,8 +78,8 @@ def test_fit_learns_the_statistics_of_all_replicas(fit, replicas):
 def test_fit_on_fewer_samples_than_replicas(fit, replicas):
     if ENGINE != "mirrored" or KERAS_3:
         pytest.skip(
-            "only MirroredStrategy splits batches, and Keras 3 fails before it calls any layer when "
-            "the first batch of a fit does not divide; runs where that is mended"
+            "only MirroredStrategy splits batches, and Keras 3 fails before it calls any layer "
+            "when the first batch of a fit does not divide; runs where that is mended"
         )
     model, x, _ = fit(lambda: syncbn.SyncBatchNormalization(momentum=None), 1)
     np.testing.assert_allclose(model.layers[0].moving_mean, x[0], rtol=1e-6)

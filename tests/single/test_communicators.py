@@ -40,8 +40,9 @@ def test_a_communicator_is_taken_as_it_is():
 
 
 def test_the_choice_is_logged_once(caplog):
-    from syncbn.communicators import resolve as function
     import sys
+
+    from syncbn.communicators import resolve as function
 
     module = sys.modules[function.__module__]
     module._engine.cache_clear()
@@ -49,7 +50,9 @@ def test_the_choice_is_logged_once(caplog):
         layers = [syncbn.SyncCentering() for _ in range(3)]
         for layer in layers:
             layer(tf.ones([2, 3]), training=True)
-    assert [record.getMessage() for record in caplog.records] == ["syncbn synchronizes with 'local'"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "syncbn synchronizes with 'local'"
+    ]
 
 
 def test_tensorflow_distribute_outside_of_replicas_is_refused(mirrored):

@@ -107,7 +107,9 @@ def test_float16_inputs_whose_squares_overflow_have_finite_statistics():
     layer = syncbn.SyncBatchNormalization(momentum=0.0, dtype="mixed_float16")
     x = data(64, 3) * 5000
     assert np.isfinite(layer(x, training=True)).all()
-    np.testing.assert_allclose(layer.moving_variance, x.astype("float16").astype("float64").var(0), rtol=1e-3)
+    np.testing.assert_allclose(
+        layer.moving_variance, x.astype("float16").astype("float64").var(0), rtol=1e-3
+    )
 
 
 def test_regularizers_and_constraints_act_on_gamma_and_beta():

@@ -14,7 +14,7 @@ def batch(rng, low, high, size=10):
 
 
 def test_a_tape_with_training_true_moves_them():
-    """The question "How to use BatchNormalization with GradientTape?", with the outputs it wanted."""
+    """The question about BatchNormalization with GradientTape, with the outputs it wanted."""
     model = keras.Sequential([keras.Input((1,)), syncbn.SyncBatchNormalization()])
     optimizer = keras.optimizers.Adam(0.5)
     rng = np.random.default_rng(0)

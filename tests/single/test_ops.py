@@ -20,7 +20,9 @@ def test_local_moments_keep_their_digits_at_any_mean_and_size(mean, shape):
     assert float(moments.count) == len(truth)
     spacing = np.spacing(np.float32(max(abs(mean), 1)))
     np.testing.assert_allclose(moments.mean, truth.mean(0), atol=spacing)
-    np.testing.assert_allclose(moments.variance, truth.var(0), rtol=2e-5, atol=max(spacing**2, 1e-10))
+    np.testing.assert_allclose(
+        moments.variance, truth.var(0), rtol=2e-5, atol=max(spacing**2, 1e-10)
+    )
 
 
 def test_a_jump_in_the_data_does_not_spoil_the_variance():

@@ -71,7 +71,9 @@ def test_a_checkpoint_restores_the_variables(scope, tmp_path):
         other, _ = trained()
     model.layers[0].set_weights([w + 1 for w in model.layers[0].get_weights()])
     path = tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
-    tf.train.Checkpoint(model=other).restore(path).expect_partial().assert_existing_objects_matched()
+    tf.train.Checkpoint(model=other).restore(
+        path
+    ).expect_partial().assert_existing_objects_matched()
     assert_same(other, model, x)
 
 

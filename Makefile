@@ -1,0 +1,48 @@
+# make demo   train a real model on several replicas, with and without synchronized statistics
+# make test   lint, type-check and test, in real processes under every engine
+# make bench  time the layers against Keras' own
+# make clean  remove what the others made
+#
+# Each needs Python 3.10 or later and make; `make test` also a C++ compiler, for Horovod.
+
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= build
+
+bin := $(VENV)/bin
+python := $(bin)/python
+install := $(python) -m pip install -q --disable-pip-version-check
+
+# Also for what pip builds in environments of its own.
+export PIP_CONSTRAINT := constraints.txt
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/.demo
+	$(python) launch/train_digits.py --compare --picture $(BUILD)/digits.png
+
+test: $(VENV)/.test
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/single
+	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/single
+	$(python) -m pytest tests/launchers
+
+bench: $(VENV)/.demo
+	$(python) benchmarks/layers.py
+
+clean:
+	rm -rf $(VENV) $(BUILD) .hypothesis .mypy_cache .pytest_cache .ruff_cache syncbn.egg-info
+
+$(python):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(python) pyproject.toml constraints.txt
+	$(install) -e '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(python) pyproject.toml constraints.txt launch/install_horovod.sh
+	$(install) -e '.[test]'
+	launch/install_horovod.sh --python $(python)
+	touch $@
