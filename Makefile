@@ -25,6 +25,7 @@ test: $(VENV)/.test
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
+	$(bin)/shellcheck launch/*.sh .ci/run
 	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/single
 	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/single
 	$(python) -m pytest tests/launchers

@@ -14,21 +14,25 @@ import argparse
 import functools
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# With oneDNN a convolution gives an empty batch the shape of its input, and the last test batch may
-# leave a replica without images. It also changes the order of sums from one batch size to another.
+# With oneDNN, a convolution on the CPU gives an empty batch the shape of its input, and the last
+# test batch may leave a replica without images.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import numpy as np
 import tensorflow as tf
+from digits_report import Run, draw, print_table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from syncbn import SyncBatchNormalization
 
+TRAINING_IMAGES, TEST_IMAGES = 1280, 512
+"""Of 1797 images; five are left out, so that the usual batches divide both parts."""
 EARLY_STEPS = 20
 """Steps that are not timed, as they trace and warm up, and after which weights are compared."""
 
@@ -46,7 +50,8 @@ class Setup(NamedTuple):
         return self.replicas * self.batch_per_replica
 
     def __str__(self) -> str:
-        return f"{self.norm}, {self.replicas} x {self.batch_per_replica}"
+        layer = {"batch": "plain", "sync": "synchronized"}[self.norm]
+        return f"{layer}, {self.replicas} x {self.batch_per_replica}"
 
 
 class Split(NamedTuple):
@@ -56,44 +61,34 @@ class Split(NamedTuple):
     digits: np.ndarray
 
 
-class Run(NamedTuple):
-    """What came out of a run."""
-
-    test_loss: np.ndarray
-    """Cross-entropy after each epoch, in nats per image."""
-    test_accuracy: np.ndarray
-    """Share of the images, in percent, after each epoch."""
-    step_ms: float
-    early_weights: list[np.ndarray]
-
-
 class StepRecorder(tf.keras.callbacks.Callback):
     """Times the steps, and keeps the weights after the first few."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.times: list[float] = []
+        self.seconds: list[float] = []
         self.early_weights: list[np.ndarray] = []
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.times.append(time.perf_counter() - self._start)
-        if len(self.times) <= EARLY_STEPS:
+        self.seconds.append(time.perf_counter() - self._start)
+        if len(self.seconds) <= EARLY_STEPS:
             self.early_weights = self.model.get_weights()
-
-    def median_ms(self) -> float:
-        return 1e3 * float(np.median(self.times[EARLY_STEPS:] or np.nan))
 
 
 def load_data() -> tuple[Split, Split]:
     """Returns the training and the test data, the same at each call."""
     images, digits = load_digits(return_X_y=True)
     images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
-    # Of 1797 images five are left out, so that the usual batches divide both parts.
     x_train, x_test, y_train, y_test = train_test_split(
-        images, digits, train_size=1280, test_size=512, stratify=digits, random_state=0
+        images,
+        digits,
+        train_size=TRAINING_IMAGES,
+        test_size=TEST_IMAGES,
+        stratify=digits,
+        random_state=0,
     )
     return Split(x_train, y_train), Split(x_test, y_test)
 
@@ -101,28 +96,28 @@ def load_data() -> tuple[Split, Split]:
 def training_batches(data: Split, batch: int, epochs: int, seed: int) -> tf.data.Dataset:
     """Returns the batches of all epochs in a row, each epoch shuffled anew.
 
-    The last, partial batch of an epoch is left out. It would leave replicas without images, which
-    `SyncBatchNormalization` does not mind, but Keras 3's own layer takes a mean over nothing: its
-    moving statistics are NaN from then on.
+    The last, partial batch of an epoch is left out, as it may leave replicas without images.
+    `SyncBatchNormalization` does not mind, but the plain layer of Keras 3 takes a mean over
+    nothing, and its moving statistics are NaN from then on.
     """
     # Shuffled here, as Keras starts a dataset more often in one setup than in another.
-    random, whole = np.random.default_rng(seed), len(data.images) // batch * batch
-    order = np.concatenate([random.permutation(len(data.images))[:whole] for _ in range(epochs)])
-    return tf.data.Dataset.from_tensor_slices((data.images[order], data.digits[order])).batch(
-        batch, drop_remainder=True
-    )
+    random, size = np.random.default_rng(seed), len(data.images)
+    order = [random.permutation(size)[: size // batch * batch] for _ in range(epochs)]
+    shuffled = Split(*(part[np.concatenate(order)] for part in data))
+    return tf.data.Dataset.from_tensor_slices(tuple(shuffled)).batch(batch, drop_remainder=True)
 
 
 def test_batches(data: Split, replicas: int) -> tf.data.Dataset:
-    """Returns the test data in one batch, and in a second one what the replicas cannot share."""
-    return tf.data.Dataset.from_tensor_slices(data).batch(len(data.images) // replicas * replicas)
+    """Returns one batch that the replicas can share evenly, and a second one with what is left."""
+    even = len(data.images) // replicas * replicas
+    return tf.data.Dataset.from_tensor_slices(tuple(data)).batch(even)
 
 
 def build_model(norm: str) -> tf.keras.Model:
     """Returns the network; its weights have the same shapes and order for each ``norm``."""
     layers = tf.keras.layers
     if norm == "sync":
-        # The moving variance of Keras' own layer is unbiased in Keras 2, and biased in Keras 3.
+        # The moving variance of the plain layer is unbiased in Keras 2, and biased in Keras 3.
         keras_2 = not hasattr(tf.keras, "Variable")
         normalization = functools.partial(SyncBatchNormalization, unbiased_moving_variance=keras_2)
     else:
@@ -130,9 +125,9 @@ def build_model(norm: str) -> tf.keras.Model:
     model = tf.keras.Sequential([tf.keras.Input((8, 8, 1))])
     for filters, strides in (16, 1), (32, 2), (64, 2):
         model.add(layers.Conv2D(filters, 3, strides, padding="same", use_bias=False))
-        # An epoch is only 80 steps: the moving averages should not take longer than that.
+        # The default, 0.99, looks back on more steps than an epoch has.
         model.add(normalization(momentum=0.9))
-        # Smooth, unlike ReLU: at a kink, a difference in the last digit may become a large one.
+        # Smooth, unlike ReLU: at a kink, a difference in the last digit can grow to a large one.
         model.add(layers.Activation("swish"))
     model.add(layers.GlobalAveragePooling2D())
     model.add(layers.Dense(10))
@@ -140,6 +135,7 @@ def build_model(norm: str) -> tf.keras.Model:
 
 
 def initial_weights(seed: int) -> list[np.ndarray]:
+    """Returns weights to start from, for a model with either layer."""
     tf.keras.utils.set_random_seed(seed)
     return build_model("batch").get_weights()
 
@@ -153,8 +149,8 @@ def prepare_devices(replicas: int) -> None:
         tf.config.list_physical_devices("CPU")[0],
         [tf.config.LogicalDeviceConfiguration()] * replicas,
     )
-    # Turns off autotuning: its threads, one for each replica, may take half a minute to stop
-    # whenever an iterator over the data ends.
+    # Turns off the tuning of data pipelines. It has a thread for each replica, and stopping these,
+    # at the end of each epoch, was seen to take up to two minutes.
     tf.data.experimental.enable_debug_mode()
 
 
@@ -162,8 +158,8 @@ def prepare_devices(replicas: int) -> None:
 def strategy_for(replicas: int) -> tf.distribute.Strategy:
     """Returns the strategy of all runs with so many replicas.
 
-    One for all of them: a second one over the same devices would number its collectives from the
-    start again, and TensorFlow takes them for those of the first.
+    One for all: a second strategy over the same devices would number its collectives from the
+    start again, and TensorFlow would take them for those of the first.
     """
     if replicas == 1:
         return tf.distribute.get_strategy()
@@ -173,15 +169,15 @@ def strategy_for(replicas: int) -> tf.distribute.Strategy:
 
 def train(
     setup: Setup,
-    weights: list[np.ndarray],
     data: tuple[Split, Split],
     *,
     epochs: int,
     seed: int,
     learning_rate: float,
 ) -> Run:
-    """Trains the network from ``weights``, on data in an order that depends on ``seed`` alone."""
+    """Trains the network; initial weights and the order of the data depend on ``seed`` alone."""
     training, test = data
+    weights = initial_weights(seed)
     with strategy_for(setup.replicas).scope():
         model = build_model(setup.norm)
         model.set_weights(weights)
@@ -189,11 +185,11 @@ def train(
             tf.keras.optimizers.SGD(learning_rate, momentum=0.9),
             tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
-            jit_compile=False,  # or Keras would compile some setups with XLA and not others
+            jit_compile=False,  # or Keras would use XLA in some setups and not in others
         )
     recorder = StepRecorder()
-    # The test uses the moving statistics. Those of plain batch normalization differ from replica
-    # to replica: here, in Keras 3, each replica uses its own, and the model keeps the first's.
+    # The test uses the moving statistics. Those of the plain layer differ from replica to replica:
+    # in Keras 3 each replica tests with its own, and the first one's are what a saved model gets.
     history = model.fit(
         training_batches(training, setup.batch, epochs, seed),
         epochs=epochs,
@@ -202,45 +198,128 @@ def train(
         shuffle=False,
         callbacks=[recorder],
     ).history
+    timed = recorder.seconds[EARLY_STEPS:]
     return Run(
-        np.array(history["val_loss"]),
-        100 * np.array(history["val_accuracy"]),
-        recorder.median_ms(),
-        recorder.early_weights,
+        test_loss=np.array(history["val_loss"]),
+        test_accuracy=100 * np.array(history["val_accuracy"]),
+        step_ms=1e3 * float(np.median(timed)) if timed else float("nan"),
+        early_weights=recorder.early_weights,
     )
 
 
-def difference(a: list[np.ndarray], b: list[np.ndarray]) -> float:
-    """Returns the largest absolute difference between arrays of the same shapes."""
-    return max(float(np.max(np.abs(x - y))) for x, y in zip(a, b, strict=True))
+def integer_from(minimum: int) -> Callable[[str], int]:
+    """Returns a parser of integers that are not below ``minimum``."""
+
+    def integer(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}. Received: {text}")
+        return int(text)
+
+    return integer
 
 
-def print_table(results: dict[Setup, list[Run]], reference: Setup | None) -> None:
-    """Prints a line for each setup; with a reference, also how far from it the others are."""
-    row = "{:<14}  {:>16}  {:>17}  {:>7}  {:>11}  {:>11}".format
-    compared = ("weights", "test loss") if reference else ("", "")
-    print()
-    print(row("norm, replicas", "test accuracy, %", "test loss, nats", "step,", *compared))
-    print(row("x batch", "mean ± sd", "mean ± sd", "ms", *(["max |Δ|"] * 2 if reference else compared)))
-    for setup, runs in results.items():
-        distances = ["", ""]
-        if reference:
-            pairs = list(zip(runs, results[reference], strict=True))
-            distances = [
-                f"{max(difference(a.early_weights, b.early_weights) for a, b in pairs):.1e}",
-                f"{max(difference([a.test_loss], [b.test_loss]) for a, b in pairs):.1e}",
-            ]
-        print(
-            row(
-                str(setup),
-                _mean_and_deviation([run.test_accuracy[-1] for run in runs], 2),
-                _mean_and_deviation([run.test_loss[-1] for run in runs], 4),
-                f"{np.median([run.step_ms for run in runs]):.1f}",
-                *(("reference", "") if setup == reference else distances),
-            )
+def rate(text: str) -> float:
+    """Parses a positive number."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive and finite. Received: {text}")
+    return float(text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Returns the arguments of the command line, checked."""
+    parser = argparse.ArgumentParser(
+        description="Trains a small convolutional network with batch normalization on handwritten "
+        "digits (1280 images, tested on 512 others) and prints how well it does."
+    )
+    count = integer_from(1)
+    parser.add_argument(
+        "--norm",
+        choices=("batch", "sync"),
+        default="sync",
+        help="plain (tf.keras.layers.BatchNormalization) or synchronized "
+        "(syncbn.SyncBatchNormalization); default: %(default)s",
+    )
+    parser.add_argument(
+        "--replicas",
+        metavar="N",
+        type=count,
+        default=8,
+        help="replicas of MirroredStrategy, each on its GPU if there are as many, and otherwise "
+        "all on the CPU; 1 for no strategy; default: %(default)s",
+    )
+    parser.add_argument(
+        "--batch-per-replica",
+        metavar="N",
+        type=count,
+        default=2,
+        help="images in each step of a replica; default: %(default)s",
+    )
+    parser.add_argument(
+        "--epochs",
+        metavar="N",
+        type=count,
+        default=10,
+        help="passes over the training images; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seeds",
+        metavar="SEED",
+        type=integer_from(0),
+        nargs="+",
+        default=[0],
+        help="what initial weights and the order of the images depend on; one run for each seed; "
+        "default: 0",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        metavar="RATE",
+        type=rate,
+        default=0.05,
+        help="of stochastic gradient descent with momentum 0.9; default: %(default)s",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="train three times with each seed, whatever --norm says: plain and synchronized on "
+        "all replicas, and as the reference plain on one replica with the whole batch",
+    )
+    parser.add_argument(
+        "--picture", metavar="FILE.png", type=Path, help="where to draw test loss and accuracy"
+    )
+    arguments = parser.parse_args()
+    batch, images = arguments.replicas * arguments.batch_per_replica, TRAINING_IMAGES
+    if batch > images:
+        parser.error(f"a step takes {batch} images over all replicas, of {images} there are")
+    if arguments.compare and arguments.replicas == 1:
+        parser.error("--compare needs several replicas. Received: --replicas 1")
+    if arguments.picture and arguments.picture.suffix != ".png":
+        parser.error(f"--picture must end in .png. Received: {arguments.picture}")
+    return arguments
+
+
+def main() -> None:
+    """Trains what the command line asks for, and reports."""
+    arguments = parse_arguments()
+    replicas, share = arguments.replicas, arguments.batch_per_replica
+    setups, reference = [Setup(arguments.norm, replicas, share)], None
+    if arguments.compare:
+        reference = Setup("batch", 1, replicas * share)
+        setups = [Setup("batch", replicas, share), Setup("sync", replicas, share), reference]
+    prepare_devices(replicas)
+    data = load_data()
+    results: dict[str, list[Run]] = {str(setup): [] for setup in setups}
+    runs = [(seed, setup) for seed in arguments.seeds for setup in setups]
+    for number, (seed, setup) in enumerate(runs, 1):
+        print(f"\n[{number}/{len(runs)}] {setup}, seed {seed}", flush=True)
+        run = train(
+            setup, data, epochs=arguments.epochs, seed=seed, learning_rate=arguments.learning_rate
         )
+        results[str(setup)].append(run)
+    print_table(results, reference and str(reference), EARLY_STEPS)
+    if arguments.picture:
+        draw(results, reference and str(reference), arguments.picture)
+        print(f"\nPicture: {arguments.picture}")
 
 
-def _mean_and_deviation(values: list[float], digits: int) -> str:
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,7 @@ def replicas():
     if ENGINE == "horovod":
         import horovod.tensorflow as hvd
 
-        hvd.init()
+        hvd.init(process_sets="dynamic")
         return kinds.Process(hvd.rank(), hvd.size())
     if ENGINE == "mpi":
         from mpi4py import MPI

@@ -1,0 +1,63 @@
+"""What is particular to an engine: its sub-groups, and what it refuses."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import syncbn
+from tests.parallel.conftest import ENGINE
+
+
+@pytest.fixture
+def alone(replicas):
+    """Gives communicators of every single process: mine, and another one's as a function."""
+    if ENGINE == "mpi":
+        from mpi4py import MPI
+
+        return syncbn.MPICommunicator(MPI.COMM_WORLD.Split(replicas.rank)), None
+    if ENGINE == "horovod":
+        import horovod.tensorflow as hvd
+
+        sets = [hvd.add_process_set([rank]) for rank in range(replicas.size)]
+        other = sets[(replicas.rank + 1) % replicas.size]
+        return syncbn.HorovodCommunicator(sets[replicas.rank]), lambda: syncbn.HorovodCommunicator(
+            other
+        )
+    pytest.skip("tf.distribute has no communicators to hand over, only strategies")
+
+
+def test_a_communicator_can_be_that_of_some_processes(alone, replicas):
+    mine, others = alone
+    assert (mine.size, mine.rank) == (1, 0)
+    layer = syncbn.SyncCentering(communicator=mine)
+    x = np.float32([[replicas.rank], [replicas.rank + 2]])
+    np.testing.assert_array_equal(layer(x, training=True), [[-1], [1]])
+    if others is not None:
+        with pytest.raises(ValueError, match=r"that it belongs to.*Give each process its own"):
+            others()
+
+
+@pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
+def test_a_function_that_xla_compiles_is_refused_before_anyone_waits(make, replicas):
+    def step(layer, x):
+        @tf.function(jit_compile=True)
+        def compiled(x):
+            return layer(x, training=True)
+
+        return compiled(x)
+
+    layers = replicas.build(lambda rank: make(), (None, 3))
+    arguments = [(tf.ones([2, 3]),)] * replicas.size
+    with pytest.raises(NotImplementedError, match="XLA cannot compile a collective"):
+        replicas.run(step, layers, arguments)
+
+
+def test_fit_with_jit_compile_auto_just_works(replicas):
+    if not hasattr(replicas, "rank"):
+        pytest.skip("Keras itself leaves XLA alone under a strategy; test_fit.py fits there")
+    model = tf.keras.Sequential(
+        [tf.keras.Input((3,)), syncbn.SyncBatchNormalization(), tf.keras.layers.Dense(1)]
+    )
+    assert not model.layers[0].supports_jit
+    model.compile("sgd", "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 1)), batch_size=2, verbose=0)
