@@ -1,0 +1,60 @@
+"""The examples of the README run as they stand, under the engine that they are for."""
+
+import re
+import sys
+
+import pytest
+
+from tests import processes
+
+README = (processes.ROOT / "README.md").read_text()
+EXAMPLES = {
+    match[1]: match[0]
+    for match in re.findall(r"```python\n(# (\w+\.py)\n.*?)```", README, re.DOTALL)
+}
+
+
+def commands(name, script):
+    python = [sys.executable, script]
+    if name == "mirrored.py":
+        return [(name, python, {})]
+    if name == "horovod_job.py":
+        return [(name, processes.horovodrun(2, "gloo", *python), {})]
+    if name == "mpi_job.py":
+        return [(name, processes.mpirun(2, *python), {})]
+    return processes.workers(2, *python)
+
+
+def test_there_is_an_example_for_each_engine():
+    assert list(EXAMPLES) == ["mirrored.py", "horovod_job.py", "mpi_job.py", "multiworker_job.py"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_runs(name, tmp_path):
+    script = tmp_path / name
+    script.write_text(EXAMPLES[name])
+    finished = processes.run(commands(name, str(script)), limit=120)
+    assert finished.code == 0, finished.output
+    if name == "mirrored.py":
+        assert "Epoch 2/2" in finished.output
+    else:
+        # Each worker prints its rank and the moving mean; launchers put tags in between.
+        means = re.findall(r"\[[-+.e\d\s]+\d\]", re.sub(r"\[[\d,]+\]<\w+>:", "", finished.output))
+        assert len(means) == 2, finished.output
+        assert means[0] == means[1], finished.output
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "bench"])
+def test_the_make_targets_of_the_readme_exist(target):
+    assert f"make {target}" in README
+    assert re.search(rf"^{target}:", (processes.ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_horovod_script_has_help_and_refuses_unknown_arguments():
+    script = str(processes.ROOT / "launch" / "install_horovod.sh")
+    finished = processes.run([("help", [script, "--help"], {})], limit=10)
+    assert finished.code == 0
+    assert "--nccl" in finished.output
+    finished = processes.run([("unknown", [script, "--nothing"], {})], limit=10)
+    assert finished.code == 1
+    assert "unknown argument: --nothing" in finished.output
