@@ -19,7 +19,7 @@ export PIP_CONSTRAINT := constraints.txt
 .PHONY: demo test bench clean
 
 demo: $(VENV)/.demo
-	$(python) launch/train_digits.py --compare --picture $(BUILD)/digits.png
+	$(python) launch/train_digits.py --compare --seeds 0 1 2 --picture $(BUILD)/digits.png
 
 test: $(VENV)/.test
 	$(bin)/ruff check .

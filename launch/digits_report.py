@@ -32,30 +32,38 @@ _COLOURS = ("#D55E00", "#0072B2", "#000000")
 def print_table(results: Results, reference: str | None, early_steps: int) -> None:
     """Prints a line for each setup; with a reference, also how far from it the others are."""
     seeds = len(next(iter(results.values())))
-    row = ("{:<26}  {:>15}  {:>15}  {:>7}" + "  {:>13}  {:>13}" * bool(reference)).format
     spread = "mean ± sd" if seeds > 1 else ""
-    weights = f"after {early_steps} steps"
-    print(f"\nTest accuracy and loss after the last epoch; {seeds} seed(s).", end="")
+    rows = [
+        ["", "accuracy, %", "loss, nats", "step, ms"],
+        ["", spread, spread, "median"],
+    ]
     if reference:
-        print(f" max |Δ|: largest difference from\n'{reference}' with the same seed.", end="")
-    print("\n")
-    print(row("", "accuracy, %", "loss, nats", "step,", "weights", "test loss,"))
-    print(row("", spread, spread, "ms", weights, "any epoch"))
-    print(row("", "", "", "median", "max |Δ|", "max |Δ|"))
+        rows[0] += ["|Δ weights|", "|Δ loss|"]
+        rows[1] += [f"after {early_steps} steps", "any epoch"]
     for setup, runs in results.items():
-        pairs = list(zip(runs, results[reference], strict=True)) if reference else []
-        weights = max((_difference(a.early_weights, b.early_weights) for a, b in pairs), default=0)
-        losses = max((_difference([a.test_loss], [b.test_loss]) for a, b in pairs), default=0)
-        print(
-            row(
+        rows.append(
+            [
                 setup,
                 _mean_and_deviation([run.test_accuracy[-1] for run in runs], 2),
                 _mean_and_deviation([run.test_loss[-1] for run in runs], 4),
                 f"{np.median([run.step_ms for run in runs]):.1f}",
-                "-" if setup == reference else f"{weights:.1e}",
-                "-" if setup == reference else f"{losses:.1e}",
-            )
+            ]
         )
+        if reference == setup:
+            rows[-1] += ["reference", "reference"]
+        elif reference:
+            pairs = list(zip(runs, results[reference], strict=True))
+            weights = max(_difference(a.early_weights, b.early_weights) for a, b in pairs)
+            loss = max(_difference([a.test_loss], [b.test_loss]) for a, b in pairs)
+            rows[-1] += [f"{weights:.1e}", f"{loss:.1e}"]
+    print("\nTest after the last epoch. Setups: batch normalization, replicas x images of each.")
+    if reference:
+        print("|Δ|: the largest difference from the reference with the same seed.")
+    print()
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *cells in rows:
+        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        print(first.ljust(widths[0]), *aligned, sep="   ")
 
 
 def draw(results: Results, reference: str | None, path: Path) -> None:
@@ -93,7 +101,7 @@ def draw(results: Results, reference: str | None, path: Path) -> None:
     panels[0].legend()
     seeds = len(next(iter(results.values())))
     figure.suptitle(
-        "Handwritten digits, batch normalization: replicas x images per replica"
+        "Handwritten digits, with plain and synchronized batch normalization"
         + f" (mean and range of {seeds} seeds)" * (seeds > 1)
     )
     path.parent.mkdir(parents=True, exist_ok=True)

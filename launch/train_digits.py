@@ -51,7 +51,8 @@ class Setup(NamedTuple):
 
     def __str__(self) -> str:
         layer = {"batch": "plain", "sync": "synchronized"}[self.norm]
-        return f"{layer}, {self.replicas} x {self.batch_per_replica}"
+        plural = "s" if self.replicas > 1 else ""
+        return f"{layer}, {self.replicas} replica{plural} x {self.batch_per_replica}"
 
 
 class Split(NamedTuple):
@@ -123,13 +124,15 @@ def build_model(norm: str) -> tf.keras.Model:
     else:
         normalization = layers.BatchNormalization
     model = tf.keras.Sequential([tf.keras.Input((8, 8, 1))])
-    for filters, strides in (16, 1), (32, 2), (64, 2):
-        model.add(layers.Conv2D(filters, 3, strides, padding="same", use_bias=False))
+    # 8 pixels, then 4, 2 and 1: where two images are all that a replica has, its last statistics
+    # are those of two numbers per channel.
+    for filters in 32, 64, 128:
+        model.add(layers.Conv2D(filters, 3, strides=2, padding="same", use_bias=False))
         # The default, 0.99, looks back on more steps than an epoch has.
         model.add(normalization(momentum=0.9))
         # Smooth, unlike ReLU: at a kink, a difference in the last digit can grow to a large one.
         model.add(layers.Activation("swish"))
-    model.add(layers.GlobalAveragePooling2D())
+    model.add(layers.Flatten())
     model.add(layers.Dense(10))
     return model
 
@@ -178,11 +181,15 @@ def train(
     """Trains the network; initial weights and the order of the data depend on ``seed`` alone."""
     training, test = data
     weights = initial_weights(seed)
+    steps = len(training.images) // setup.batch
     with strategy_for(setup.replicas).scope():
         model = build_model(setup.norm)
         model.set_weights(weights)
         model.compile(
-            tf.keras.optimizers.SGD(learning_rate, momentum=0.9),
+            tf.keras.optimizers.SGD(
+                tf.keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps),
+                momentum=0.9,
+            ),
             tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
             jit_compile=False,  # or Keras would use XLA in some setups and not in others
@@ -193,7 +200,7 @@ def train(
     history = model.fit(
         training_batches(training, setup.batch, epochs, seed),
         epochs=epochs,
-        steps_per_epoch=len(training.images) // setup.batch,
+        steps_per_epoch=steps,
         validation_data=test_batches(test, setup.replicas),
         shuffle=False,
         callbacks=[recorder],
@@ -274,8 +281,9 @@ def parse_arguments() -> argparse.Namespace:
         "--learning-rate",
         metavar="RATE",
         type=rate,
-        default=0.05,
-        help="of stochastic gradient descent with momentum 0.9; default: %(default)s",
+        default=0.02,
+        help="at the start, of stochastic gradient descent with momentum 0.9; it falls to zero "
+        "along a cosine; default: %(default)s",
     )
     parser.add_argument(
         "--compare",

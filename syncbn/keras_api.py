@@ -1,7 +1,7 @@
 """The seam between the two Kerases: the only module that knows which one `tf.keras` is.
 
 `tf.keras` is Keras 3, or Keras 2 (the package ``tf_keras``) where ``TF_USE_LEGACY_KERAS=1`` was
-set before TensorFlow was imported. Tried with Keras 3.3 to 3.15 and tf_keras 2.16 to 2.21.
+set before TensorFlow was imported. Tried with Keras 3.15, and tf_keras 2.16 and 2.21.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 # There is no public way to learn this while a function is traced; after the trace XLA's own
-# message names neither the layer nor the way out. Tried with TensorFlow 2.16 to 2.21;
+# message names neither the layer nor the way out. Tried with TensorFlow 2.16 and 2.21;
 # tests/single/test_jit.py holds it.
 from tensorflow.python.ops import control_flow_util
 

@@ -73,7 +73,7 @@ def local_moments(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = No
     x = tf.cast(x, statistics_dtype(x.dtype))
     count = count_elements(x, axes, mask)
     if mask is not None or not fused_is_faster(x, axes):
-        return Moments(count, *_two_pass_moments(x, count, axes, mask))
+        return Moments(count, *two_pass_moments(x, count, axes, mask))
 
     mean, variance = (tf.cast(part, tf.float64) for part in rough_moments(x, axes))
     # The kernel is to be believed where its mean is off by a hundredth of the standard deviation at
@@ -83,12 +83,12 @@ def local_moments(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = No
     mean, variance = tf.cond(
         tf.reduce_all(reliable) & (count <= _MOST_FUSED_ROWS),
         lambda: (mean, variance),
-        lambda: _two_pass_moments(x, count, axes, mask),
+        lambda: two_pass_moments(x, count, axes, mask),
     )
     return Moments(count, mean, variance)
 
 
-def _two_pass_moments(
+def two_pass_moments(
     x: tf.Tensor, count: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns mean and variance, float64, whatever their ratio.

@@ -39,7 +39,9 @@ def test_the_example_runs(name, tmp_path):
         assert "Epoch 2/2" in finished.output
     else:
         # Each worker prints its rank and the moving mean; launchers put tags in between.
-        means = re.findall(r"\[[-+.e\d\s]+\d\]", re.sub(r"\[[\d,]+\]<\w+>:", "", finished.output))
+        means = re.findall(
+            r"\[[-+e\d\s]*\.[-+.e\d\s]*\]", re.sub(r"\[[\d,]+\]<\w+>:", "", finished.output)
+        )
         assert len(means) == 2, finished.output
         assert means[0] == means[1], finished.output
 
