@@ -71,7 +71,7 @@ def draw(results: Results, reference: str | None, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for panel, part, label in (
@@ -98,12 +98,19 @@ def draw(results: Results, reference: str | None, path: Path) -> None:
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
     panels[0].set_yscale("log")
-    panels[0].legend()
-    seeds = len(next(iter(results.values())))
-    figure.suptitle(
-        "Handwritten digits, with plain and synchronized batch normalization"
-        + f" (mean and range of {seeds} seeds)" * (seeds > 1)
+    panels[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+    panels[0].yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    panels[0].yaxis.set_minor_formatter(ticker.NullFormatter())
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=len(labels),
+        title="batch normalization, replicas x images per step",
     )
+    seeds = len(next(iter(results.values())))
+    figure.suptitle("Handwritten digits" + f": mean and range over {seeds} seeds" * (seeds > 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

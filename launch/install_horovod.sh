@@ -20,6 +20,9 @@ version=0.28.1
 sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 # Gloo's CMakeLists asks for a policy level that CMake 4 has dropped.
 cmake_version=3.31.10
+# What Horovod's setup.py asks for, to build and to run. Installed by pip beforehand, or setuptools
+# would fetch them in a way of its own, past any constraints.
+requirements=(cloudpickle psutil pyyaml packaging cffi)
 
 die() { echo "install_horovod.sh: $*" >&2; exit 1; }
 
@@ -37,6 +40,12 @@ while [ $# -gt 0 ]; do
     *) die "unknown argument: $1 (see --help)" ;;
   esac
 done
+
+# The build runs in another folder.
+if [ -f "${PIP_CONSTRAINT:-}" ]; then
+  PIP_CONSTRAINT=$(realpath "$PIP_CONSTRAINT")
+  export PIP_CONSTRAINT
+fi
 
 python=$(command -v "$python") || die "no such interpreter: give one with --python"
 export PATH="$(dirname "$python"):$PATH"
@@ -68,7 +77,7 @@ if [ "$rebuild" = 1 ] || ! compgen -G "$wheels/horovod-*.whl" >/dev/null; then
   trap 'rm -rf "$work"' EXIT
   echo "Building Horovod $version for $target (MPI: ${mpi%-}). This takes a few minutes, once."
   echo "horovod==$version --hash=sha256:$sha256" >"$work/horovod.txt"
-  "$python" -m pip install -q "setuptools<81" wheel packaging
+  "$python" -m pip install -q "setuptools<81" wheel "${requirements[@]}"
   "$python" -m pip download -q --no-deps --no-binary=:all: --no-build-isolation \
     --require-hashes -r "$work/horovod.txt" -d "$work"
   tar -xzf "$work/horovod-$version.tar.gz" -C "$work"
@@ -96,5 +105,5 @@ if [ "$rebuild" = 1 ] || ! compgen -G "$wheels/horovod-*.whl" >/dev/null; then
 fi
 
 "$python" -m pip install -q --force-reinstall --no-deps "$wheels"/horovod-"$version"-*.whl
-"$python" -m pip install -q cloudpickle psutil pyyaml packaging cffi "setuptools<81"
+"$python" -m pip install -q "setuptools<81" "${requirements[@]}"
 horovodrun --check-build

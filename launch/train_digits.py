@@ -126,7 +126,7 @@ def build_model(norm: str) -> tf.keras.Model:
     model = tf.keras.Sequential([tf.keras.Input((8, 8, 1))])
     # 8 pixels, then 4, 2 and 1: where two images are all that a replica has, its last statistics
     # are those of two numbers per channel.
-    for filters in 32, 64, 128:
+    for filters in 16, 32, 64:
         model.add(layers.Conv2D(filters, 3, strides=2, padding="same", use_bias=False))
         # The default, 0.99, looks back on more steps than an epoch has.
         model.add(normalization(momentum=0.9))
