@@ -48,7 +48,7 @@ if [ -f "${PIP_CONSTRAINT:-}" ]; then
 fi
 
 python=$(command -v "$python") || die "no such interpreter: give one with --python"
-export PATH="$(dirname "$python"):$PATH"
+PATH=$(dirname "$python"):$PATH
 command -v g++ >/dev/null || die "a C++ compiler is required: apt-get install g++"
 command -v make >/dev/null || die "make is required: apt-get install make"
 
