@@ -41,13 +41,14 @@ while [ $# -gt 0 ]; do
   esac
 done
 
-# The build runs in another folder.
+# The build runs in another folder, so paths have to be absolute.
 if [ -f "${PIP_CONSTRAINT:-}" ]; then
   PIP_CONSTRAINT=$(realpath "$PIP_CONSTRAINT")
   export PIP_CONSTRAINT
 fi
 
 python=$(command -v "$python") || die "no such interpreter: give one with --python"
+python=$(realpath -s "$python")  # not through links: an environment's python is one
 PATH=$(dirname "$python"):$PATH
 command -v g++ >/dev/null || die "a C++ compiler is required: apt-get install g++"
 command -v make >/dev/null || die "make is required: apt-get install make"
