@@ -58,7 +58,8 @@ def print_table(results: Results, reference: str | None, early_steps: int) -> No
             rows[-1] += [f"{weights:.1e}", f"{loss:.1e}"]
     print("\nTest after the last epoch. Setups: batch normalization, replicas x images of each.")
     if reference:
-        print("|Δ|: the largest difference from the reference with the same seed.")
+        print("|Δ|: the largest difference from the reference with the same seed; the weights")
+        print("include the moving statistics.")
     print()
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *cells in rows:
