@@ -3,7 +3,7 @@
 # make bench  time the layers against Keras' own
 # make clean  remove what the others made
 #
-# Each needs Python 3.10 or later and make; `make test` also a C++ compiler, for Horovod.
+# Each needs Python 3.10 or later with venv, and make; `make test` also a C++ compiler, for Horovod.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,7 +37,7 @@ clean:
 	rm -rf $(VENV) $(BUILD) .hypothesis .mypy_cache .pytest_cache .ruff_cache syncbn.egg-info
 
 $(python):
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "venv is required: apt-get install python3-venv"; exit 1; }
 
 $(VENV)/.demo: $(python) pyproject.toml constraints.txt
 	$(install) -e '.[demo]'

@@ -67,7 +67,7 @@ PYTHON
 ) || die "cannot tell which TensorFlow to build for"
 mpi=none
 if command -v mpicxx >/dev/null; then
-  mpi=$(mpirun --version 2>/dev/null | sed -n '1s/[^A-Za-z0-9.]\{1,\}/-/gp')
+  mpi=$(mpirun --version 2>/dev/null | sed -n '1s/[^A-Za-z0-9.]\{1,\}/-/gp' || true)
   mpi=${mpi:-unknown}
 fi
 [ "$nccl" = 0 ] || target+=-nccl

@@ -73,11 +73,11 @@ class StatisticsLayer(keras.layers.Layer):  # type: ignore[name-defined]
             **kwargs: Any,
         ) -> Any:
             # Keras' own batch normalization makes its moving statistics here.
-            if trainable or name is None:
-                return super().add_weight(
-                    shape, initializer, *args, trainable=trainable, name=name, **kwargs
-                )
-            return self.add_statistic(name, shape, initializer)
+            if name in ("moving_mean", "moving_variance"):
+                return self.add_statistic(name, shape, initializer)
+            return super().add_weight(
+                shape, initializer, *args, trainable=trainable, name=name, **kwargs
+            )
 
 
 def layer_path(layer: Any) -> str:
@@ -100,17 +100,22 @@ def training_mode(layer: Any, training: Any) -> Any:
     return bool(training)
 
 
-def only_infers_shapes() -> bool:
-    """Says whether Keras is calling layers just to learn their output's shape and dtype.
+_NEVER_TRAINED = ("scratch_graph", "_layer_call_fn", "_layer_call_and_return_conditional_losses")
 
-    Both Kerases do so in a graph that is never run, which they name a scratch graph. It is built
-    wherever the model is, thus outside of replicas, and must not communicate.
+
+def never_trains() -> bool:
+    """Says whether Keras is tracing a layer into a graph that trains nothing.
+
+    Both Kerases call layers in a scratch graph, just to learn the shape and dtype of their outputs;
+    and Keras 2 traces them, training included, when it writes a SavedModel. Both happen outside of
+    replicas and maybe without the engine, so such a trace must not communicate. There is no public
+    way to learn of it: the graphs are known by their names.
     """
     if tf.executing_eagerly():
         return False
     graph = tf.compat.v1.get_default_graph()
     while graph is not None:
-        if "scratch_graph" in getattr(graph, "name", ""):
+        if any(name in getattr(graph, "name", "") for name in _NEVER_TRAINED):
             return True
         graph = getattr(graph, "outer_graph", None)
     return False

@@ -43,6 +43,10 @@ def cases(size):
         Case(ragged, options=(("unbiased_moving_variance", True),)),
         Case(ragged, options=(("center", False), ("scale", False))),
         Case(ragged, options=(("center", False),)),
+        Case(last_empty, masked=True, unmasked=(0,), axis=1),
+        Case(ragged, layer=center, masked=True, unmasked=(0,), axis=1),
+        Case(ragged, masked=True, unmasked=(0,)),
+        Case(even, mean=1e3, axis=1, sample=(3, 40, 40)),
     ]
 
 

@@ -14,9 +14,13 @@ import threading
 import numpy as np
 import tensorflow as tf
 
+import syncbn
+
 
 class Threads:
     """Replicas that are threads: a communicator of a user's own making, and a fast one."""
+
+    separate = True
 
     def __init__(self, size):
         self.size = size
@@ -57,10 +61,19 @@ class Threads:
         return results
 
     def moving(self, layers):
+        self._moving = [
+            {name: getattr(layer, name).numpy() for name in _statistics(layer)} for layer in layers
+        ]
         return {
-            name: {rank: getattr(layer, name).numpy() for rank, layer in enumerate(layers)}
-            for name in _statistics(layers[0])
+            name: {rank: moving[name] for rank, moving in enumerate(self._moving)}
+            for name in self._moving[0]
         }
+
+    def total(self, value):
+        # All of them are here, so that they can be compared with one another.
+        for name, first in self._moving[0].items():
+            assert all(np.array_equal(first, moving[name]) for moving in self._moving), name
+        return self.size * value
 
 
 class ThreadCommunicator:
@@ -88,6 +101,8 @@ class ThreadCommunicator:
 
 class Strategy:
     """The replicas of a tf.distribute strategy, in this process and maybe in others."""
+
+    separate = False
 
     def __init__(self, strategy):
         self.strategy = strategy
@@ -141,14 +156,29 @@ class Strategy:
 
     def moving(self, layers):
         (layer,) = layers
-        return {
+        self._moving_values = {
             name: dict(enumerate(_local_values(self.strategy, getattr(layer, name))))
             for name in _statistics(layer)
         }
+        return self._moving_values
+
+    def total(self, value):
+        if self.local_size == self.size:
+            values = self._moving_values
+            assert all(np.array_equal(values[n][0], v) for n in values for v in values[n].values())
+            return self.size * value
+
+        def reduce():
+            context = tf.distribute.get_replica_context()
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(value))
+
+        return self.strategy.experimental_local_results(self.strategy.run(reduce))[0].numpy()
 
 
 class Process:
     """This process is one replica; an engine joins it to the others."""
+
+    separate = True
 
     def __init__(self, rank, size):
         self.rank, self.size, self.local_size = rank, size, 1
@@ -174,6 +204,9 @@ class Process:
         return {
             name: {self.rank: getattr(layers[0], name).numpy()} for name in _statistics(layers[0])
         }
+
+    def total(self, value):
+        return syncbn.resolve().all_reduce_sum(tf.constant(value), "total").numpy()
 
 
 def mirrored(size):

@@ -16,7 +16,7 @@ class Communicator(Protocol):
     """
 
     name: str
-    """What a layer's config stores: one of the names that ``communicator=`` takes."""
+    """One of the names that ``communicator=`` takes: all that a saved or cloned layer keeps."""
 
     supports_jit: bool
     """Whether XLA can compile a function that holds an `all_reduce_sum`."""

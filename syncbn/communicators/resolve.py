@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ _ENGINES: dict[str, Callable[[], Communicator]] = {
     "local": LocalCommunicator,
 }
 NAMES = ("auto", *_ENGINES)
+_MEMBERS = ("name", "supports_jit", "size", "rank", "all_reduce_sum")
 
 _log = logging.getLogger("syncbn")
 
@@ -31,7 +33,7 @@ def check(communicator: str | Communicator) -> str | Communicator:
     """Returns ``communicator`` when `resolve` could take it.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, of an engine or of a communicator.
         TypeError: neither a name nor a communicator.
     """
     if isinstance(communicator, str):
@@ -40,10 +42,23 @@ def check(communicator: str | Communicator) -> str | Communicator:
                 f"`communicator` must be one of {', '.join(map(repr, NAMES))}, or a Communicator. "
                 f"Received: communicator={communicator!r}."
             )
-    elif isinstance(communicator, type) or not isinstance(communicator, Communicator):
+        return communicator
+    # Without evaluating the members, some of which have a value in a replica only.
+    missing = [
+        member
+        for member in _MEMBERS
+        if inspect.getattr_static(communicator, member, _MEMBERS) is _MEMBERS
+    ]
+    if isinstance(communicator, type) or missing:
         raise TypeError(
             "`communicator` must be a name or an object with the members of "
             f"syncbn.Communicator. Received: communicator={communicator!r}."
+        )
+    if communicator.name not in NAMES:
+        raise ValueError(
+            "The name of a communicator is what a saved layer stores, so it must be one that "
+            f"`communicator` takes: {', '.join(map(repr, NAMES))}. "
+            f"Received: name={communicator.name!r}."
         )
     return communicator
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         scale: Whether to multiply by ``gamma``.
         communicator: What joins the replicas: ``"auto"`` (see `syncbn.resolve`),
             ``"tf.distribute"``, ``"horovod"``, ``"mpi"``, ``"local"``, or a `syncbn.Communicator`,
-            of which a saved model stores the name.
+            of which a saved or cloned layer keeps the name only.
         unbiased_moving_variance: Whether the moving variance collects ``N / (N - 1)`` times the
             biased variance, N being the elements per channel on all replicas. The outputs do not
             change.
@@ -75,7 +76,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         virtual_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if epsilon < 0:
+        if not epsilon >= 0:  # a NaN too
             raise ValueError(f"`epsilon` must not be negative. Received: epsilon={epsilon}.")
         if not synchronized:
             raise ValueError(
@@ -88,7 +89,9 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
                 f"batches. Received: renorm={renorm}, virtual_batch_size={virtual_batch_size}. "
                 "Leave them out, or use tf.keras.layers.BatchNormalization."
             )
-        if keras_api.KERAS_3 and not isinstance(axis, int):
+        if not isinstance(axis, Sequence):
+            axis = operator.index(axis)
+        elif keras_api.KERAS_3:
             raise TypeError(
                 f"Keras 3 normalizes one axis. Received: axis={axis}. Give an integer, or use "
                 "Keras 2 (TF_USE_LEGACY_KERAS=1), which takes several."

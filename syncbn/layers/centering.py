@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,10 @@ class SyncCentering(SynchronizedLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(momentum, communicator, **kwargs)
-        self.axis = axis if isinstance(axis, int) else list(axis)
+        if isinstance(axis, Sequence):
+            self.axis: int | list[int] = [operator.index(one) for one in axis]
+        else:
+            self.axis = operator.index(axis)
         self.moving_mean_initializer = keras_api.keras.initializers.get(moving_mean_initializer)
 
     def build(self, input_shape: Any) -> None:

@@ -86,6 +86,7 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
                 f"{type(self).__name__} needs floating inputs. "
                 f"Received: dtype {inputs.dtype.name}. Cast them, with tf.cast(x, tf.float32)."
             )
+        inputs = self._with_known_channels(inputs)
         training = keras_api.training_mode(self, training)
         if tf.is_tensor(training):
             return tf.cond(
@@ -94,6 +95,16 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
                 lambda: self._call_inference(inputs, mask),
             )
         return self._train(inputs, mask) if training else self._call_inference(inputs, mask)
+
+    def _with_known_channels(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Gives the channels the size that the layer was built for, where a trace knows none."""
+        rank = inputs.shape.rank
+        known = {axis % rank: size for axis, size in self.input_spec.axes.items()}
+        if all(inputs.shape[axis] is not None for axis in known):
+            return inputs
+        return tf.ensure_shape(
+            inputs, [known.get(axis, inputs.shape[axis]) for axis in range(rank)]
+        )
 
     def _train(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
         axes = normalized_axes(self.axis, inputs.shape)
@@ -117,11 +128,11 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
     def _all_reduce_sum(self) -> AllReduceSum:
         # Looked up at each call: the layer may be tried out eagerly before it is trained under a
         # strategy. The lookup costs microseconds, and a graph pays them once.
-        if keras_api.only_infers_shapes():
+        if keras_api.never_trains():
             communicator: Communicator = LocalCommunicator()
         else:
-            communicator = resolve(self._communicator)
             _require_replica_context()
+            communicator = resolve(self._communicator)
         scope = re.sub(r"[^\w.\-/]", "_", keras_api.layer_path(self))
 
         def all_reduce_sum(tensor: tf.Tensor, name: str) -> tf.Tensor:

@@ -71,25 +71,36 @@ def broadcast(vector: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor
 def sum_to_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """Sums ``x`` over all but ``axes``. Returns a float64 channel vector.
 
-    With the channels last, in two stages, as in pairwise summation (Higham, 1993): blocks in the
-    dtype of ``x``, and the blocks' sums in float64. In one go TensorFlow adds up a million float32
-    elements of mean 1e4 to a mean that is 12 off; in two it is right to 1e-3, and no slower.
-    Contiguous sums, as with the channels first, it does pairwise itself.
+    In two stages, as in pairwise summation (Higham, 1993): blocks in the dtype of ``x``, and the
+    blocks' sums in float64. In one go TensorFlow adds up a million float32 elements of mean 1e4 to
+    a mean that is 12 off or more; in two it is right to 1e-3, and no slower.
     """
-    if tuple(axes) != (x.shape.rank - 1,):
-        total = tf.reduce_sum(x, reduction_axes(x.shape.rank, axes))
-        return tf.reshape(tf.cast(total, tf.float64), [-1])
-    channels = x.shape[-1]
-    rows = tf.reshape(x, [-1, channels])
-    size = math.prod(x.shape[:-1]) if None not in x.shape[:-1] else None
-    if size is not None and size <= _BLOCK:
-        return tf.cast(tf.reduce_sum(rows, 0), tf.float64)
-    whole = (tf.shape(rows)[0] if size is None else size) // _BLOCK * _BLOCK
-    blocks = tf.reduce_sum(tf.reshape(rows[:whole], [-1, _BLOCK, channels]), 1)
+    rank = x.shape.rank
+    if tuple(axes) == tuple(range(rank - len(axes), rank)):
+        return _sum_rows(tf.reshape(x, [-1, channel_count(x, axes)]), _known_rows(x, axes))
+    # What lies behind the channels is contiguous, and TensorFlow itself adds that up pairwise.
+    reduced = reduction_axes(rank, axes)
+    behind = [axis for axis in reduced if axis > max(axes)]
+    if behind:
+        x = tf.reduce_sum(x, behind, keepdims=True)
+    return tf.reshape(tf.reduce_sum(tf.cast(x, tf.float64), reduced), [-1])
+
+
+def _sum_rows(x: tf.Tensor, rows: int | None) -> tf.Tensor:
+    """Sums ``(rows, channels)`` over the rows, whose number may be known."""
+    if rows is not None and rows <= _BLOCK:
+        return tf.cast(tf.reduce_sum(x, 0), tf.float64)
+    whole = (tf.shape(x)[0] if rows is None else rows) // _BLOCK * _BLOCK
+    blocks = tf.reduce_sum(tf.reshape(x[:whole], [-1, _BLOCK, x.shape[1]]), 1)
     total = tf.reduce_sum(tf.cast(blocks, tf.float64), 0)
-    if size is not None and whole == size:
+    if rows is not None and rows == whole:
         return total
-    return total + tf.cast(tf.reduce_sum(rows[whole:], 0), tf.float64)
+    return total + tf.cast(tf.reduce_sum(x[whole:], 0), tf.float64)
+
+
+def _known_rows(x: tf.Tensor, axes: Sequence[int]) -> int | None:
+    sizes = [x.shape[axis] for axis in reduction_axes(x.shape.rank, axes)]
+    return None if None in sizes else math.prod(sizes)
 
 
 def statistics_dtype(dtype: tf.DType) -> tf.DType:

@@ -8,18 +8,21 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from syncbn.ops.channels import broadcast, reduction_axes, statistics_dtype, sum_to_channels
-from syncbn.ops.kernels import fused_is_faster, rough_moments
-
-# Beyond, the fused kernel's float32 sums of squares lose more than the fifth digit.
-_MOST_FUSED_ROWS = 1 << 17
+from syncbn.ops.channels import (
+    broadcast,
+    channel_count,
+    reduction_axes,
+    statistics_dtype,
+    sum_to_channels,
+)
+from syncbn.ops.kernels import MOST_FUSED_ROWS, fused_is_faster, rough_moments
 
 
 class Moments(NamedTuple):
     """Statistics of a batch. An empty batch has count, mean and variance zero."""
 
     count: tf.Tensor
-    """Elements per channel, float64: ``()``, or ``(channels,)`` where a mask makes them differ."""
+    """Elements per channel, float64; ``()`` where the channels are last, else ``(channels,)``."""
     mean: tf.Tensor
     """``(channels,)``"""
     variance: tf.Tensor
@@ -47,19 +50,20 @@ def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
 def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> tf.Tensor:
     """Returns how many elements of ``x`` each channel has, under ``mask``; float64.
 
-    A scalar, or ``(channels,)`` where the mask can differ from channel to channel, that is where
-    the channels are not the last axis alone.
+    A scalar where the channels are the last axis. Elsewhere ``(channels,)``, since a mask can
+    differ from channel to channel there; without a mask too, since another replica may have one.
     """
-    if mask is None:
-        reduced = reduction_axes(x.shape.rank, axes)
-        sizes = [x.shape[one] for one in reduced]
-        if None not in sizes:
-            return tf.constant(math.prod(sizes), tf.float64)
-        return tf.reduce_prod(tf.cast(tf.gather(tf.shape(x), reduced), tf.float64))
     if tuple(axes) == (x.shape.rank - 1,):
         shape = tf.shape(x)[:-1]
-        return tf.reduce_sum(tf.cast(tf.broadcast_to(mask[..., 0], shape), tf.float64))
-    return sum_to_channels(tf.cast(tf.broadcast_to(mask, tf.shape(x)), tf.float64), axes)
+        if mask is not None:
+            return tf.reduce_sum(tf.cast(tf.broadcast_to(mask[..., 0], shape), tf.float64))
+        if None not in x.shape[:-1]:
+            return tf.constant(math.prod(x.shape[:-1]), tf.float64)
+        return tf.reduce_prod(tf.cast(shape, tf.float64))
+    if mask is not None:
+        return sum_to_channels(tf.cast(tf.broadcast_to(mask, tf.shape(x)), tf.float64), axes)
+    reduced = tf.gather(tf.shape(x), reduction_axes(x.shape.rank, axes))
+    return tf.fill([channel_count(x, axes)], tf.reduce_prod(tf.cast(reduced, tf.float64)))
 
 
 def local_moments(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Moments:
@@ -81,7 +85,7 @@ def local_moments(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = No
     # beside the deviation, or there are no rows, which makes NaN of both; NaN compares false.
     reliable = tf.square(count * 2.0**-24 * mean) <= 1e-4 * variance
     mean, variance = tf.cond(
-        tf.reduce_all(reliable) & (count <= _MOST_FUSED_ROWS),
+        tf.reduce_all(reliable) & (count <= MOST_FUSED_ROWS),
         lambda: (mean, variance),
         lambda: two_pass_moments(x, count, axes, mask),
     )

@@ -61,7 +61,8 @@ def batch_normalize(
         moments = _reduced_moments(x, axes, mask, all_reduce_sum)
         count = moments.count
         mean, variance = tf.cast(moments.mean, dtype), tf.cast(moments.variance, dtype)
-        inverse_deviation = tf.math.rsqrt(variance + epsilon)
+        # Zero where there is nothing to divide by, which epsilon=0 allows: no NaN comes of it.
+        inverse_deviation = tf.math.divide_no_nan(tf.ones([], dtype), tf.sqrt(variance + epsilon))
         scale = gamma * inverse_deviation
         y = scale_and_offset(tf.cast(x, dtype), mean, scale, beta, axes, fused)
 

@@ -63,6 +63,8 @@ strategy = tf.distribute.ParameterServerStrategy(resolver)
 with strategy.scope():
     layer = syncbn.SyncBatchNormalization()
     layer.build((None, 3))
+import json, os
+os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": [worker, worker], "ps": [server]}})
 coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
 try:
     coordinator.schedule(tf.function(lambda: layer(tf.ones([2, 3]), training=True)))

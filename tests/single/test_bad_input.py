@@ -63,9 +63,10 @@ def test_a_momentum_outside_of_its_range(make, momentum):
         make(momentum=momentum)
 
 
-def test_a_negative_epsilon():
-    with pytest.raises(ValueError, match=r"not be negative.*epsilon=-0\.1"):
-        syncbn.SyncBatchNormalization(epsilon=-0.1)
+@pytest.mark.parametrize("epsilon", [-0.1, float("nan")])
+def test_a_negative_epsilon(epsilon):
+    with pytest.raises(ValueError, match=r"not be negative.*Received: epsilon="):
+        syncbn.SyncBatchNormalization(epsilon=epsilon)
 
 
 @pytest.mark.parametrize("option", [{"renorm": True}, {"virtual_batch_size": 2}], ids=str)
@@ -90,6 +91,15 @@ def test_an_unknown_communicator(make):
 def test_something_that_is_no_communicator(make, thing):
     with pytest.raises(TypeError, match=r"members of syncbn\.Communicator.*Received"):
         make(communicator=thing)
+
+
+@BOTH
+def test_a_communicator_whose_name_could_not_be_loaded_again(make):
+    class Mine(syncbn.LocalCommunicator):
+        name = "mine"
+
+    with pytest.raises(ValueError, match=r"saved layer stores.*'local'.*Received: name='mine'"):
+        make(communicator=Mine())
 
 
 @pytest.mark.parametrize("name", ["horovod", "mpi"])

@@ -59,6 +59,7 @@ def test_tensorflow_distribute_outside_of_replicas_is_refused(mirrored):
     with mirrored(2).strategy.scope():
         communicator = syncbn.DistributeCommunicator()
         assert communicator.size == 2
+        syncbn.SyncCentering(communicator=communicator)
         with pytest.raises(RuntimeError, match="replica context"):
             communicator.all_reduce_sum(tf.ones([1]), "x")
 

@@ -186,6 +186,48 @@ def test_moving_statistics_are_read_on_demand_and_averaged():
         assert not variable.trainable
 
 
+def test_epsilon_zero_makes_no_nan_of_nothing_or_of_a_constant():
+    layer = syncbn.SyncBatchNormalization(epsilon=0.0)
+    for x in (tf.zeros([0, 3]), tf.ones([4, 3])):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+        gradients = tape.gradient(y, [x, *layer.trainable_variables])
+        for value in (y, *gradients, *layer.get_weights()):
+            assert np.isfinite(value).all()
+
+
+@pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_built_layer_may_be_traced_for_channels_that_the_trace_does_not_know(make, training):
+    layer = make()
+    layer.build((None, 3))
+    call = tf.function(
+        lambda x: layer(x, training=training), input_signature=[tf.TensorSpec([None, None])]
+    )
+    assert call(tf.ones([4, 3])).shape == (4, 3)
+
+
+def test_axis_can_be_any_integer():
+    layer = syncbn.SyncBatchNormalization(axis=np.int64(1))
+    layer.build((None, 3, 4))
+    assert syncbn.SyncCentering(axis=np.int64(1)).axis == 1
+    assert layer.moving_mean.shape == (3,)
+
+
+def test_a_subclass_may_have_weights_of_its_own():
+    class Counting(syncbn.SyncBatchNormalization):
+        def build(self, shape):
+            super().build(shape)
+            self.steps = self.add_weight(
+                name="steps", shape=(), dtype="int64", initializer="zeros", trainable=False
+            )
+
+    layer = Counting()
+    layer.build((None, 3))
+    assert layer.steps.dtype == "int64"
+
+
 def test_a_training_flag_can_be_a_tensor():
     layer = syncbn.SyncBatchNormalization(momentum=0.0)
     x = data(5, 3)

@@ -25,6 +25,26 @@ def test_local_moments_keep_their_digits_at_any_mean_and_size(mean, shape):
     )
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((1000, 4, 1000), (1,)),
+        ((16, 4, 128, 256), (1,)),
+        ((100_000, 4, 3), (1,)),
+        ((100_000, 2, 2), (1, 2)),
+        ((300, 2, 1000, 2), (1, 3)),
+    ],
+    ids=str,
+)
+def test_local_moments_keep_their_digits_wherever_the_channels_are(shape, axes):
+    x = np.random.default_rng(0).normal(1e4, 1, size=shape).astype("float32")
+    reduced = tuple(a for a in range(len(shape)) if a not in axes)
+    moments = local_moments(tf.constant(x), axes)
+    truth = x.astype("float64")
+    np.testing.assert_allclose(moments.mean, truth.mean(reduced).reshape(-1), atol=1e-3)
+    np.testing.assert_allclose(moments.variance, truth.var(reduced).reshape(-1), rtol=2e-5)
+
+
 def test_a_jump_in_the_data_does_not_spoil_the_variance():
     # A pivot taken from the first elements would be 1e4 standard deviations off here.
     x = np.random.default_rng(0).normal(1e4, 1, size=(50_000, 2)).astype("float32")
@@ -79,6 +99,8 @@ def test_fused_kernels_are_chosen_for_large_channels_last_inputs_only():
     assert not chosen([2, 7, 7, 512], (3,))
     assert not chosen([8, 64, 56, 56], (1,))
     assert not chosen([8, 56, 56, 64], (3,), tf.float64)
+    # So many rows that float32 sums lose digits.
+    assert not chosen([2, 64, 64, 64, 32], (4,))
 
 
 @pytest.mark.parametrize(

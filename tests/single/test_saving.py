@@ -139,7 +139,25 @@ def test_a_clone_has_the_same_options():
 
 
 @pytest.mark.skipif(KERAS_3, reason="Keras 3 writes SavedModels by export only, tested above")
-def test_a_saved_model_folder_restores_the_model(tmp_path):
-    model, x = trained()
+@pytest.mark.parametrize("communicator", ["auto", "horovod", "mpi"])
+def test_a_saved_model_folder_needs_no_engine(communicator, scope, tmp_path):
+    # Keras 2 traces the layers in training too when it writes one, wherever that is.
+    with scope():
+        layer = syncbn.SyncBatchNormalization(communicator=communicator)
+        model = keras.Sequential([keras.Input((3,)), layer])
+        model.save(tmp_path / "folder", save_format="tf")
+    x = np.ones((2, 3), "float32")
+    assert_same(keras.models.load_model(tmp_path / "folder"), model, x)
+
+
+@pytest.mark.skipif(KERAS_3, reason="Keras 3 writes SavedModels by export only, tested above")
+def test_a_saved_model_folder_restores_the_model(scope, tmp_path):
+    with scope():
+        model, x = trained()
+    x_train = np.ones((4, 4, 3), "float32")
+    # `fit` runs its callbacks inside the scope.
+    checkpoint = keras.callbacks.ModelCheckpoint(str(tmp_path / "checkpoint"), save_format="tf")
+    model.fit(x_train, x_train[..., :2], verbose=0, callbacks=[checkpoint])
+    assert_same(keras.models.load_model(tmp_path / "checkpoint"), model, x)
     model.save(tmp_path / "folder", save_format="tf")
     assert_same(keras.models.load_model(tmp_path / "folder"), model, x)

@@ -1,0 +1,49 @@
+"""A gradient penalty: the gradient of a gradient, against automatic differentiation in float64."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import syncbn
+
+
+def penalty(normalize, x, gamma, weights):
+    with tf.GradientTape() as outer:
+        outer.watch([x, gamma])
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            loss = tf.reduce_sum(weights * normalize(x) ** 3)
+        loss = tf.reduce_sum(inner.gradient(loss, x) ** 2)
+    return outer.gradient(loss, [x, gamma])
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("shape", [(4, 3, 5), (2, 48, 48, 64)], ids=["plain", "fused"])
+def test_batch_normalization(shape, graph):
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(2, *shape))
+    layer = syncbn.SyncBatchNormalization()
+    layer.build(shape)
+
+    def ours():
+        gamma = layer.trainable_variables[0]
+        with tf.GradientTape() as outer:
+            wide = tf.constant(x, tf.float32)
+            outer.watch(wide)
+            with tf.GradientTape() as inner:
+                inner.watch(wide)
+                y = layer(wide, training=True)
+                loss = tf.reduce_sum(tf.constant(weights, tf.float32) * y**3)
+            loss = tf.reduce_sum(inner.gradient(loss, wide) ** 2)
+        return outer.gradient(loss, [wide, gamma])
+
+    gamma = tf.ones(shape[-1:], tf.float64)
+
+    def normalize(x):
+        mean, variance = tf.nn.moments(x, list(range(len(shape) - 1)))
+        return gamma * (x - mean) / tf.sqrt(variance + 1e-3)
+
+    truth = penalty(normalize, tf.constant(x), gamma, tf.constant(weights))
+    for one, other in zip((tf.function(ours) if graph else ours)(), truth, strict=True):
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(one / scale, other / scale, atol=2e-5)
