@@ -31,9 +31,7 @@ class DistributeCommunicator:
             return tensor
         refuse_xla("tf.distribute")
         with tf.name_scope(name):
-            if _shares_one_memory(context.strategy):
-                return _add_up(tensor)
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, tensor)
+            return _all_reduce_sum(tensor)
 
 
 def _shares_one_memory(strategy: tf.distribute.Strategy) -> bool:
@@ -49,11 +47,17 @@ def _shares_one_memory(strategy: tf.distribute.Strategy) -> bool:
 
 
 @tf.custom_gradient
-def _add_up(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-    def merge(strategy: tf.distribute.Strategy, tensors: Any) -> tf.Tensor:
+def _all_reduce_sum(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+    def add_up(strategy: tf.distribute.Strategy, tensors: Any) -> tf.Tensor:
         return tf.add_n(strategy.experimental_local_results(tensors), name="all_reduce_sum")
 
-    return tf.distribute.get_replica_context().merge_call(merge, args=[tensor]), _add_up
+    context = tf.distribute.get_replica_context()
+    if _shares_one_memory(context.strategy):
+        return context.merge_call(add_up, args=[tensor]), _all_reduce_sum
+    # An argument of a function has no device, without which TensorFlow finds no destination; a copy
+    # made here has the replica's.
+    total = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(tensor))
+    return total, _all_reduce_sum
 
 
 def _replica_context() -> tf.distribute.ReplicaContext:

@@ -63,6 +63,9 @@ class HorovodCommunicator:
         refuse_xla("Horovod")
         # Horovod matches the processes' calls by the name of the operation. A graph makes names
         # unique by numbering them, in the order of the trace, which is the same everywhere.
-        return self._hvd.allreduce(
-            tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
+        # It knows no bfloat16.
+        wire = tf.float32 if tensor.dtype == tf.bfloat16 else tensor.dtype
+        total = self._hvd.allreduce(
+            tf.cast(tensor, wire), op=self._hvd.Sum, name=name, process_set=self._process_set
         )
+        return tf.cast(total, tensor.dtype)

@@ -47,11 +47,13 @@ def fit(replicas):
             # Every worker reads its own part of each batch.
             rank = replicas.strategy.cluster_resolver.task_id
             own = np.concatenate([np.array_split(b, replicas.size)[rank] for b in batches])
-            data = tf.data.Dataset.from_tensor_slices((own, own)).batch(BATCH)
+            data = tf.data.Dataset.from_tensor_slices((own, own)).batch(BATCH).repeat()
             data = replicas.strategy.distribute_datasets_from_function(lambda _: data)
         else:
             data = data.with_options(policy)
-        model.fit(data, epochs=2, verbose=0, shuffle=False)
+        # Keras wants to be told how many steps a distributed dataset has.
+        steps = len(batches) if ENGINE == "multiworker" else None
+        model.fit(data, epochs=2, steps_per_epoch=steps, verbose=0, shuffle=False)
         return model, x, batches
 
     return run
