@@ -64,7 +64,8 @@ def print_table(results: Results, reference: str | None, early_steps: int) -> No
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *cells in rows:
         aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        print(first.ljust(widths[0]), *aligned, sep="   ")
+        # In one piece, or a launcher would put its tags between the cells.
+        print("   ".join([first.ljust(widths[0]), *aligned]))
 
 
 def draw(results: Results, reference: str | None, path: Path) -> None:

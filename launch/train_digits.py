@@ -1,8 +1,15 @@
 """Trains a small convolutional network with batch normalization on handwritten digits.
 
-One training run, and the demo, which compares plain and synchronized batch normalization:
+The same script runs in one process, on several GPUs or parts of the CPU, and in every process of a
+job that a launcher starts:
 
-    python launch/train_digits.py --norm sync --replicas 8 --batch-per-replica 2
+    python launch/train_digits.py --replicas 8 --batch-per-replica 2
+    horovodrun --gloo -np 2 python launch/train_digits.py --checkpoint build/digits
+    mpirun -np 2 python launch/train_digits.py
+    python launch/multiworker.py --workers 2 -- python launch/train_digits.py
+
+and as the demo, which compares plain and synchronized batch normalization:
+
     python launch/train_digits.py --compare --picture build/digits.png
 
 The data, 8x8 images, come with scikit-learn: ``pip install 'syncbn[demo]'``.
@@ -13,6 +20,8 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +34,12 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import numpy as np
 import tensorflow as tf
+from digits_job import ALONE, ENGINES, Job, detect_engine, ending_all, start
 from digits_report import Run, draw, print_table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from syncbn import SyncBatchNormalization
+from syncbn import SyncBatchNormalization, training
 
 TRAINING_IMAGES, TEST_IMAGES = 1280, 512
 """Of 1797 images; five are left out, so that the usual batches divide both parts."""
@@ -90,24 +100,38 @@ def load_data() -> tuple[Split, Split]:
     return Split(x_train, y_train), Split(x_test, y_test)
 
 
-def training_batches(data: Split, batch: int, epochs: int, seed: int) -> tf.data.Dataset:
-    """Returns the batches of all epochs in a row, each epoch shuffled anew.
+def training_batches(
+    data: Split, batch: int, epochs: range, seed: int, job: Job
+) -> tf.data.Dataset:
+    """Returns this process's part of the batches of these epochs in a row, each shuffled anew.
 
     The last, partial batch of an epoch is left out, as it may leave replicas without images.
     `SyncBatchNormalization` does not mind, but the plain layer of Keras 3 takes a mean over
     nothing, and its moving statistics are NaN from then on.
     """
-    # Shuffled here, as Keras starts a dataset more often in one setup than in another.
+    # Shuffled here, as Keras starts a dataset more often in one setup than in another; and in the
+    # same way in every process, as each takes its part of the same batches.
     random, size = np.random.default_rng(seed), len(data.images)
-    order = [random.permutation(size)[: size // batch * batch] for _ in range(epochs)]
-    shuffled = Split(*(part[np.concatenate(order)] for part in data))
-    return tf.data.Dataset.from_tensor_slices(tuple(shuffled)).batch(batch, drop_remainder=True)
+    order = [random.permutation(size)[: size // batch * batch] for _ in range(epochs.stop)]
+    own = np.concatenate(order[epochs.start :]).reshape(-1, batch)[:, job.share(batch)]
+    shuffled = tuple(part[own.ravel()] for part in data)
+    dataset = tf.data.Dataset.from_tensor_slices(shuffled)
+    return _distributed(dataset.batch(own.shape[1], drop_remainder=True), job)
 
 
-def test_batches(data: Split, replicas: int) -> tf.data.Dataset:
-    """Returns one batch that the replicas can share evenly, and a second one with what is left."""
-    even = len(data.images) // replicas * replicas
-    return tf.data.Dataset.from_tensor_slices(tuple(data)).batch(even)
+def test_batches(data: Split, job: Job) -> tf.data.Dataset:
+    """Returns this process's part: a batch that divides evenly, and one with what is left."""
+    own = Split(*(part[job.share(len(data.images))] for part in data))
+    replicas = job.replicas // job.processes
+    even = len(own.images) // replicas * replicas
+    return _distributed(tf.data.Dataset.from_tensor_slices(tuple(own)).batch(even), job)
+
+
+def _distributed(dataset: tf.data.Dataset, job: Job) -> tf.data.Dataset:
+    """Says that the dataset holds one process's own data, where Keras would part it again."""
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return dataset.with_options(options)
 
 
 def build_model(norm: str) -> tf.keras.Model:
@@ -139,67 +163,109 @@ def initial_weights(seed: int) -> list[np.ndarray]:
     return build_model("batch").get_weights()
 
 
-def prepare_devices(replicas: int) -> None:
-    """Makes sure that there is a device for each replica: a GPU, or else a part of the CPU."""
-    if replicas == 1 or len(tf.config.list_physical_devices("GPU")) >= replicas:
-        return
-    tf.config.set_visible_devices([], "GPU")
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * replicas,
-    )
-    # Turns off the tuning of data pipelines. It has a thread for each replica, and stopping these,
-    # wherever an epoch or a test ends, was seen to take 20 s.
-    tf.data.experimental.enable_debug_mode()
+class Checkpoints(tf.keras.callbacks.Callback):
+    """Saves model, optimizer and epoch after each epoch, and finds them again.
 
-
-@functools.cache
-def strategy_for(replicas: int) -> tf.distribute.Strategy:
-    """Returns the strategy of all runs with so many replicas.
-
-    One for all: a second strategy over the same devices would number its collectives from the
-    start again, and TensorFlow would take them for those of the first.
+    Rank 0 writes. Over Horovod and MPI it alone reads, too, and tells the others; under
+    MultiWorkerMirroredStrategy all workers read, and so need to see the folder.
     """
-    if replicas == 1:
-        return tf.distribute.get_strategy()
-    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-    return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(replicas)])
+
+    def __init__(self, folder: Path, model: tf.keras.Model, job: Job) -> None:
+        super().__init__()
+        model.optimizer.build(model.trainable_variables)
+        self._epoch = tf.Variable(0, dtype=tf.int64)
+        self._checkpoint = tf.train.Checkpoint(
+            model=model, optimizer=model.optimizer, epoch=self._epoch
+        )
+        self._folder, self._job = folder, job
+        own = folder
+        if job.rank:
+            # Saving reads the moving statistics, which under a strategy takes all workers.
+            self._discarded = tempfile.TemporaryDirectory()
+            own = Path(self._discarded.name)
+        self._manager = tf.train.CheckpointManager(self._checkpoint, str(own), max_to_keep=2)
+
+    def restore(self) -> int:
+        """Restores the last checkpoint, if there is one, and returns the epochs that it has seen.
+
+        Raises:
+            SystemExit: it is not one of this model and optimizer.
+        """
+        separate = self._job.processes > 1 and self._job.strategy is None
+        path = tf.train.latest_checkpoint(str(self._folder))
+        if path and not (separate and self._job.rank):
+            try:
+                self._checkpoint.restore(path).assert_consumed()
+            except (AssertionError, ValueError, tf.errors.OpError) as error:
+                reason = str(error).partition("\n")[0]
+                raise SystemExit(
+                    f"--checkpoint must hold checkpoints of this network and optimizer. "
+                    f"Received: {path} ({reason}). Name another folder."
+                ) from error
+        if separate:
+            # The callback BroadcastVariables does the same for all the rest.
+            training.broadcast(self._epoch)
+        return int(self._epoch.numpy())
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._epoch.assign(epoch + 1)
+        if self._job.rank == 0 or self._job.strategy is not None:
+            self._manager.save()
 
 
-def train(
-    setup: Setup,
-    data: tuple[Split, Split],
-    *,
-    epochs: int,
-    seed: int,
-    learning_rate: float,
-) -> Run:
+class Schedule(NamedTuple):
+    """How long and how fast a run learns, and what it leaves behind."""
+
+    epochs: int
+    learning_rate: float
+    checkpoint: Path | None = None
+    metrics: Path | None = None
+
+
+def train(setup: Setup, data: tuple[Split, Split], job: Job, schedule: Schedule, seed: int) -> Run:
     """Trains the network; initial weights and the order of the data depend on ``seed`` alone."""
-    training, test = data
+    training_data, test = data
     weights = initial_weights(seed)
-    steps = len(training.images) // setup.batch
-    with strategy_for(setup.replicas).scope():
+    steps, epochs = len(training_data.images) // setup.batch, schedule.epochs
+    rate = tf.keras.optimizers.schedules.CosineDecay(schedule.learning_rate, epochs * steps)
+    with job.scope():
         model = build_model(setup.norm)
         model.set_weights(weights)
         model.compile(
-            tf.keras.optimizers.SGD(
-                tf.keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps),
-                momentum=0.9,
+            training.distribute(
+                tf.keras.optimizers.SGD(rate, momentum=0.9),
+                "local" if job is ALONE else "auto",
             ),
             tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
             jit_compile=False,  # or Keras would use XLA in some setups and not in others
         )
     recorder = StepRecorder()
-    # The test uses the moving statistics. Those of the plain layer differ from replica to replica:
-    # in Keras 3 each replica tests with its own, and the first one's are what a saved model gets.
+    callbacks, first = [recorder], 0
+    if job is not ALONE:
+        # The test uses the moving statistics. Those of the plain layer differ from replica to
+        # replica: each tests with its own, and the first one's are what a saved model gets.
+        callbacks = [training.BroadcastVariables(), training.AverageMetrics(), recorder]
+    if schedule.checkpoint:
+        checkpoints = Checkpoints(schedule.checkpoint, model, job)
+        callbacks.append(checkpoints)
+        first = checkpoints.restore()
+        if first and job.rank == 0:
+            print(f"Going on after epoch {first}, from {schedule.checkpoint}", flush=True)
+        if first >= epochs:
+            raise SystemExit(f"--epochs {epochs}: {schedule.checkpoint} has seen {first} of them.")
+    if schedule.metrics and job.rank == 0:
+        schedule.metrics.parent.mkdir(parents=True, exist_ok=True)
+        callbacks.append(tf.keras.callbacks.CSVLogger(schedule.metrics, append=bool(first)))
     history = model.fit(
-        training_batches(training, setup.batch, epochs, seed),
+        training_batches(training_data, setup.batch, range(first, epochs), seed, job),
+        initial_epoch=first,
         epochs=epochs,
         steps_per_epoch=steps,
-        validation_data=test_batches(test, setup.replicas),
+        validation_data=test_batches(test, job),
         shuffle=False,
-        callbacks=[recorder],
+        callbacks=callbacks,
+        verbose=0 if job.rank else 1 if sys.stdout.isatty() and job.processes == 1 else 2,
     ).history
     timed = recorder.seconds[EARLY_STEPS:]
     return Run(
@@ -229,10 +295,12 @@ def rate(text: str) -> float:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Returns the arguments of the command line, checked."""
+    """Returns the arguments of the command line, checked as far as they can be by themselves."""
     parser = argparse.ArgumentParser(
         description="Trains a small convolutional network with batch normalization on handwritten "
-        "digits (1280 images, tested on 512 others) and prints how well it does."
+        "digits (1280 images, tested on 512 others) and prints how well it does. Runs in one "
+        "process, and in every process of a job that mpirun, horovodrun, launch/multiworker.py or "
+        "the like starts."
     )
     count = integer_from(1)
     parser.add_argument(
@@ -242,8 +310,22 @@ def parse_arguments() -> argparse.Namespace:
         help="plain (tf.keras.layers.BatchNormalization) or synchronized "
         "(syncbn.SyncBatchNormalization); default: %(default)s",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help="what joins the replicas; default: what the launcher is for (multiworker where it "
+        "set TF_CONFIG, horovod under horovodrun --gloo, mpi under mpirun), mirrored without one. "
+        "Horovod over MPI has to be named",
+    )
+    parser.add_argument(
+        "--replicas",
+        metavar="X",
+        type=count,
+        help="of MirroredStrategy, on GPUs or all on the CPU; 1: no strategy; default: 8. "
+        "A launcher's job has one in each process",
+    )
     for flag, kind, default, text in (
-        ("--replicas", count, 8, "of MirroredStrategy, on GPUs or all on the CPU; 1: no strategy"),
         ("--batch-per-replica", count, 2, "images in each step of a replica"),
         ("--epochs", count, 8, "passes over the training images"),
         ("--learning-rate", rate, 0.02, "of SGD, momentum 0.9; falls to zero along a cosine"),
@@ -267,37 +349,78 @@ def parse_arguments() -> argparse.Namespace:
         "all replicas, and as the reference plain on one replica with the whole batch",
     )
     parser.add_argument(
+        "--checkpoint",
+        metavar="FOLDER",
+        type=Path,
+        help="where to save model and optimizer after each epoch; goes on from what is there",
+    )
+    parser.add_argument(
+        "--metrics", metavar="FILE.csv", type=Path, help="where to write the metrics of each epoch"
+    )
+    parser.add_argument(
         "--picture", metavar="FILE.png", type=Path, help="where to draw test loss and accuracy"
     )
     arguments = parser.parse_args()
-    batch, images = arguments.replicas * arguments.batch_per_replica, TRAINING_IMAGES
-    if batch > images:
-        parser.error(f"a step of all replicas needs {batch} images. There are {images}")
-    if arguments.compare and arguments.replicas == 1:
-        parser.error("--compare needs several replicas. Received: --replicas 1")
-    if arguments.picture and arguments.picture.suffix != ".png":
-        parser.error(f"--picture must end in .png. Received: {arguments.picture}")
+    one_run = not arguments.compare and len(arguments.seeds) == 1
+    for flag, value, suffix in (
+        ("--checkpoint", arguments.checkpoint, ""),
+        ("--metrics", arguments.metrics, ".csv"),
+        ("--picture", arguments.picture, ".png"),
+    ):
+        if value and value.suffix != suffix and suffix:
+            parser.error(f"{flag} must end in {suffix}. Received: {value}")
+        if value and flag != "--picture" and not one_run:
+            parser.error(f"{flag} is for one run, without --compare and with one seed")
     return arguments
+
+
+def setups_of(arguments: argparse.Namespace, job: Job) -> tuple[list[Setup], Setup | None]:
+    """Returns what to train with, and which of it is the reference.
+
+    Raises:
+        SystemExit: the job has more or fewer replicas than that takes.
+    """
+    replicas, share = job.replicas, arguments.batch_per_replica
+    if replicas * share > TRAINING_IMAGES:
+        raise SystemExit(
+            f"A step of {replicas} replicas with --batch-per-replica {share} needs "
+            f"{replicas * share} images. There are {TRAINING_IMAGES}."
+        )
+    if not arguments.compare:
+        return [Setup(arguments.norm, replicas, share)], None
+    if replicas == 1:
+        raise SystemExit("--compare needs several replicas. Received: one.")
+    reference = Setup("batch", 1, replicas * share)
+    return [Setup(norm, replicas, share) for norm in ("batch", "sync")] + [reference], reference
 
 
 def main() -> None:
     """Trains what the command line asks for, and reports."""
     arguments = parse_arguments()
-    replicas, share = arguments.replicas, arguments.batch_per_replica
-    setups, reference = [Setup(arguments.norm, replicas, share)], None
-    if arguments.compare:
-        reference = Setup("batch", 1, replicas * share)
-        setups = [Setup("batch", replicas, share), Setup("sync", replicas, share), reference]
-    prepare_devices(replicas)
+    engine = detect_engine() if arguments.engine == "auto" else arguments.engine
+    job = start(engine, arguments.replicas)
+    with ending_all(job):
+        run(arguments, job)
+
+
+def run(arguments: argparse.Namespace, job: Job) -> None:
+    """Trains in this process's part of the job; rank 0 reports."""
+    setups, reference = setups_of(arguments, job)
+    say = functools.partial(print, flush=True) if job.rank == 0 else lambda *args: None
+    say(f"Job: {job}")
     data = load_data()
+    schedule = Schedule(
+        arguments.epochs, arguments.learning_rate, arguments.checkpoint, arguments.metrics
+    )
     results: dict[str, list[Run]] = {str(setup): [] for setup in setups}
     runs = [(seed, setup) for seed in arguments.seeds for setup in setups]
     for number, (seed, setup) in enumerate(runs, 1):
-        print(f"\n[{number}/{len(runs)}] {setup}, seed {seed}", flush=True)
-        run = train(
-            setup, data, epochs=arguments.epochs, seed=seed, learning_rate=arguments.learning_rate
-        )
-        results[str(setup)].append(run)
+        say(f"\n[{number}/{len(runs)}] {setup}, seed {seed}")
+        # The reference is trained by every process for itself.
+        own_job = ALONE if setup.replicas == 1 else job
+        results[str(setup)].append(train(setup, data, own_job, schedule, seed))
+    if job.rank:
+        return
     print_table(results, reference and str(reference), EARLY_STEPS)
     if arguments.picture:
         draw(results, reference and str(reference), arguments.picture)

@@ -63,9 +63,32 @@ class HorovodCommunicator:
         refuse_xla("Horovod")
         # Horovod matches the processes' calls by the name of the operation. A graph makes names
         # unique by numbering them, in the order of the trace, which is the same everywhere.
-        # It knows no bfloat16.
-        wire = tf.float32 if tensor.dtype == tf.bfloat16 else tensor.dtype
         total = self._hvd.allreduce(
-            tf.cast(tensor, wire), op=self._hvd.Sum, name=name, process_set=self._process_set
+            tf.cast(tensor, _wire_dtype(tensor.dtype)),
+            op=self._hvd.Sum,
+            name=name,
+            process_set=self._process_set,
         )
         return tf.cast(total, tensor.dtype)
+
+    def grouped_all_reduce_sum(self, tensors: list[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """Returns the sums of tensors of one dtype over all replicas, negotiated as one.
+
+        Args:
+            tensors: With the same shapes and dtypes on all replicas.
+            name: As for `all_reduce_sum`.
+        """
+        refuse_xla("Horovod")
+        dtype = tensors[0].dtype
+        totals = self._hvd.grouped_allreduce(
+            [tf.cast(tensor, _wire_dtype(dtype)) for tensor in tensors],
+            op=self._hvd.Sum,
+            name=name,
+            process_set=self._process_set,
+        )
+        return [tf.cast(total, dtype) for total in totals]
+
+
+def _wire_dtype(dtype: tf.DType) -> tf.DType:
+    # Horovod knows no bfloat16.
+    return tf.float32 if dtype == tf.bfloat16 else dtype

@@ -1,0 +1,153 @@
+"""Datasets of different lengths on different workers."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from syncbn.communicators.base import Communicator
+from syncbn.communicators.mpi import MPICommunicator
+from syncbn.communicators.resolve import resolve
+from syncbn.training.exchange import all_gather
+
+_numbers = itertools.count()
+
+
+def join(
+    dataset: tf.data.Dataset,
+    communicator: str | Communicator = "auto",
+    *,
+    sample_weight: bool = False,
+) -> tf.data.Dataset:
+    """Lets workers have different numbers of batches: who has run out goes on with empty ones.
+
+    The dataset of every worker becomes as long as the longest. Nobody waits for somebody who has
+    ended, nothing is dropped, and synchronized layers see the batches that exist. All workers make
+    this call, with datasets of the same structure. Where all cardinalities are known it takes one
+    small collective; otherwise one more with each batch, which tells whether anybody still has one,
+    and every worker has to iterate as far as the others do. Prefetch before joining, not after.
+
+    The mean over the samples of each worker, averaged over the workers, is not the mean over all
+    samples where batches differ in size. With ``sample_weight=True`` it is: each sample of a step
+    gets the weight ``workers * samples of this worker / samples of all workers``, as `distribute`
+    and losses that average over a batch (those of `tf.keras.losses`) need it. The loss that `fit`
+    logs is weighted, too; the same function among the ``metrics`` is not.
+
+    Under tf.distribute the dataset is returned as it is: strategies do this themselves.
+
+    Args:
+        dataset: Of batches: any structure of dense, ragged and sparse tensors whose first dimension
+            is the batch. Empty batches have size 1 where a dimension is unknown.
+        communicator: As for `syncbn.SyncBatchNormalization`. An object is used from the threads of
+            the dataset while the model may be using it too.
+        sample_weight: Whether to append weights, float32 ``(batch,)``, to elements ``(x, y)``, or
+            to multiply those of elements ``(x, y, sample_weight)``.
+
+    Returns:
+        A dataset with the structure of ``dataset``.
+
+    Raises:
+        TypeError: ``dataset`` is none, or has components that have no batch.
+        ValueError: with ``sample_weight``, elements that are not ``(x, y)`` or ``(x, y, weights)``.
+        RuntimeError: MPI is not initialized for several threads; and see `syncbn.resolve`.
+    """
+    if not isinstance(dataset, tf.data.Dataset):
+        raise TypeError(f"`dataset` must be a tf.data.Dataset. Received: dataset={dataset!r}.")
+    spec = dataset.element_spec
+    empty = tf.nest.map_structure(_empty, spec)
+    if sample_weight and not (isinstance(spec, tuple) and len(spec) in (2, 3)):
+        raise ValueError(
+            "`sample_weight` needs elements (x, y) or (x, y, sample_weight). "
+            f"Received: elements {spec}."
+        )
+    communicator = resolve(communicator)
+    if communicator.name == "tf.distribute":
+        return dataset
+    number = next(_numbers)
+    own = dataset.cardinality().numpy()
+    cardinalities = all_gather(communicator, np.array([own]), f"syncbn/join/{number}")[:, 0]
+    known = (cardinalities >= 0).all()
+    if known and not sample_weight:
+        steps = int(cardinalities.max())
+        padding = tf.data.Dataset.from_tensors(empty).repeat(steps - own)
+        return dataset.concatenate(padding).apply(tf.data.experimental.assert_cardinality(steps))
+    if isinstance(communicator, MPICommunicator):
+        # Exchanges run in the threads of the dataset, in any order with those of the layers.
+        communicator = communicator.duplicate()
+    joined = _with_exchange(dataset, empty, communicator, f"syncbn/join/{number}/batch")
+    joined = joined.map(_weigh if sample_weight else _without_weight)
+    if known:
+        joined = joined.apply(tf.data.experimental.assert_cardinality(int(cardinalities.max())))
+    # What TensorFlow does unasked: prefetch, so that workers which stop early would leave an
+    # exchange half done, and map in parallel, so that exchanges would overtake each other.
+    options = tf.data.Options()
+    options.experimental_optimization.inject_prefetch = False
+    options.experimental_optimization.map_parallelization = False
+    return joined.with_options(options)
+
+
+def _with_exchange(
+    dataset: tf.data.Dataset, empty: Any, communicator: Communicator, name: str
+) -> tf.data.Dataset:
+    """Returns elements ``(weight, element)`` until no worker has any left.
+
+    The weight is that of each sample of the element, float32.
+    """
+    size = communicator.size
+
+    def exchange(present: tf.Tensor, element: Any) -> tuple[tf.Tensor, tf.Tensor, Any]:
+        samples = tf.cast(_batch_size(element), tf.float64)
+        totals = communicator.all_reduce_sum(tf.stack([present, samples]), name)
+        weight = tf.math.divide_no_nan(size * samples, totals[1])
+        return totals[0] > 0, tf.cast(weight, tf.float32), element
+
+    present = dataset.map(lambda *element: (tf.ones([], tf.float64), _unpacked(element)))
+    absent = tf.data.Dataset.from_tensors((tf.zeros([], tf.float64), empty)).repeat()
+    exchanged = present.concatenate(absent).map(exchange)
+    going_on = exchanged.take_while(lambda anyone, weight, element: anyone)
+    return going_on.map(lambda anyone, weight, element: (weight, element))
+
+
+def _without_weight(weight: tf.Tensor, element: Any) -> Any:
+    return element
+
+
+def _weigh(weight: tf.Tensor, element: Any) -> Any:
+    x, y, *given = element
+    weights = tf.fill([_batch_size(element)], weight)
+    return x, y, tf.cast(given[0], tf.float32) * weights if given else weights
+
+
+def _unpacked(arguments: tuple[Any, ...]) -> Any:
+    # A dataset gives the components of a tuple one by one.
+    return arguments[0] if len(arguments) == 1 else arguments
+
+
+def _batch_size(element: Any) -> tf.Tensor:
+    first = tf.nest.flatten(element)[0]
+    if isinstance(first, tf.SparseTensor):
+        return first.dense_shape[0]
+    return first.nrows() if isinstance(first, tf.RaggedTensor) else tf.shape(first, tf.int64)[0]
+
+
+def _empty(spec: tf.TypeSpec) -> Any:
+    """Returns a batch of size zero."""
+    known = (tf.TensorSpec, tf.RaggedTensorSpec, tf.SparseTensorSpec)
+    if not isinstance(spec, known) or not spec.shape.rank:
+        raise TypeError(
+            "Each component of the dataset must be a dense, ragged or sparse tensor whose first "
+            f"dimension is the batch. Received: {spec}. Call .batch(...) first."
+        )
+    shape = [0] + [1 if size is None else size for size in spec.shape[1:]]
+    if isinstance(spec, tf.SparseTensorSpec):
+        return tf.SparseTensor(
+            tf.zeros([0, len(shape)], tf.int64), tf.zeros([0], spec.dtype), shape
+        )
+    if isinstance(spec, tf.RaggedTensorSpec):
+        values = tf.zeros([0, *shape[spec.ragged_rank + 1 :]], spec.dtype)
+        splits = tf.zeros([1], spec.row_splits_dtype)
+        return tf.RaggedTensor.from_nested_row_splits(values, [splits] * spec.ragged_rank)
+    return tf.zeros(shape, spec.dtype)
