@@ -25,7 +25,7 @@ test: $(VENV)/.test
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
-	$(bin)/shellcheck launch/*.sh .ci/run
+	$(bin)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
 	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/single
 	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/single
 	$(python) -m pytest tests/launchers

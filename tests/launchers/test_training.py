@@ -1,0 +1,164 @@
+"""`launch/train_digits.py` under every launcher: workers that die, checkpoints, bad input."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests import processes
+
+SCRIPT = str(processes.ROOT / "launch" / "train_digits.py")
+# Ten steps in an epoch.
+TRAIN = [sys.executable, SCRIPT, "--batch-per-replica", "64"]
+END_WITHIN = 60  # seconds that a job may go on after one of its workers has died
+
+
+def job(launcher, *command):
+    """The command of a job with two workers, as a user types it."""
+    if launcher == "multiworker":
+        script = str(processes.ROOT / "launch" / "multiworker.py")
+        return [sys.executable, script, "--workers", "2", "--", *command]
+    if launcher == "mpirun":
+        return ["mpirun", "-np", "2", "--oversubscribe", *command]
+    return [*launcher.split(), "-np", "2", *command]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "legacy"),
+    [
+        ("mpirun", False),
+        ("mpirun", True),
+        ("horovodrun --gloo", False),
+        ("horovodrun --gloo", True),
+        ("horovodrun --mpi", False),
+        ("multiworker", False),
+    ],
+)
+def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, legacy, tmp_path):
+    checkpoints, metrics = tmp_path / "checkpoints", tmp_path / "metrics.csv"
+    marker = f"{uuid.uuid4().hex}.csv"  # tells this job's processes from others
+    engine = ["--engine", "horovod"] if launcher == "horovodrun --mpi" else []
+    train = [*TRAIN, *engine, "--checkpoint", str(checkpoints)]
+    env = {"TF_USE_LEGACY_KERAS": str(int(legacy))}
+
+    killed = []
+    killer = threading.Thread(
+        target=_kill_a_worker, args=(marker, checkpoints / "checkpoint", killed)
+    )
+    killer.start()
+    command = job(launcher, *train, "--epochs", "5000", "--metrics", str(tmp_path / marker))
+    finished = processes.run([(launcher, command, {})], limit=150, env=env)
+    ended = time.monotonic()
+    killer.join()
+    assert killed, finished.output
+    assert "ended after the limit" not in finished.output, finished.output
+    assert finished.code != 0, finished.output
+    assert ended - killed[0] < END_WITHIN, finished.output
+    assert not _workers(marker), "processes are still there"
+
+    epochs = int((checkpoints / "checkpoint").read_text().split('"')[1].rpartition("-")[2])
+    command = job(launcher, *train, "--epochs", str(epochs + 2), "--metrics", str(metrics))
+    finished = processes.run([(launcher, command, {})], limit=120, env=env)
+    assert finished.code == 0, finished.output
+    assert finished.output.count(f"Going on after epoch {epochs}") == 1, finished.output
+    lines = metrics.read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["epoch", str(epochs), str(epochs + 1)]
+    # Every worker but the first is silent, and the first says how well it went.
+    assert finished.output.count("synchronized, 2 replicas x 64  ") == 1, finished.output
+
+
+def _kill_a_worker(marker, checkpoint, killed):
+    """Kills one of the job's workers in the epoch after the first checkpoint."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if checkpoint.exists() and len(workers := _workers(marker)) == 2:
+            os.kill(max(workers), signal.SIGKILL)
+            killed.append(time.monotonic())
+            return
+        time.sleep(0.05)
+
+
+def _workers(marker):
+    """The processes of the training script itself, not those of the launchers around it."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            line = Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if line[1:2] == [SCRIPT] and any(marker in argument for argument in line):
+                found.append(int(pid))
+    return found
+
+
+WITHOUT_JOIN = """
+import sys
+from mpi4py import MPI
+import numpy as np, tensorflow as tf, syncbn
+from syncbn import training
+
+batches = [7, 4][MPI.COMM_WORLD.rank]
+x = np.ones((2 * batches, 3), "float32")
+model = tf.keras.Sequential([tf.keras.Input((3,)), syncbn.SyncBatchNormalization()])
+model.compile(training.distribute(tf.keras.optimizers.SGD(0.1)), "mse")
+model.fit(x, x, batch_size=2, verbose=0)
+print("rank", MPI.COMM_WORLD.rank, "is done", flush=True)
+"""
+
+
+def test_without_join_workers_with_more_batches_wait_forever():
+    # What `join` is for; tests/parallel/test_workers.py has the same job with it.
+    command = processes.mpirun(2, sys.executable, "-c", WITHOUT_JOIN)
+    finished = processes.run([("mpirun", command, {})], limit=30)
+    assert "rank 0 is done" not in finished.output
+    assert "ended after the limit" in finished.output, finished.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "message"),
+    [
+        (["--engine", "multiworker"], {"TF_CONFIG": "{"}, "TF_CONFIG must describe a cluster"),
+        (
+            [],
+            {"TF_CONFIG": json.dumps({"cluster": {"worker": ["a:1"]}, "task": {"index": 3}})},
+            "TF_CONFIG must describe a cluster",
+        ),
+        (["--epochs", "0"], {}, "must be at least 1. Received: 0"),
+        (["--replicas", "2000"], {}, "There are 1280"),
+        (["--compare", "--metrics", "x.csv"], {}, "is for one run"),
+        (["--metrics", "x.txt"], {}, "must end in .csv"),
+    ],
+)
+def test_the_script_says_what_is_wrong(arguments, env, message):
+    finished = processes.run([("train", [sys.executable, SCRIPT, *arguments], env)], limit=60)
+    assert finished.code not in (0, 124), finished.output
+    assert message in finished.output, finished.output
+
+
+def test_a_job_ends_when_one_worker_finds_a_fault(tmp_path):
+    """Rank 0 alone reads the checkpoint, and finds that it is of another model."""
+    other = (
+        "import tensorflow as tf\n"
+        "model = tf.keras.Sequential([tf.keras.Input((3,)), tf.keras.layers.Dense(1)])\n"
+        "checkpoint = tf.train.Checkpoint(model=model)\n"
+        f"tf.train.CheckpointManager(checkpoint, {str(tmp_path)!r}, 1).save()\n"
+    )
+    assert processes.python(other).code == 0
+    train = [*TRAIN, "--epochs", "1", "--checkpoint", str(tmp_path)]
+    for launcher in "mpirun", "horovodrun --gloo":
+        finished = processes.run([(launcher, job(launcher, *train), {})], limit=60)
+        assert finished.code not in (0, 124), finished.output
+        assert "must hold checkpoints of this network" in finished.output, finished.output
+        assert "ended after the limit" not in finished.output, finished.output
+
+
+def test_more_workers_than_images_are_refused():
+    train = [sys.executable, SCRIPT, "--batch-per-replica", "1000"]
+    finished = processes.run([("mpirun", job("mpirun", *train), {})], limit=60)
+    assert finished.code not in (0, 124), finished.output
+    assert "needs 2000 images. There are 1280" in finished.output, finished.output
