@@ -6,6 +6,7 @@ set before TensorFlow was imported. Tried with Keras 3.15, and tf_keras 2.16 and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -22,6 +23,11 @@ if KERAS_3 and keras.config.backend() != "tensorflow":
     )
 
 register_keras_serializable = keras.utils.register_keras_serializable
+
+OPTIMIZERS: tuple[type, ...] = (keras.optimizers.Optimizer,)
+"""The base classes of the optimizers of `tf.keras`."""
+if not KERAS_3:
+    OPTIMIZERS += (keras.optimizers.legacy.Optimizer,)
 
 
 class StatisticsLayer(keras.layers.Layer):  # type: ignore[name-defined]
@@ -61,6 +67,23 @@ class StatisticsLayer(keras.layers.Layer):  # type: ignore[name-defined]
             name=name,
         )
 
+    def update_statistic(self, statistic: Any, value: tf.Tensor) -> None:
+        """Assigns ``value`` to a moving statistic.
+
+        In the graph of a session nothing runs by itself. There the assignment becomes one of the
+        layer's updates, and one of the collection ``UPDATE_OPS``.
+
+        Raises:
+            NotImplementedError: a session could not run the assignment: that of a layer of Keras 3,
+                or in a branch or loop.
+        """
+        if not tf.compat.v1.executing_eagerly_outside_functions():
+            _require_updates()
+        update = statistic.assign(value)
+        if in_session_graph():
+            self.add_update(update)
+            tf.compat.v1.add_to_collection(tf.compat.v1.GraphKeys.UPDATE_OPS, update.op)
+
     if KERAS_3:
 
         def add_weight(
@@ -98,6 +121,46 @@ def training_mode(layer: Any, training: Any) -> Any:
         static = tf.get_static_value(training)
         return training if static is None else bool(static)
     return bool(training)
+
+
+def in_session_graph() -> bool:
+    """Says whether a graph of TensorFlow 1 is being built: one that a session will run."""
+    # A function runs its side effects by itself, in a session too.
+    return not (tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function)
+
+
+def _require_updates() -> None:
+    if KERAS_3:
+        raise NotImplementedError(
+            "Keras 3 has no updates that a session could run. Received: a training call in a "
+            "graph of TensorFlow 1. Use Keras 2: pip install tf_keras, and set "
+            "TF_USE_LEGACY_KERAS=1 before importing TensorFlow."
+        )
+    # No public way says whether a graph, that of a function or that of a branch, runs side effects.
+    graph = tf.compat.v1.get_default_graph()
+    if graph.building_function and not getattr(graph, "_add_control_dependencies", True):
+        raise NotImplementedError(
+            "A session cannot run updates of the moving statistics that are inside of a branch or "
+            "loop. Received: a training call inside of tf.cond or tf.while_loop. Call the layer "
+            "outside, and give it the condition: layer(x, training=condition)."
+        )
+
+
+def cond(predicate: tf.Tensor, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
+    """Is `tf.cond`, whose branches may hold custom gradients in the graph of a session too.
+
+    There, inside of a Keras layer, TensorFlow's newer control flow differentiates all that a branch
+    computes, whatever custom gradients say, and in doing so loses an input (tried with 2.21). The
+    older one is right.
+    """
+    newer = tf.compat.v1.control_flow_v2_enabled()
+    if not (newer and in_session_graph()):
+        return tf.cond(predicate, true_fn, false_fn)
+    tf.compat.v1.disable_control_flow_v2()
+    try:
+        return tf.cond(predicate, true_fn, false_fn)
+    finally:
+        tf.compat.v1.enable_control_flow_v2()
 
 
 _NEVER_TRAINED = ("scratch_graph", "_layer_call_fn", "_layer_call_and_return_conditional_losses")

@@ -53,7 +53,7 @@ class MPICommunicator:
             "Start the job with the mpirun of the MPI library that mpi4py was built for, "
             "or use communicator='horovod' under horovodrun over Gloo.",
         )
-        self._sum = MPI.SUM
+        self._mpi = MPI
         self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
         self._turn: tf.Variable | None = None
 
@@ -64,6 +64,23 @@ class MPICommunicator:
     @property
     def rank(self) -> int:
         return self._comm.rank
+
+    def duplicate(self) -> MPICommunicator:
+        """Returns one for the same processes, whose messages never mix with those of this one.
+
+        A collective call. The two may be used from different threads at the same time.
+
+        Raises:
+            RuntimeError: MPI is not initialized for that.
+        """
+        level = self._mpi.Query_thread()
+        if level < self._mpi.THREAD_MULTIPLE:
+            raise RuntimeError(
+                "MPI must be initialized with THREAD_MULTIPLE to be called from several threads at "
+                f"a time. Received: level {level}. Set mpi4py.rc.thread_level = 'multiple' before "
+                "importing mpi4py.MPI."
+            )
+        return MPICommunicator(self._comm)
 
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         refuse_xla("MPI")
@@ -83,6 +100,12 @@ class MPICommunicator:
         value = tf.cast(tensor, wire)
         if tf.executing_eagerly():
             return tf.cast(tf.constant(self._all_reduce(value.numpy())), tensor.dtype)
+        if not tf.compat.v1.executing_eagerly_outside_functions():
+            raise NotImplementedError(
+                "MPI matches calls by their order, and the graph of a session has none. Received: "
+                "a training call with communicator='mpi' in such a graph. Use Horovod, which "
+                "matches them by name (communicator='horovod'), or eager execution."
+            )
         # MPI matches calls by their order, so all processes need the same one, while TensorFlow
         # runs operations without a path between them in any. Touching one variable before and
         # after each call orders them all, across nested functions, loops and branches too, since
@@ -97,7 +120,7 @@ class MPICommunicator:
 
     def _all_reduce(self, value: np.ndarray) -> np.ndarray:
         total = np.empty_like(value)
-        self._comm.Allreduce(np.ascontiguousarray(value), total, op=self._sum)
+        self._comm.Allreduce(np.ascontiguousarray(value), total, op=self._mpi.SUM)
         return total
 
     def _turn_variable(self) -> tf.Variable:

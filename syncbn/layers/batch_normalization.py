@@ -124,13 +124,16 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         """Makes a layer from its own config, or from that of a plain `BatchNormalization`."""
         return super().from_config(_without_host_synchronization(config))
 
+    def _statistics(self) -> tuple[Any, ...]:
+        return self.moving_mean, self.moving_variance
+
     def _call_training(
         self,
         inputs: tf.Tensor,
         axes: tuple[int, ...],
         mask: tf.Tensor | None,
         all_reduce_sum: AllReduceSum,
-    ) -> tf.Tensor:
+    ) -> tuple[tf.Tensor, ...]:
         channels, dtype = channel_count(inputs, axes), statistics_dtype(inputs.dtype)
         gamma = _channel_vector(self.gamma) if self.scale else tf.ones([channels], dtype)
         beta = _channel_vector(self.beta) if self.center else tf.zeros([channels], dtype)
@@ -146,10 +149,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         variance = moments.variance
         if self.unbiased_moving_variance:
             variance = _unbiased(moments)
-        self._move(
-            moments.count, (self.moving_mean, moments.mean), (self.moving_variance, variance)
-        )
-        return outputs
+        return outputs, moments.count, moments.mean, variance
 
     def _call_inference(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
         return keras_api.keras.layers.BatchNormalization.call(

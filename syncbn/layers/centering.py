@@ -57,14 +57,13 @@ class SyncCentering(SynchronizedLayer):
         self.moving_mean_initializer = keras_api.keras.initializers.get(moving_mean_initializer)
 
     def build(self, input_shape: Any) -> None:
-        self._check_input_shape(input_shape)
-        axes = normalized_axes(self.axis, input_shape)
-        sizes = {axis: input_shape[axis] for axis in axes}
+        shape = self._check_input_shape(input_shape)
+        sizes = {axis: shape[axis] for axis in normalized_axes(self.axis, shape)}
         self.moving_mean = self.add_statistic(
             "moving_mean", tuple(sizes.values()), self.moving_mean_initializer
         )
         self._build_count(self.moving_mean.shape)
-        self.input_spec = keras_api.keras.layers.InputSpec(ndim=len(input_shape), axes=sizes)
+        self.input_spec = keras_api.keras.layers.InputSpec(ndim=len(shape), axes=sizes)
         super().build(input_shape)
 
     def get_config(self) -> dict[str, Any]:
@@ -72,19 +71,20 @@ class SyncCentering(SynchronizedLayer):
         axis = self.axis if isinstance(self.axis, int) else list(self.axis)
         return {**super().get_config(), "axis": axis, "moving_mean_initializer": initializer}
 
+    def _statistics(self) -> tuple[Any, ...]:
+        return (self.moving_mean,)
+
     def _call_training(
         self,
         inputs: tf.Tensor,
         axes: tuple[int, ...],
         mask: tf.Tensor | None,
         all_reduce_sum: AllReduceSum,
-    ) -> tf.Tensor:
-        outputs, count, mean = center(inputs, axes=axes, all_reduce_sum=all_reduce_sum, mask=mask)
-        self._move(count, (self.moving_mean, mean))
-        return outputs
+    ) -> tuple[tf.Tensor, ...]:
+        return center(inputs, axes=axes, all_reduce_sum=all_reduce_sum, mask=mask)
 
     def _call_inference(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
         mean = tf.reshape(tf.convert_to_tensor(self.moving_mean), [-1])
-        axes = normalized_axes(self.axis, inputs.shape)
+        axes = normalized_axes(self.axis, inputs.shape.as_list())
         wide = tf.cast(inputs, mean.dtype)
         return tf.cast(wide - broadcast(mean, inputs, axes), self.compute_dtype)

@@ -20,7 +20,7 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
     """A layer that takes statistics over all replicas when it trains.
 
     Subclasses set `momentum`, build their statistics, call `_build_count`, and define
-    `_call_training` and `_call_inference`.
+    `_statistics`, `_call_training` and `_call_inference`.
     """
 
     def __init__(
@@ -89,29 +89,51 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         inputs = self._with_known_channels(inputs)
         training = keras_api.training_mode(self, training)
         if tf.is_tensor(training):
-            return tf.cond(
+            # The statistics move outside of the branches, where a session can run it as an update.
+            outputs, *batch = keras_api.cond(
                 training,
                 lambda: self._train(inputs, mask),
-                lambda: self._call_inference(inputs, mask),
+                lambda: (self._call_inference(inputs, mask), *self._no_batch()),
             )
-        return self._train(inputs, mask) if training else self._call_inference(inputs, mask)
+        elif training:
+            outputs, *batch = self._train(inputs, mask)
+        else:
+            return self._call_inference(inputs, mask)
+        self._move(*batch)
+        return outputs
 
     def _with_known_channels(self, inputs: tf.Tensor) -> tf.Tensor:
         """Gives the channels the size that the layer was built for, where a trace knows none."""
-        rank = inputs.shape.rank
-        known = {axis % rank: size for axis, size in self.input_spec.axes.items()}
-        if all(inputs.shape[axis] is not None for axis in known):
+        shape = inputs.shape.as_list()
+        known = {axis % len(shape): size for axis, size in self.input_spec.axes.items()}
+        if all(shape[axis] is not None for axis in known):
             return inputs
-        return tf.ensure_shape(
-            inputs, [known.get(axis, inputs.shape[axis]) for axis in range(rank)]
-        )
+        return tf.ensure_shape(inputs, [known.get(axis, size) for axis, size in enumerate(shape)])
 
-    def _train(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
-        axes = normalized_axes(self.axis, inputs.shape)
+    def _train(self, inputs: tf.Tensor, mask: Any) -> tuple[tf.Tensor, ...]:
+        """Returns the outputs, and what `_move` takes."""
+        axes = normalized_axes(self.axis, inputs.shape.as_list())
         if mask is not None:
             mask = expand_mask(mask, inputs)
-        outputs = self._call_training(inputs, axes, mask, self._all_reduce_sum())
-        return tf.cast(outputs, self.compute_dtype)
+        outputs, count, *targets = self._call_training(inputs, axes, mask, self._all_reduce_sum())
+        shape = self._statistics()[0].shape
+        if count.shape.rank:
+            count = tf.reshape(count, shape)
+        targets = [
+            tf.reshape(tf.cast(target, statistic.dtype), shape)
+            for statistic, target in zip(self._statistics(), targets, strict=True)
+        ]
+        return tf.cast(outputs, self.compute_dtype), tf.broadcast_to(count, shape), *targets
+
+    def _no_batch(self) -> list[tf.Tensor]:
+        """Returns what `_move` takes where nothing shall move."""
+        statistics = self._statistics()
+        zeros = [tf.zeros(statistic.shape, statistic.dtype) for statistic in statistics]
+        return [tf.zeros(statistics[0].shape, tf.float64), *zeros]
+
+    def _statistics(self) -> tuple[Any, ...]:
+        """Returns the moving statistics, all of one shape."""
+        raise NotImplementedError
 
     def _call_training(
         self,
@@ -119,7 +141,8 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         axes: tuple[int, ...],
         mask: tf.Tensor | None,
         all_reduce_sum: AllReduceSum,
-    ) -> tf.Tensor:
+    ) -> tuple[tf.Tensor, ...]:
+        """Returns the outputs, the batch's count, and its value for each of the statistics."""
         raise NotImplementedError
 
     def _call_inference(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
@@ -140,15 +163,16 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
 
         return all_reduce_sum
 
-    def _check_input_shape(self, input_shape: Any) -> None:
-        """Raises what `call` would for inputs of this shape."""
-        shape = tuple(input_shape)
+    def _check_input_shape(self, input_shape: Any) -> tuple[int | None, ...]:
+        """Returns the shape as a tuple, and raises what `call` would for inputs of it."""
+        shape = tuple(tf.TensorShape(input_shape).as_list())
         if len(shape) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs inputs of rank 2 at least: a batch and channels. "
                 f"Received: input shape {shape}."
             )
         normalized_axes(self.axis, shape)
+        return shape
 
     def _build_count(self, shape: Any) -> None:
         """Creates what the cumulative average needs: how many elements each channel has seen."""
@@ -156,24 +180,20 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             # float64: in float32 a sum stops growing at ten million batches of a few elements.
             self.moving_count = self.add_statistic("moving_count", shape, "zeros", "float64")
 
-    def _move(self, count: tf.Tensor, *moves: tuple[Any, tf.Tensor]) -> None:
-        """Moves statistics towards those of a batch of ``count`` elements per channel.
+    def _move(self, count: tf.Tensor, *targets: tf.Tensor) -> None:
+        """Moves the statistics towards those of a batch of ``count`` elements per channel.
 
-        Each move is a variable and a channel vector. Where the count is zero, nothing moves.
+        All arguments have the statistics' shape. Where the count is zero, nothing moves.
         """
-        shape = moves[0][0].shape
-        if count.shape.rank:
-            count = tf.reshape(count, shape)
         if self.momentum is None:
             total = tf.convert_to_tensor(self.moving_count) + count
-            rate = tf.math.divide_no_nan(tf.broadcast_to(count, shape), total)
-            self.moving_count.assign(total)
+            rate = tf.math.divide_no_nan(count, total)
+            self.update_statistic(self.moving_count, total)
         else:
             rate = tf.cast(count > 0, tf.float64) * (1.0 - self.momentum)
-        for variable, target in moves:
-            old = tf.convert_to_tensor(variable)
-            step = tf.reshape(tf.cast(target, old.dtype), shape) - old
-            variable.assign(old + step * tf.cast(rate, old.dtype))
+        for statistic, target in zip(self._statistics(), targets, strict=True):
+            old = tf.convert_to_tensor(statistic)
+            self.update_statistic(statistic, old + (target - old) * tf.cast(rate, old.dtype))
 
 
 def _require_replica_context() -> None:

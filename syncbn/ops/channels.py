@@ -57,15 +57,16 @@ def reduction_axes(rank: int, axes: Sequence[int]) -> list[int]:
 
 def channel_count(x: tf.Tensor, axes: Sequence[int]) -> int:
     """Returns how many channels ``x`` has: the product of the sizes of ``axes``."""
-    return math.prod(x.shape[one] for one in axes)
+    shape = x.shape.as_list()
+    return math.prod(shape[one] for one in axes)
 
 
 def broadcast(vector: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """Reshapes a channel vector so that it broadcasts against ``x``."""
-    rank = x.shape.rank
-    if tuple(axes) == (rank - 1,):
+    shape = x.shape.as_list()
+    if tuple(axes) == (len(shape) - 1,):
         return vector  # channels last: it broadcasts as it is
-    return tf.reshape(vector, [x.shape[one] if one in axes else 1 for one in range(rank)])
+    return tf.reshape(vector, [size if one in axes else 1 for one, size in enumerate(shape)])
 
 
 def sum_to_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
@@ -77,7 +78,8 @@ def sum_to_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """
     rank = x.shape.rank
     if tuple(axes) == tuple(range(rank - len(axes), rank)):
-        return _sum_rows(tf.reshape(x, [-1, channel_count(x, axes)]), _known_rows(x, axes))
+        channels = channel_count(x, axes)
+        return _sum_rows(tf.reshape(x, [-1, channels]), channels, _known_rows(x, axes))
     # What lies behind the channels is contiguous, and TensorFlow itself adds that up pairwise.
     reduced = reduction_axes(rank, axes)
     behind = [axis for axis in reduced if axis > max(axes)]
@@ -86,12 +88,12 @@ def sum_to_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     return tf.reshape(tf.reduce_sum(tf.cast(x, tf.float64), reduced), [-1])
 
 
-def _sum_rows(x: tf.Tensor, rows: int | None) -> tf.Tensor:
+def _sum_rows(x: tf.Tensor, channels: int, rows: int | None) -> tf.Tensor:
     """Sums ``(rows, channels)`` over the rows, whose number may be known."""
     if rows is not None and rows <= _BLOCK:
         return tf.cast(tf.reduce_sum(x, 0), tf.float64)
     whole = (tf.shape(x)[0] if rows is None else rows) // _BLOCK * _BLOCK
-    blocks = tf.reduce_sum(tf.reshape(x[:whole], [-1, _BLOCK, x.shape[1]]), 1)
+    blocks = tf.reduce_sum(tf.reshape(x[:whole], [-1, _BLOCK, channels]), 1)
     total = tf.reduce_sum(tf.cast(blocks, tf.float64), 0)
     if rows is not None and rows == whole:
         return total
@@ -99,7 +101,8 @@ def _sum_rows(x: tf.Tensor, rows: int | None) -> tf.Tensor:
 
 
 def _known_rows(x: tf.Tensor, axes: Sequence[int]) -> int | None:
-    sizes = [x.shape[axis] for axis in reduction_axes(x.shape.rank, axes)]
+    shape = x.shape.as_list()
+    sizes = [shape[axis] for axis in reduction_axes(len(shape), axes)]
     return None if None in sizes else math.prod(sizes)
 
 

@@ -57,8 +57,9 @@ def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = N
         shape = tf.shape(x)[:-1]
         if mask is not None:
             return tf.reduce_sum(tf.cast(tf.broadcast_to(mask[..., 0], shape), tf.float64))
-        if None not in x.shape[:-1]:
-            return tf.constant(math.prod(x.shape[:-1]), tf.float64)
+        sizes = x.shape.as_list()[:-1]
+        if None not in sizes:
+            return tf.constant(math.prod(sizes), tf.float64)
         return tf.reduce_prod(tf.cast(shape, tf.float64))
     if mask is not None:
         return sum_to_channels(tf.cast(tf.broadcast_to(mask, tf.shape(x)), tf.float64), axes)
@@ -126,7 +127,8 @@ def pack(moments: Moments) -> tf.Tensor:
 
 def unpack(packed: tf.Tensor, channels: int) -> Moments:
     """Returns the moments, float64, that the (added up) `pack` holds."""
-    count, first, second = tf.split(packed, [packed.shape[0] - 2 * channels, channels, channels])
+    counts = packed.shape.as_list()[0] - 2 * channels
+    count, first, second = tf.split(packed, [counts, channels, channels])
     if count.shape[0] != channels:
         count = tf.reshape(count, [])
     mean = tf.math.divide_no_nan(first, count)

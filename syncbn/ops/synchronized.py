@@ -117,7 +117,7 @@ def center(
         total = sum_to_channels(_where(mask, tf.cast(x, dtype)), axes)
         packed = tf.concat([tf.reshape(count, [-1]), total], 0)
         packed = all_reduce_sum(packed, "statistics")
-        count, total = tf.split(packed, [packed.shape[0] - channels, channels])
+        count, total = tf.split(packed, [packed.shape.as_list()[0] - channels, channels])
         mean = tf.cast(tf.math.divide_no_nan(total, count), dtype)
         y = tf.cast(x, dtype) - broadcast(mean, x, axes)
 
