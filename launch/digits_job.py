@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from syncbn import training
+
 ENGINES = ("mirrored", "multiworker", "horovod", "mpi")
 
 
@@ -28,8 +30,14 @@ class Job(NamedTuple):
     processes: int = 1
     strategy: tf.distribute.Strategy | None = None
 
+    @property
+    def replicas_here(self) -> int:
+        """Of this process."""
+        return self.replicas // self.processes
+
     def __str__(self) -> str:
-        return f"{self.engine}, {self.replicas} replicas in {self.processes} processes"
+        several = "es" if self.processes > 1 else ""
+        return f"{self.engine}, {self.replicas} replicas in {self.processes} process{several}"
 
     def scope(self) -> contextlib.AbstractContextManager:
         """Returns the context in which a model has to be made."""
@@ -150,6 +158,7 @@ def _multiworker() -> tf.distribute.Strategy:
             "TF_CONFIG must describe a cluster of workers, and the task of this one. Received: "
             f"TF_CONFIG={os.environ.get('TF_CONFIG')!r} ({error!r}). launch/multiworker.py sets it."
         ) from error
+    training.mend_keras_fit()
     return tf.distribute.MultiWorkerMirroredStrategy()
 
 

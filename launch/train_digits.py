@@ -100,9 +100,7 @@ def load_data() -> tuple[Split, Split]:
     return Split(x_train, y_train), Split(x_test, y_test)
 
 
-def training_batches(
-    data: Split, batch: int, epochs: range, seed: int, job: Job
-) -> tf.data.Dataset:
+def training_batches(data: Split, batch: int, epochs: range, seed: int, job: Job) -> Any:
     """Returns this process's part of the batches of these epochs in a row, each shuffled anew.
 
     The last, partial batch of an epoch is left out, as it may leave replicas without images.
@@ -114,24 +112,28 @@ def training_batches(
     random, size = np.random.default_rng(seed), len(data.images)
     order = [random.permutation(size)[: size // batch * batch] for _ in range(epochs.stop)]
     own = np.concatenate(order[epochs.start :]).reshape(-1, batch)[:, job.share(batch)]
-    shuffled = tuple(part[own.ravel()] for part in data)
-    dataset = tf.data.Dataset.from_tensor_slices(shuffled)
-    return _distributed(dataset.batch(own.shape[1], drop_remainder=True), job)
+    shuffled = Split(*(part[own.ravel()] for part in data))
+    return _batches(shuffled, own.shape[1], job)
 
 
-def test_batches(data: Split, job: Job) -> tf.data.Dataset:
-    """Returns this process's part: a batch that divides evenly, and one with what is left."""
+def test_batches(data: Split, job: Job) -> tuple[Any, int]:
+    """Returns this process's part over and over, and of how many batches it consists.
+
+    Keras 3 needs a first batch that divides evenly; a second one has what is left.
+    """
     own = Split(*(part[job.share(len(data.images))] for part in data))
-    replicas = job.replicas // job.processes
-    even = len(own.images) // replicas * replicas
-    return _distributed(tf.data.Dataset.from_tensor_slices(tuple(own)).batch(even), job)
+    left = len(own.images) % job.replicas_here
+    return _batches(own, len(own.images) - left, job), 1 + bool(left)
 
 
-def _distributed(dataset: tf.data.Dataset, job: Job) -> tf.data.Dataset:
-    """Says that the dataset holds one process's own data, where Keras would part it again."""
-    options = tf.data.Options()
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    return dataset.with_options(options)
+def _batches(data: Split, size: int, job: Job) -> Any:
+    """Returns batches for the replicas of this process together, without end."""
+    dataset = tf.data.Dataset.from_tensor_slices(tuple(data))
+    if job.strategy is None or job.processes == 1:
+        return dataset.batch(size).repeat()
+    # Given a dataset, a strategy would part it between the workers. This is one worker's own.
+    of_replica = dataset.batch(size // job.replicas_here).repeat()
+    return job.strategy.distribute_datasets_from_function(lambda context: of_replica)
 
 
 def build_model(norm: str) -> tf.keras.Model:
@@ -257,12 +259,14 @@ def train(setup: Setup, data: tuple[Split, Split], job: Job, schedule: Schedule,
     if schedule.metrics and job.rank == 0:
         schedule.metrics.parent.mkdir(parents=True, exist_ok=True)
         callbacks.append(tf.keras.callbacks.CSVLogger(schedule.metrics, append=bool(first)))
+    validation, validation_steps = test_batches(test, job)
     history = model.fit(
         training_batches(training_data, setup.batch, range(first, epochs), seed, job),
         initial_epoch=first,
         epochs=epochs,
         steps_per_epoch=steps,
-        validation_data=test_batches(test, job),
+        validation_data=validation,
+        validation_steps=validation_steps,
         shuffle=False,
         callbacks=callbacks,
         verbose=0 if job.rank else 1 if sys.stdout.isatty() and job.processes == 1 else 2,

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from syncbn import training
 from syncbn.communicators import (
     Communicator,
     DistributeCommunicator,
@@ -21,6 +22,7 @@ __all__ = [
     "SyncBatchNormalization",
     "SyncCentering",
     "resolve",
+    "training",
 ]
 
 __version__ = _version("syncbn")

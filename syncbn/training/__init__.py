@@ -3,6 +3,16 @@
 from syncbn.training.broadcast import broadcast
 from syncbn.training.callbacks import AverageMetrics, BroadcastVariables
 from syncbn.training.join import join
+from syncbn.training.multi_worker import mend_keras_fit
 from syncbn.training.optimizer import distribute
+from syncbn.training.sessions import prediction_variables
 
-__all__ = ["AverageMetrics", "BroadcastVariables", "broadcast", "distribute", "join"]
+__all__ = [
+    "AverageMetrics",
+    "BroadcastVariables",
+    "broadcast",
+    "distribute",
+    "join",
+    "mend_keras_fit",
+    "prediction_variables",
+]

@@ -18,15 +18,17 @@ def commands(name, script):
     python = [sys.executable, script]
     if name == "mirrored.py":
         return [(name, python, {})]
-    if name == "horovod_job.py":
+    if name in ("horovod_job.py", "train.py"):
         return [(name, processes.horovodrun(2, "gloo", *python), {})]
     if name == "mpi_job.py":
         return [(name, processes.mpirun(2, *python), {})]
-    return processes.workers(2, *python)
+    launcher = str(processes.ROOT / "launch" / "multiworker.py")
+    return [(name, [sys.executable, launcher, "--workers", "2", "--", *python], {})]
 
 
 def test_there_is_an_example_for_each_engine():
-    assert list(EXAMPLES) == ["mirrored.py", "horovod_job.py", "mpi_job.py", "multiworker_job.py"]
+    jobs = ["mirrored.py", "horovod_job.py", "mpi_job.py", "multiworker_job.py", "train.py"]
+    assert list(EXAMPLES) == jobs
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -35,7 +37,7 @@ def test_the_example_runs(name, tmp_path):
     script.write_text(EXAMPLES[name])
     finished = processes.run(commands(name, str(script)), limit=120)
     assert finished.code == 0, finished.output
-    if name == "mirrored.py":
+    if name in ("mirrored.py", "multiworker_job.py", "train.py"):
         assert "Epoch 2/2" in finished.output
     else:
         # Each worker prints its rank and the moving mean; launchers put tags in between.

@@ -7,7 +7,8 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from tests.keras import KERAS_3, keras
+from syncbn.training.multi_worker import mend_keras_fit
+from tests.keras import keras
 from tests.parallel.conftest import ENGINE
 from tests.replicas import Strategy
 
@@ -17,11 +18,8 @@ BATCH = 4  # per replica
 @pytest.fixture
 def fit(replicas):
     """Trains ``layer`` alone, and returns the model and what it has seen, batch by batch."""
-    if ENGINE == "multiworker" and KERAS_3:
-        pytest.skip(
-            "Keras 3 itself fails in fit under MultiWorkerMirroredStrategy (keras#20585); "
-            "runs again when that is mended"
-        )
+    if isinstance(replicas, Strategy):
+        mend_keras_fit()
 
     def run(make, samples, **options):
         strategy = isinstance(replicas, Strategy)
@@ -78,11 +76,8 @@ def test_fit_learns_the_statistics_of_all_replicas(fit, replicas):
 
 
 def test_fit_on_fewer_samples_than_replicas(fit, replicas):
-    if ENGINE != "mirrored" or KERAS_3:
-        pytest.skip(
-            "only MirroredStrategy splits batches, and Keras 3 fails before it calls any layer "
-            "when the first batch of a fit does not divide; runs where that is mended"
-        )
+    if ENGINE != "mirrored":
+        pytest.skip("here every worker reads its own part of a batch; only a strategy splits it")
     model, x, _ = fit(lambda: syncbn.SyncBatchNormalization(momentum=None), 1)
     np.testing.assert_allclose(model.layers[0].moving_mean, x[0], rtol=1e-6)
     np.testing.assert_array_equal(model.layers[0].moving_variance, [0, 0, 0])
@@ -90,11 +85,8 @@ def test_fit_on_fewer_samples_than_replicas(fit, replicas):
 
 def test_evaluate_and_predict_leave_the_statistics_alone(fit, replicas):
     model, x, _ = fit(syncbn.SyncCentering, 24 * replicas.size)
-    if ENGINE == "multiworker":
-        pytest.skip("evaluate and predict need a dataset per worker; the layer's part is above")
     before = model.get_weights()
-    # Keras 3 fails in evaluate, before any layer is called, when the first batch does not divide.
-    x = x[: 4 * replicas.size]
+    x = x[: 4 * replicas.size + 1]  # does not divide
     model.evaluate(x, x, verbose=0)
     outputs = model.predict(x, verbose=0)
     moving_mean, kernel = before[:2]

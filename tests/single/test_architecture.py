@@ -16,6 +16,7 @@ FLOORS = {
     "syncbn.communicators": 1,
     "syncbn.keras_api": 1,
     "syncbn.layers": 2,
+    "syncbn.training": 3,
     "syncbn": 4,
 }
 
@@ -48,9 +49,20 @@ def test_the_public_names():
         "SyncBatchNormalization",
         "SyncCentering",
         "resolve",
+        "training",
     ]
-    for name in syncbn.__all__:
-        assert getattr(syncbn, name).__doc__
+    assert sorted(syncbn.training.__all__) == [
+        "AverageMetrics",
+        "BroadcastVariables",
+        "broadcast",
+        "distribute",
+        "join",
+        "mend_keras_fit",
+        "prediction_variables",
+    ]
+    for module in syncbn, syncbn.training:
+        for name in module.__all__:
+            assert getattr(module, name).__doc__
 
 
 def test_imports_go_down_only():

@@ -1,0 +1,65 @@
+"""What `mend_keras_fit` replaces in Keras, and what it leaves alone."""
+
+import importlib
+
+import pytest
+
+from syncbn.training.multi_worker import mend_keras_fit
+from tests import processes
+from tests.keras import KERAS_3
+
+BUILD, REDUCE = "TensorFlowTrainer._maybe_symbolic_build", "reduce_per_replica"
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """Keras' trainer, whose functions come back after the test."""
+    if not KERAS_3:
+        pytest.skip("the trainer of Keras 3")
+    trainer = importlib.import_module("keras.src.backend.tensorflow.trainer")
+    for owner, name in (trainer, REDUCE), (trainer.TensorFlowTrainer, BUILD.split(".")[1]):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    return trainer
+
+
+def test_both_functions_of_this_keras_are_replaced_once(trainer):
+    # A Keras that has mended one of them fails this: the list then gets shorter, from that version.
+    assert mend_keras_fit() == (BUILD, REDUCE)
+    mended = trainer.reduce_per_replica
+    assert mend_keras_fit() == ()
+    assert trainer.reduce_per_replica is mended
+
+
+def test_a_function_without_the_fault_stays(trainer, monkeypatch):
+    def reduce_per_replica(values, strategy, reduction):
+        return strategy.reduce("MEAN", values, axis=None)
+
+    monkeypatch.setattr(trainer, REDUCE, reduce_per_replica)
+    assert mend_keras_fit() == (BUILD,)
+    assert trainer.reduce_per_replica is reduce_per_replica
+
+
+def test_a_trainer_that_is_not_known_is_left_alone_with_a_warning(trainer, monkeypatch):
+    monkeypatch.delattr(trainer.TensorFlowTrainer, "_maybe_symbolic_build")
+    reduce = trainer.reduce_per_replica
+    with pytest.warns(UserWarning, match="knows the trainer of Keras 3.10 to 3.15"):
+        assert mend_keras_fit() == ()
+    assert trainer.reduce_per_replica is reduce
+
+
+@pytest.mark.skipif(KERAS_3, reason="tf_keras")
+def test_keras_2_is_left_alone():
+    assert mend_keras_fit() == ()
+
+
+def test_a_strategy_can_be_made_afterwards():
+    # As MultiWorkerMirroredStrategy is, devices are configured before TensorFlow's first operation.
+    finished = processes.python(
+        "import tensorflow as tf\n"
+        "from syncbn.training.multi_worker import mend_keras_fit\n"
+        "assert len(mend_keras_fit()) == 2\n"
+        "cpu = tf.config.list_physical_devices('CPU')[0]\n"
+        "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()])",
+        TF_USE_LEGACY_KERAS="0",
+    )
+    assert finished.code == 0, finished.output
