@@ -174,7 +174,8 @@ class Checkpoints(tf.keras.callbacks.Callback):
 
     def __init__(self, folder: Path, model: tf.keras.Model, job: Job) -> None:
         super().__init__()
-        model.optimizer.build(model.trainable_variables)
+        with job.scope():
+            model.optimizer.build(model.trainable_variables)
         self._epoch = tf.Variable(0, dtype=tf.int64)
         self._checkpoint = tf.train.Checkpoint(
             model=model, optimizer=model.optimizer, epoch=self._epoch

@@ -96,7 +96,7 @@ def test_without_other_workers_broadcast_metrics_and_join_change_nothing():
     variable = tf.Variable([1.0, 2.0])
     training.broadcast(variable)
     np.testing.assert_array_equal(variable.numpy(), [1, 2])
-    with pytest.raises(ValueError, match="0 to 0. Received: root=1"):
+    with pytest.raises(ValueError, match=r"0 to 0\. Received: root=1"):
         training.broadcast(variable, root=1)
 
     joined = training.join(tf.data.Dataset.range(3).batch(2))
