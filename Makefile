@@ -1,6 +1,7 @@
 # make demo   train a real model on several replicas, with and without synchronized statistics
 # make test   lint, type-check and test, in real processes under every engine
 # make bench  time the layers against Keras' own
+# make docker-test  build the CPU image and train across two containers (docker or podman)
 # make clean  remove what the others made
 #
 # Each needs Python 3.10 or later with venv, and make; `make test` also a C++ compiler, for Horovod.
@@ -16,7 +17,7 @@ install := $(python) -m pip install -q --disable-pip-version-check
 # Also for what pip builds in environments of its own.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench docker-test clean
 
 demo: $(VENV)/.demo
 	$(python) launch/train_digits.py --compare --seeds 0 1 2 --picture $(BUILD)/digits.png
@@ -25,13 +26,17 @@ test: $(VENV)/.test
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
-	$(bin)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
+	$(bin)/shellcheck launch/*.sh launch/slurm.sbatch docker/*.sh .ci/run
+	$(bin)/hadolint docker/*.Dockerfile
 	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/single
 	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/single
 	$(python) -m pytest tests/launchers
 
 bench: $(VENV)/.demo
 	$(python) benchmarks/layers.py
+
+docker-test:
+	docker/test.sh
 
 clean:
 	rm -rf $(VENV) $(BUILD) .hypothesis .mypy_cache .pytest_cache .ruff_cache syncbn.egg-info
