@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -36,8 +37,9 @@ class Job(NamedTuple):
         return self.replicas // self.processes
 
     def __str__(self) -> str:
-        several = "es" if self.processes > 1 else ""
-        return f"{self.engine}, {self.replicas} replicas in {self.processes} process{several}"
+        replicas = "1 replica" if self.replicas == 1 else f"{self.replicas} replicas"
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        return f"{self.engine}, {replicas} in {processes}"
 
     def scope(self) -> contextlib.AbstractContextManager:
         """Returns the context in which a model has to be made."""
@@ -62,7 +64,9 @@ def detect_engine() -> str:
         return "multiworker"
     if "HOROVOD_SIZE" in os.environ:
         return "horovod"
-    if {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():
+    # srun says 1 in an interactive shell, too.
+    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    if several or {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & os.environ.keys():
         return "mpi"
     return "mirrored"
 
@@ -106,6 +110,21 @@ def start(engine: str, replicas: int | None) -> Job:
             "start as many."
         )
     return job
+
+
+def require_same_arguments(job: Job, arguments: dict[str, object]) -> None:
+    """Compares the arguments of the job's processes.
+
+    Raises:
+        SystemExit: they differ from those of rank 0.
+    """
+    text = repr(sorted(arguments.items()))
+    own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    of_rank_0 = tf.Variable(own)
+    if job.strategy is None:
+        training.broadcast(of_rank_0, communicator="local" if job is ALONE else "auto")
+    if not np.array_equal(own, of_rank_0.numpy()):
+        raise SystemExit(f"Rank {job.rank} was started with other arguments than rank 0: {text}")
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import numpy as np
 import tensorflow as tf
-from digits_job import ALONE, ENGINES, Job, detect_engine, ending_all, start
+from digits_job import ALONE, ENGINES, Job, detect_engine, ending_all, require_same_arguments, start
 from digits_report import Run, draw, print_table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -182,7 +182,7 @@ class Checkpoints(tf.keras.callbacks.Callback):
         )
         self._folder, self._job = folder, job
         own = folder
-        if job.rank:
+        if job.rank and job.strategy is not None:
             # Saving reads the moving statistics, which under a strategy takes all workers.
             self._discarded = tempfile.TemporaryDirectory()
             own = Path(self._discarded.name)
@@ -410,6 +410,8 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, job: Job) -> None:
     """Trains in this process's part of the job; rank 0 reports."""
+    files = ("checkpoint", "metrics", "picture")
+    require_same_arguments(job, {k: v for k, v in vars(arguments).items() if k not in files})
     setups, reference = setups_of(arguments, job)
     say = functools.partial(print, flush=True) if job.rank == 0 else lambda *args: None
     say(f"Job: {job}")

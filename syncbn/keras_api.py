@@ -103,6 +103,12 @@ class StatisticsLayer(keras.layers.Layer):  # type: ignore[name-defined]
             )
 
 
+def all_layers(model: Any) -> list[Any]:
+    """Returns the layers of ``model``, nested ones too, in the order in which they are tracked."""
+    # Both Kerases have this method for themselves; `Model.layers` leaves out the layers of layers.
+    return list(model._flatten_layers(include_self=False))
+
+
 def layer_path(layer: Any) -> str:
     """Returns a name for ``layer`` that is the same on all workers that build the same model."""
     return layer.path if KERAS_3 else layer.name

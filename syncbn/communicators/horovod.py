@@ -75,18 +75,13 @@ class HorovodCommunicator:
         """Returns the sums of tensors of one dtype over all replicas, negotiated as one.
 
         Args:
-            tensors: With the same shapes and dtypes on all replicas.
+            tensors: float32 or float64, with the same shapes on all replicas.
             name: As for `all_reduce_sum`.
         """
         refuse_xla("Horovod")
-        dtype = tensors[0].dtype
-        totals = self._hvd.grouped_allreduce(
-            [tf.cast(tensor, _wire_dtype(dtype)) for tensor in tensors],
-            op=self._hvd.Sum,
-            name=name,
-            process_set=self._process_set,
+        return self._hvd.grouped_allreduce(
+            tensors, op=self._hvd.Sum, name=name, process_set=self._process_set
         )
-        return [tf.cast(total, dtype) for total in totals]
 
 
 def _wire_dtype(dtype: tf.DType) -> tf.DType:

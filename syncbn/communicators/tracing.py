@@ -22,6 +22,6 @@ def refuse_xla(engine: str) -> None:
     if control_flow_util.GraphOrParentsInXlaContext(graph):
         raise NotImplementedError(
             f"XLA cannot compile a collective of {engine}. Received: a training call inside a "
-            "function with jit_compile=True. Use jit_compile=False, or 'auto' in "
-            "`Model.compile`, which then asks the layers."
+            "function that XLA compiles. Use jit_compile=False. (In `Model.compile`, 'auto' asks "
+            "the layers, but not the optimizer.)"
         )

@@ -9,8 +9,9 @@ import numpy as np
 from syncbn import keras_api
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.resolve import check, resolve
+from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.training.broadcast import broadcast
-from syncbn.training.exchange import sum_arrays
+from syncbn.training.exchange import require_agreement, sum_arrays
 from syncbn.training.optimizer import averages_only_inside
 
 
@@ -58,6 +59,7 @@ class BroadcastVariables(_WorkerCallback):
                 f"Received: {type(optimizer).__name__} around a distributed optimizer, with which "
                 "workers would skip different steps."
             )
+        self._require_same_layers(communicator)
         self._pending = not (self.model.built and getattr(optimizer, "built", False))
         if self.model.built:
             self._broadcast(communicator, with_optimizer=not self._pending)
@@ -67,8 +69,24 @@ class BroadcastVariables(_WorkerCallback):
             self._pending = False
             self._broadcast(self._resolve(), with_optimizer=True)
 
+    def _require_same_layers(self, communicator: Communicator) -> None:
+        """Raises where workers would wait for layers that others do not have."""
+        if communicator.name == "tf.distribute" or communicator.size == 1:
+            return
+        layers = [
+            layer
+            for layer in keras_api.all_layers(self.model)
+            if isinstance(layer, SynchronizedLayer)
+        ]
+        names = [layer.name for layer in layers]
+        descriptions = [type(layer).__name__ for layer in layers]
+        if communicator.name == "horovod":  # which matches calls by these names
+            descriptions = [" ".join(pair) for pair in zip(descriptions, names, strict=True)]
+        require_agreement(communicator, descriptions, names, "synchronized layers", self.root)
+
     def _broadcast(self, communicator: Communicator, with_optimizer: bool) -> None:
-        variables = list(self.model.variables)
+        # In Keras 3 `variables` has the states of random generators too, which stay different.
+        variables = list(self.model.weights)
         if with_optimizer:
             of_optimizer = self.model.optimizer.variables
             variables += of_optimizer() if callable(of_optimizer) else of_optimizer
@@ -81,7 +99,9 @@ class AverageMetrics(_WorkerCallback):
     The sums and counts that make up a metric are added up over the workers, so that every sample
     weighs the same wherever it was, and metrics that are no means (AUC, say) are right too. What
     ``train_step`` logs besides metrics is averaged. Put it before the callbacks that read the
-    logs, such as `EarlyStopping`. Under tf.distribute it does nothing, as Keras does this there.
+    logs, such as `EarlyStopping`. Either all workers validate or none does. It is for `fit`: what
+    `evaluate` returns stays each worker's own. Under tf.distribute it does nothing, as Keras does
+    this there.
 
     Args:
         communicator: As for `syncbn.SyncBatchNormalization`.
@@ -114,6 +134,8 @@ class AverageMetrics(_WorkerCallback):
         averages = [(total / communicator.size).tolist() for total in totals]
         averaged = {**known, **dict(zip(others, averages, strict=True))}
         logs.update({name: averaged[name] for name in logs})
+        # A worker without validation data has none of these, and callbacks act on them.
+        logs.update(self._validation)
 
     def _totals(self) -> dict[str, Any]:
         """Returns what the model's metrics are over all workers."""

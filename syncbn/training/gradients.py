@@ -34,16 +34,19 @@ def average(gradients: Sequence[Gradient], communicator: Communicator, name: str
         if isinstance(gradient, tf.IndexedSlices):
             sparse.append(index)
         elif gradient is not None:
-            dense.setdefault(gradient.dtype, []).append(index)
+            dense.setdefault(_wire_dtype(gradient.dtype), []).append(index)
     for dtype, indices in dense.items():
-        totals = _sum([gradients[index] for index in indices], communicator, f"{name}/{dtype.name}")
+        wires = [tf.cast(gradients[index], dtype) for index in indices]
+        totals = _sum(wires, communicator, f"{name}/{dtype.name}")
         for index, total in zip(indices, totals, strict=True):
-            averages[index] = total / communicator.size
+            averages[index] = tf.cast(total / communicator.size, gradients[index].dtype)
     if sparse:
         gathered = _gather([gradients[index] for index in sparse], communicator, f"{name}/sparse")
         for index, slices in zip(sparse, gathered, strict=True):
             averages[index] = tf.IndexedSlices(
-                slices.values / communicator.size, slices.indices, slices.dense_shape
+                tf.cast(slices.values / communicator.size, gradients[index].dtype),
+                slices.indices,
+                slices.dense_shape,
             )
     return averages
 
@@ -73,20 +76,23 @@ def _gather(
     )
     gathered = []
     for number, gradient in enumerate(gradients):
-        before = tf.reduce_sum(counts[:rank, number])
-        after = tf.reduce_sum(counts[rank + 1 :, number])
-
-        def everyone(tensor: tf.Tensor, part: str, before=before, after=after, number=number):  # type: ignore[no-untyped-def]
-            padding = [[before, after]] + [[0, 0]] * (tensor.shape.rank - 1)
-            return communicator.all_reduce_sum(tf.pad(tensor, padding), f"{name}/{number}/{part}")
-
+        padding = [tf.reduce_sum(counts[:rank, number]), tf.reduce_sum(counts[rank + 1 :, number])]
         # float64 holds every index of a table that fits into memory.
-        indices = everyone(tf.cast(gradient.indices, tf.float64), "indices")
-        gathered.append(
-            tf.IndexedSlices(
-                everyone(gradient.values, "values"),
-                tf.cast(indices, gradient.indices.dtype),
-                gradient.dense_shape,
+        indices, values = (
+            communicator.all_reduce_sum(
+                tf.pad(tensor, [padding, *[[0, 0]] * (tensor.shape.rank - 1)]),
+                f"{name}/{number}/{part}",
+            )
+            for part, tensor in (
+                ("indices", tf.cast(gradient.indices, tf.float64)),
+                ("values", tf.cast(gradient.values, _wire_dtype(gradient.dtype))),
             )
         )
+        indices = tf.cast(indices, gradient.indices.dtype)
+        gathered.append(tf.IndexedSlices(values, indices, gradient.dense_shape))
     return gathered
+
+
+def _wire_dtype(dtype: tf.DType) -> tf.DType:
+    # A sum over many workers can overflow in 16 bits where their mean does not.
+    return tf.float32 if dtype.size < 4 else dtype

@@ -27,8 +27,9 @@ def join(
     The dataset of every worker becomes as long as the longest. Nobody waits for somebody who has
     ended, nothing is dropped, and synchronized layers see the batches that exist. All workers make
     this call, with datasets of the same structure. Where all cardinalities are known it takes one
-    small collective; otherwise one more with each batch, which tells whether anybody still has one,
-    and every worker has to iterate as far as the others do. Prefetch before joining, not after.
+    small collective. Where one is not, and with ``sample_weight``, it takes one more with each
+    batch; then every worker has to iterate as far as the others do, and nothing may prefetch after
+    the join (`Model.fit` of Keras 3 does with ``class_weight``).
 
     The mean over the samples of each worker, averaged over the workers, is not the mean over all
     samples where batches differ in size. With ``sample_weight=True`` it is: each sample of a step
@@ -36,7 +37,7 @@ def join(
     and losses that average over a batch (those of `tf.keras.losses`) need it. The loss that `fit`
     logs is weighted, too; the same function among the ``metrics`` is not.
 
-    Under tf.distribute the dataset is returned as it is: strategies do this themselves.
+    Under tf.distribute, where strategies deal batches out, the dataset is returned as it is.
 
     Args:
         dataset: Of batches: any structure of dense, ragged and sparse tensors whose first dimension
@@ -47,15 +48,21 @@ def join(
             to multiply those of elements ``(x, y, sample_weight)``.
 
     Returns:
-        A dataset with the structure of ``dataset``.
+        A dataset with the structure of ``dataset``; with ``sample_weight`` the weights are in it.
 
     Raises:
         TypeError: ``dataset`` is none, or has components that have no batch.
         ValueError: with ``sample_weight``, elements that are not ``(x, y)`` or ``(x, y, weights)``.
-        RuntimeError: MPI is not initialized for several threads; and see `syncbn.resolve`.
+        RuntimeError: the call is made in a graph; MPI is not initialized for several threads; and
+            see `syncbn.resolve`.
     """
     if not isinstance(dataset, tf.data.Dataset):
         raise TypeError(f"`dataset` must be a tf.data.Dataset. Received: dataset={dataset!r}.")
+    if not tf.executing_eagerly():
+        raise RuntimeError(
+            "join talks to the other workers at once, so it must be called eagerly. Received: a "
+            "call inside a tf.function or a graph."
+        )
     spec = dataset.element_spec
     empty = tf.nest.map_structure(_empty, spec)
     if sample_weight and not (isinstance(spec, tuple) and len(spec) in (2, 3)):
@@ -69,6 +76,8 @@ def join(
     number = next(_numbers)
     own = dataset.cardinality().numpy()
     cardinalities = all_gather(communicator, np.array([own]), f"syncbn/join/{number}")[:, 0]
+    if (cardinalities == tf.data.INFINITE_CARDINALITY).all() and not sample_weight:
+        return dataset
     known = (cardinalities >= 0).all()
     if known and not sample_weight:
         steps = int(cardinalities.max())
@@ -104,7 +113,12 @@ def _with_exchange(
         weight = tf.math.divide_no_nan(size * samples, totals[1])
         return totals[0] > 0, tf.cast(weight, tf.float32), element
 
-    present = dataset.map(lambda *element: (tf.ones([], tf.float64), _unpacked(element)))
+    def tagged(*components: Any) -> tuple[tf.Tensor, Any]:
+        # A dataset gives the components of a tuple one by one.
+        return tf.ones([], tf.float64), tf.nest.pack_sequence_as(spec, tf.nest.flatten(components))
+
+    spec = dataset.element_spec
+    present = dataset.map(tagged)
     absent = tf.data.Dataset.from_tensors((tf.zeros([], tf.float64), empty)).repeat()
     exchanged = present.concatenate(absent).map(exchange)
     going_on = exchanged.take_while(lambda anyone, weight, element: anyone)
@@ -119,11 +133,6 @@ def _weigh(weight: tf.Tensor, element: Any) -> Any:
     x, y, *given = element
     weights = tf.fill([_batch_size(element)], weight)
     return x, y, tf.cast(given[0], tf.float32) * weights if given else weights
-
-
-def _unpacked(arguments: tuple[Any, ...]) -> Any:
-    # A dataset gives the components of a tuple one by one.
-    return arguments[0] if len(arguments) == 1 else arguments
 
 
 def _batch_size(element: Any) -> tf.Tensor:

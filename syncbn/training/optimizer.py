@@ -11,6 +11,7 @@ import tensorflow as tf
 from syncbn import keras_api
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.resolve import check, resolve
+from syncbn.training.exchange import require_agreement
 from syncbn.training.gradients import Gradient, average
 
 
@@ -22,6 +23,9 @@ def distribute(optimizer: Any, communicator: str | Communicator = "auto") -> Any
     that clipping, gradient accumulation, loss scaling, weight decay and moving averages of weights
     mean what they mean in one process. A saved model remembers the communicator's name; loading it
     needs no engine, and training it further resolves the name anew.
+
+    All workers need gradients for the same variables, in the same order; the first step compares
+    them. The optimizer does not pickle: save the model, or the optimizer's config.
 
     Under tf.distribute nothing is averaged here: Keras' optimizers do that themselves there.
 
@@ -39,7 +43,8 @@ def distribute(optimizer: Any, communicator: str | Communicator = "auto") -> Any
 
     Raises:
         TypeError: ``optimizer`` is none, or ``communicator`` is none.
-        ValueError: it is distributed already, or the communicator's name is unknown.
+        ValueError: it is distributed already, or the communicator's name is unknown. Later, in the
+            first step: workers have different gradients.
     """
     check(communicator)
     if not isinstance(optimizer, (*keras_api.OPTIMIZERS, tf.compat.v1.train.Optimizer)):
@@ -55,6 +60,7 @@ def distribute(optimizer: Any, communicator: str | Communicator = "auto") -> Any
     changed: Any = optimizer
     changed.__class__ = _distributed_class(changed.__class__)
     changed._syncbn_communicator = communicator
+    changed._syncbn_compared = False
     return changed
 
 
@@ -78,6 +84,7 @@ class _Distributed:
 
     _plain_class: type
     _syncbn_communicator: str | Communicator
+    _syncbn_compared: bool
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()  # type: ignore[misc]
@@ -103,6 +110,16 @@ class _Distributed:
         # Under tf.distribute, Keras' optimizers add gradients up themselves.
         if communicator.name == "tf.distribute" or communicator.size == 1:
             return gradients
+        # Not in the graph of a session, which cannot compute while it is built.
+        if not self._syncbn_compared and tf.compat.v1.executing_eagerly_outside_functions():
+            with tf.init_scope():
+                require_agreement(
+                    communicator,
+                    [_description(gradient) for gradient in gradients],
+                    [f"gradient {number}" for number in range(len(gradients))],
+                    "gradients",
+                )
+            self._syncbn_compared = True
         return average(gradients, communicator, f"syncbn/gradients/{type(self).__name__}")
 
 
@@ -132,3 +149,11 @@ def _distributed_class(cls: type) -> type:
     members = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
     made = type(cls)(cls.__name__, (base, cls), {**members, "_plain_class": cls})
     return keras_api.register_keras_serializable("syncbn", "DistributedOptimizer")(made)
+
+
+def _description(gradient: Gradient) -> str:
+    if gradient is None:
+        return "none"
+    if isinstance(gradient, tf.IndexedSlices):
+        return f"sparse {gradient.dtype.name}"
+    return f"dense {gradient.dtype.name} {gradient.shape}"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,14 +21,15 @@ TRAIN = [sys.executable, SCRIPT, "--batch-per-replica", "64"]
 END_WITHIN = 60  # seconds that a job may go on after one of its workers has died
 
 
-def job(launcher, *command):
-    """The command of a job with two workers, as a user types it."""
+def job(launcher, *command, workers=2):
+    """The command of a job, as a user types it."""
+    size = str(workers)
     if launcher == "multiworker":
         script = str(processes.ROOT / "launch" / "multiworker.py")
-        return [sys.executable, script, "--workers", "2", "--", *command]
+        return [sys.executable, script, "--workers", size, "--", *command]
     if launcher == "mpirun":
-        return ["mpirun", "-np", "2", "--oversubscribe", *command]
-    return [*launcher.split(), "-np", "2", *command]
+        return ["mpirun", "-np", size, "--oversubscribe", *command]
+    return [*launcher.split(), "-np", size, *command]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,7 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
     assert "ended after the limit" not in finished.output, finished.output
     assert finished.code != 0, finished.output
     assert ended - killed[0] < END_WITHIN, finished.output
+    assert re.search(r"signal 9|SIGKILL|Exit code: -9|exit.*-9", finished.output), finished.output
     assert not _workers(marker), "processes are still there"
 
     epochs = int((checkpoints / "checkpoint").read_text().split('"')[1].rpartition("-")[2])
@@ -73,7 +76,10 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
     assert finished.output.count("synchronized, 2 replicas x 64  ") == 1, finished.output
 
 
-@pytest.mark.parametrize(("launcher", "legacy"), [("mpirun", True), ("horovodrun --gloo", False)])
+@pytest.mark.parametrize(
+    ("launcher", "legacy"),
+    [("mpirun", True), ("horovodrun --gloo", False), ("horovodrun", False), ("horovodrun", True)],
+)
 def test_a_job_runs_as_typed(launcher, legacy):
     command = job(launcher, *TRAIN, "--epochs", "1")
     env = {"TF_USE_LEGACY_KERAS": str(int(legacy))}
@@ -104,25 +110,38 @@ def _workers(marker):
 
 WITHOUT_JOIN = """
 import sys
-from mpi4py import MPI
 import numpy as np, tensorflow as tf, syncbn
 from syncbn import training
+if sys.argv[1] == "mpirun":
+    from mpi4py import MPI
+    rank = MPI.COMM_WORLD.rank
+else:
+    import horovod.tensorflow as hvd
+    hvd.init()
+    rank = hvd.rank()
 
-batches = [7, 4][MPI.COMM_WORLD.rank]
+batches = [7, 4, 0][rank]
 x = np.ones((2 * batches, 3), "float32")
 model = tf.keras.Sequential([tf.keras.Input((3,)), syncbn.SyncBatchNormalization()])
 model.compile(training.distribute(tf.keras.optimizers.SGD(0.1)), "mse")
-model.fit(x, x, batch_size=2, verbose=0)
-print("rank", MPI.COMM_WORLD.rank, "is done", flush=True)
+if batches:
+    model.fit(x, x, batch_size=2, verbose=0)
+print("rank", rank, "is done", flush=True)
+if rank:
+    import time
+    time.sleep(100)  # so that nobody ends because somebody has
 """
 
 
-def test_without_join_workers_with_more_batches_wait_forever():
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
+def test_without_join_workers_with_more_batches_wait_forever(launcher):
     # What `join` is for; tests/parallel/test_workers.py has the same job with it.
-    command = processes.mpirun(2, sys.executable, "-c", WITHOUT_JOIN)
-    finished = processes.run([("mpirun", command, {})], limit=20)
-    assert "rank 0 is done" not in finished.output
+    command = job(launcher, sys.executable, "-c", WITHOUT_JOIN, launcher, workers=3)
+    finished = processes.run([(launcher, command, {})], limit=30)
     assert "ended after the limit" in finished.output, finished.output
+    done = {rank for rank in range(3) if f"rank {rank} is done" in finished.output}
+    # The others' first step waits for the one that has nothing.
+    assert done == {2}, finished.output
 
 
 @pytest.mark.parametrize(
@@ -161,3 +180,40 @@ def test_a_job_ends_when_one_worker_finds_a_fault(tmp_path):
         assert finished.code not in (0, 124), finished.output
         assert "must hold checkpoints of this network" in finished.output, finished.output
         assert "ended after the limit" not in finished.output, finished.output
+
+
+def test_workers_with_other_arguments_are_told():
+    python, *rest = TRAIN
+    train = [python, *rest[:-1], "$((32 + 32 * OMPI_COMM_WORLD_RANK))"]
+    command = ["bash", "-c", " ".join(train)]
+    finished = processes.run([("mpirun", job("mpirun", *command), {})], limit=60)
+    assert finished.code not in (0, 124), finished.output
+    assert "Rank 1 was started with other arguments than rank 0" in finished.output, finished.output
+
+
+def test_workers_with_other_models_are_told():
+    """The synchronized layers of one wait for nobody; the weights have the same shapes."""
+    command = [sys.executable, "-c", OTHER_MODELS]
+    for launcher in "mpirun", "horovodrun --gloo":
+        finished = processes.run([(launcher, job(launcher, *command), {})], limit=60)
+        assert finished.code not in (0, 124), finished.output
+        assert "must have the same synchronized layers" in finished.output, finished.output
+
+
+OTHER_MODELS = """
+import os
+import numpy as np, tensorflow as tf, syncbn
+from syncbn import training
+if "HOROVOD_SIZE" in os.environ:
+    import horovod.tensorflow as hvd
+    hvd.init()
+    rank = hvd.rank()
+else:
+    from mpi4py import MPI
+    rank = MPI.COMM_WORLD.rank
+layer = tf.keras.layers.BatchNormalization() if rank else syncbn.SyncBatchNormalization()
+model = tf.keras.Sequential([tf.keras.Input((3,)), layer])
+model.compile(training.distribute(tf.keras.optimizers.SGD(0.1)), "mse")
+x = np.ones((4, 3), "float32")
+model.fit(x, x, verbose=0, callbacks=[training.BroadcastVariables()])
+"""

@@ -3,6 +3,8 @@
 Under tf.distribute Keras does all of this itself.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -100,6 +102,34 @@ def test_gradients_of_all_kinds_travel_together(replicas):
     expected[4], expected[1] = -2, -2
     np.testing.assert_allclose(table.numpy(), expected / replicas.size, rtol=1e-6)
     np.testing.assert_array_equal(unused.numpy(), 0)
+
+
+def test_the_mean_of_float16_gradients_does_not_overflow(replicas):
+    weight = tf.Variable(tf.zeros([2], tf.float16))
+    optimizer = training.distribute(tf.compat.v1.train.GradientDescentOptimizer(1.0))
+    optimizer.apply_gradients([(tf.constant([40000, -8], tf.float16), weight)])
+    np.testing.assert_array_equal(weight.numpy(), [-40000, 8])
+
+
+def test_workers_with_other_gradients_are_told(replicas):
+    weights = [tf.Variable(tf.zeros([2])), tf.Variable(tf.zeros([3]))]
+    gradients = [tf.ones([2]), None if replicas.rank else tf.ones([3])]
+    optimizer = training.distribute(tf.compat.v1.train.GradientDescentOptimizer(1.0))
+    with pytest.raises(ValueError, match=r"must have the same gradients.* is number 1;"):
+        optimizer.apply_gradients(zip(gradients, weights, strict=True))
+
+
+def test_an_embedding_is_trained_by_workers_some_of_which_have_no_rows(replicas):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Embedding(5, 3)])
+    model.compile(training.distribute(keras.optimizers.Adam(0.1)), "mse", jit_compile=False)
+    rows = 4 if replicas.rank == 0 else 0
+    ids = np.random.default_rng(7).integers(0, 5, size=(rows, 2))
+    data = tf.data.Dataset.from_tensor_slices((ids, np.ones((rows, 2, 3), "float32"))).batch(2)
+    callbacks = [training.BroadcastVariables()]
+    model.fit(training.join(data), verbose=0, shuffle=False, callbacks=callbacks)
+    (table,) = model.get_weights()
+    assert np.isfinite(table).all()
+    same_on_all_ranks(table)
 
 
 def test_all_workers_skip_a_step_whose_gradient_overflows_on_one(replicas):
@@ -200,6 +230,27 @@ def test_training_starts_from_the_variables_of_the_root(replicas):
         same_on_all_ranks(weight.numpy())
 
 
+def test_workers_with_other_layers_are_told(replicas):
+    # All weights have the same shapes, and the last worker would wait for nobody.
+    odd = replicas.rank == replicas.size - 1
+    model = compiled(keras.layers.BatchNormalization() if odd else None)
+    with pytest.raises(ValueError, match="must have the same synchronized layers"):
+        model.fit(*samples(4), verbose=0, callbacks=[training.BroadcastVariables()])
+
+
+def test_random_generators_stay_different(replicas):
+    layers = [keras.Input((200,)), keras.layers.Dropout(0.5, seed=replicas.rank)]
+    model = keras.Sequential(layers)
+    model.compile(training.distribute(keras.optimizers.SGD()), "mse", jit_compile=False)
+    x = np.ones((1, 200), "float32")
+    callback = training.BroadcastVariables()
+    callback.set_model(model)
+    callback.on_train_begin()
+    mask = model(x, training=True).numpy()
+    total = syncbn.resolve().all_reduce_sum(tf.constant(mask), "masks").numpy()
+    assert not np.array_equal(total, replicas.size * mask)
+
+
 def test_a_wrapped_optimizer_that_is_distributed_inside_is_refused(replicas):
     optimizer = LossScaleOptimizer(training.distribute(keras.optimizers.SGD(0.1)))
     model = compiled(optimizer=optimizer)
@@ -265,6 +316,42 @@ def test_a_joined_dataset_is_as_long_as_the_longest(replicas, known):
         assert seen == [str(i).encode() for i in range(2 * own)]
 
 
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+@pytest.mark.parametrize(
+    "structure", [lambda i: (i,), lambda i: Pair(i, {"a": i}), lambda i: ((i, i), {"b": (i,)})]
+)
+def test_any_structure_is_joined(replicas, structure):
+    dataset = tf.data.Dataset.range(3 + replicas.rank).map(structure).batch(2)
+    joined = training.join(dataset.filter(lambda *element: True))
+    assert joined.element_spec == dataset.element_spec
+    assert len(list(joined)) == (3 + replicas.size) // 2
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_callbacks_see_validation_that_only_some_workers_have_data_for(replicas):
+    if not KERAS_3:
+        pytest.skip("Keras 2 itself refuses to validate on nothing; join the validation data")
+    x, y = samples(8)
+    own = slice(0, 8 if replicas.rank == 0 else 0)
+    validation = tf.data.Dataset.from_tensor_slices((x[own], y[own])).batch(4)
+    metrics = training.AverageMetrics()
+    stop = keras.callbacks.EarlyStopping("val_loss", patience=0, min_delta=1e9)
+    history = compiled().fit(
+        x,
+        y,
+        validation_data=validation,
+        epochs=5,
+        verbose=0,
+        callbacks=[training.BroadcastVariables(), metrics, stop],
+    )
+    assert len(history.history["val_loss"]) == 2
+    same_on_all_ranks(history.history["val_loss"])
+
+
 def test_an_early_end_leaves_nothing_half_done(replicas):
     dataset = tf.data.Dataset.range(4 + replicas.rank).batch(1).filter(lambda element: True)
     joined = training.join(dataset)
@@ -273,7 +360,7 @@ def test_an_early_end_leaves_nothing_half_done(replicas):
     assert len(list(joined)) == 3 + replicas.size
 
 
-# What Keras 3 says after the first epoch of any dataset of unknown length.
+# What Keras 3 says after the first epoch of any dataset of unknown length, and of an empty one.
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
 def test_a_ragged_job_is_the_job_of_one_process(replicas, known):
