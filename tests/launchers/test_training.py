@@ -138,7 +138,7 @@ if rank:
 def test_without_join_workers_with_more_batches_wait_forever(launcher):
     # What `join` is for; tests/parallel/test_workers.py has the same job with it.
     command = job(launcher, sys.executable, "-c", WITHOUT_JOIN, launcher, workers=3)
-    finished = processes.run([(launcher, command, {})], limit=30)
+    finished = processes.run([(launcher, command, {})], limit=25)
     assert "ended after the limit" in finished.output, finished.output
     done = {rank for rank in range(3) if f"rank {rank} is done" in finished.output}
     # The others' first step waits for the one that has nothing.
@@ -154,10 +154,8 @@ def test_without_join_workers_with_more_batches_wait_forever(launcher):
             {"TF_CONFIG": json.dumps({"cluster": {"worker": ["a:1"]}, "task": {"index": 3}})},
             "TF_CONFIG must describe a cluster",
         ),
-        (["--epochs", "0"], {}, "must be at least 1. Received: 0"),
         (["--batch-per-replica", "1000"], {}, "There are 1280"),
         (["--compare", "--metrics", "x.csv"], {}, "is for one run"),
-        (["--metrics", "x.txt"], {}, "must end in .csv"),
     ],
 )
 def test_the_script_says_what_is_wrong(arguments, env, message):
