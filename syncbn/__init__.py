@@ -12,6 +12,7 @@ from syncbn.communicators import (
     resolve,
 )
 from syncbn.layers import SyncBatchNormalization, SyncCentering
+from syncbn.models import MovingStatistics, moving_statistics, set_moving_statistics
 
 __all__ = [
     "Communicator",
@@ -19,9 +20,12 @@ __all__ = [
     "HorovodCommunicator",
     "LocalCommunicator",
     "MPICommunicator",
+    "MovingStatistics",
     "SyncBatchNormalization",
     "SyncCentering",
+    "moving_statistics",
     "resolve",
+    "set_moving_statistics",
     "training",
 ]
 

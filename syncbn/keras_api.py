@@ -103,10 +103,29 @@ class StatisticsLayer(keras.layers.Layer):  # type: ignore[name-defined]
             )
 
 
-def all_layers(model: Any) -> list[Any]:
-    """Returns the layers of ``model``, nested ones too, in the order in which they are tracked."""
-    # Both Kerases have this method for themselves; `Model.layers` leaves out the layers of layers.
-    return list(model._flatten_layers(include_self=False))
+def named_layers(model: Any) -> dict[str, Any]:
+    """Returns the layers of ``model``, each once, by names such as ``"block/normalization"``.
+
+    They come in the order in which they are tracked, layers of layers after the layer around them.
+    """
+    found: dict[str, Any] = {}
+    seen = {id(model)}
+
+    def walk(outer: Any, prefix: str) -> None:
+        # Both Kerases have this method for themselves; `Model.layers` leaves out the layers of
+        # layers.
+        for layer in outer._flatten_layers(recursive=False, include_self=False):
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            name, number = prefix + layer.name, 1
+            while name in found:
+                name, number = f"{prefix}{layer.name}_{number}", number + 1
+            found[name] = layer
+            walk(layer, f"{name}/")
+
+    walk(model, "")
+    return found
 
 
 def layer_path(layer: Any) -> str:

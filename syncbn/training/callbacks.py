@@ -75,7 +75,7 @@ class BroadcastVariables(_WorkerCallback):
             return
         layers = [
             layer
-            for layer in keras_api.all_layers(self.model)
+            for layer in keras_api.named_layers(self.model).values()
             if isinstance(layer, SynchronizedLayer)
         ]
         names = [layer.name for layer in layers]

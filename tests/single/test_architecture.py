@@ -17,6 +17,7 @@ FLOORS = {
     "syncbn.keras_api": 1,
     "syncbn.layers": 2,
     "syncbn.training": 3,
+    "syncbn.models": 3,
     "syncbn": 4,
 }
 
@@ -46,9 +47,12 @@ def test_the_public_names():
         "HorovodCommunicator",
         "LocalCommunicator",
         "MPICommunicator",
+        "MovingStatistics",
         "SyncBatchNormalization",
         "SyncCentering",
+        "moving_statistics",
         "resolve",
+        "set_moving_statistics",
         "training",
     ]
     assert sorted(syncbn.training.__all__) == [

@@ -1,0 +1,109 @@
+"""Reading and setting the moving statistics of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from syncbn import keras_api
+from syncbn.layers.synchronized import SynchronizedLayer
+
+
+class MovingStatistics(NamedTuple):
+    """The moving statistics of a layer, each an array ``(channels,)``.
+
+    ``None`` stands for what the layer does not have; where statistics are set, also for what is to
+    stay as it is.
+    """
+
+    mean: Any = None
+    variance: Any = None
+    """Of a batch normalization; `SyncCentering` has none."""
+    count: Any = None  # (also a method of tuples, of another type)
+    """How many elements they have seen, where ``momentum=None`` (the cumulative average)."""
+
+
+_WEIGHTS = ("moving_mean", "moving_variance", "moving_count")
+
+
+def moving_statistics(model: Any) -> dict[str, MovingStatistics]:
+    """Returns the moving statistics of each normalization in a model, by its name.
+
+    These are the layers of this package and the `BatchNormalization` of Keras, as far as they are
+    built. A name has those of the layers around it in front: ``"block/normalization"``. A layer
+    that is used twice is there once.
+
+    Under MultiWorkerMirroredStrategy reading them is a collective: all workers make the call.
+
+    Args:
+        model: A model or layer of `tf.keras`.
+    """
+    return {
+        name: MovingStatistics(*map(_values(layer).get, _WEIGHTS))
+        for name, layer in _normalizations(model).items()
+    }
+
+
+def set_moving_statistics(
+    model: Any, statistics: Mapping[str, MovingStatistics | tuple[Any, ...]]
+) -> None:
+    """Sets the moving statistics of some or all normalizations in a model.
+
+    In a job of several workers all of them have to set the same.
+
+    Args:
+        model: As for `moving_statistics`.
+        statistics: New values by the names that `moving_statistics` gives: means, variances and
+            counts. ``None``, and what is left out, stays as it is.
+
+    Raises:
+        ValueError: a name or value for something that the model does not have, a value of another
+            shape, one that is not finite, a negative variance or count. The model is left as it
+            was.
+    """
+    layers = _normalizations(model)
+    unknown = sorted(set(statistics) - set(layers))
+    if unknown:
+        raise ValueError(
+            f"`statistics` must be for normalizations of the model: {', '.join(layers) or 'none'}. "
+            f"Received: {', '.join(unknown)}."
+        )
+    changes = []
+    for name, given in statistics.items():
+        values = _values(layers[name])
+        for weight, value in zip(_WEIGHTS, given, strict=False):
+            if value is not None:
+                values[weight] = _checked(f"{weight} of {name}", value, values.get(weight))
+        changes.append((layers[name], values))
+    for layer, values in changes:
+        layer.set_weights(list(values.values()))
+
+
+def _normalizations(model: Any) -> dict[str, Any]:
+    kinds = (SynchronizedLayer, keras_api.keras.layers.BatchNormalization)
+    layers = {model.name: model, **keras_api.named_layers(model)}
+    return {k: v for k, v in layers.items() if isinstance(v, kinds) and v.built}
+
+
+def _values(layer: Any) -> dict[Any, np.ndarray]:
+    """Returns the values of all weights, in the order of the layer; statistics by their names."""
+    names = {id(getattr(layer, name, None)): name for name in _WEIGHTS}
+    # By the layer's own methods, which also work in a session.
+    pairs = zip(layer.weights, layer.get_weights(), strict=True)
+    return {names.get(id(weight), id(weight)): value for weight, value in pairs}
+
+
+def _checked(what: str, value: Any, old: np.ndarray | None) -> np.ndarray:
+    """Returns a new value in the dtype of the old one."""
+    new = np.asarray(value, np.float64)
+    if old is None:
+        raise ValueError(f"{what} cannot be set, as the layer has none. Received: {value!r}.")
+    if new.shape != old.shape:
+        raise ValueError(f"{what} must have shape {old.shape}. Received: shape {new.shape}.")
+    if not np.isfinite(new).all():
+        raise ValueError(f"{what} must be finite. Received: {value!r}.")
+    if not what.startswith("moving_mean") and (new < 0).any():
+        raise ValueError(f"{what} must not be negative. Received: {value!r}.")
+    return new.astype(old.dtype)
