@@ -104,6 +104,20 @@ def test_gradients_of_all_kinds_travel_together(replicas):
     np.testing.assert_array_equal(unused.numpy(), 0)
 
 
+def test_gradients_of_one_dtype_cost_one_collective(replicas):
+    weights = [tf.Variable(tf.zeros([n + 1])) for n in range(5)]
+    optimizer = training.distribute(tf.compat.v1.train.GradientDescentOptimizer(1.0))
+
+    @tf.function
+    def apply():
+        optimizer.apply_gradients([(tf.ones_like(weight), weight) for weight in weights])
+
+    operations = apply.get_concrete_function().graph.get_operations()
+    kind = {"horovod": "HorovodGroupedAllreduce", "mpi": "PyFunc"}[ENGINE]
+    collectives = [o.type for o in operations if "Allreduce" in o.type or "PyFunc" in o.type]
+    assert collectives == [kind]
+
+
 def test_the_mean_of_float16_gradients_does_not_overflow(replicas):
     weight = tf.Variable(tf.zeros([2], tf.float16))
     optimizer = training.distribute(tf.compat.v1.train.GradientDescentOptimizer(1.0))
