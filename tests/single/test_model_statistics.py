@@ -32,9 +32,8 @@ def model():
     model = keras.Sequential(
         [keras.Input((3,)), Block(name="block"), inner, cumulative, keras.layers.Dense(1)]
     )
-    keras.utils.set_random_seed(1)
-    for _ in range(3):
-        model(tf.random.normal([5, 3]) + 2, training=True)
+    for batch in np.random.default_rng(1).normal(2, 1, size=(3, 5, 3)):
+        model(tf.constant(batch, tf.float32), training=True)
     return model
 
 
