@@ -1,9 +1,6 @@
-"""Jobs that are started wrongly, and jobs whose workers die: a clear end, soon, and no orphans."""
+"""Jobs that are started wrongly: a clear end, soon. (test_training.py kills workers.)"""
 
-import os
 import sys
-import uuid
-from pathlib import Path
 
 import pytest
 
@@ -76,39 +73,6 @@ import os
 os._exit(0)  # the servers have no end of their own
 """
 
-DYING = """
-import os, signal, sys
-engine = sys.argv[1]
-if engine == "multiworker":
-    import tensorflow as tf
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    rank = strategy.cluster_resolver.task_id
-elif engine == "mpi":
-    import tensorflow as tf
-    from mpi4py import MPI
-    rank = MPI.COMM_WORLD.rank
-else:
-    import horovod.tensorflow as hvd
-    import tensorflow as tf
-    hvd.init()
-    rank = hvd.rank()
-import contextlib, syncbn
-with strategy.scope() if engine == "multiworker" else contextlib.nullcontext():
-    layer = syncbn.SyncBatchNormalization()
-    layer.build((None, 3))
-
-@tf.function
-def step():
-    call = lambda: layer(tf.ones([2, 3]), training=True)
-    return strategy.run(call) if engine == "multiworker" else call()
-
-for number in range(100):
-    step()
-    if (number, rank) == (5, 1):
-        print("rank 1 dies", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
-
 
 @pytest.mark.parametrize(
     "code",
@@ -128,29 +92,3 @@ def test_parameter_servers_are_refused():
     finished = processes.python(PARAMETER_SERVER)
     assert finished.code == 0, finished.output
     assert "refused" in finished.output, finished.output
-
-
-@pytest.mark.parametrize("launcher", ["mpi", "horovod-gloo", "horovod-mpi", "multiworker"])
-def test_a_job_whose_worker_dies_ends_soon_and_leaves_nobody_behind(launcher):
-    marker = f"dying-{uuid.uuid4().hex}"
-    engine, _, controller = launcher.partition("-")
-    command = [sys.executable, "-c", DYING, engine, marker]
-    if engine == "multiworker":
-        commands = processes.workers(2, *command)
-    elif engine == "mpi":
-        commands = [("mpirun", processes.mpirun(2, *command), {})]
-    else:
-        commands = [("horovodrun", processes.horovodrun(2, controller, *command), {})]
-    finished = processes.run(commands, limit=90)
-    assert "rank 1 dies" in finished.output, finished.output
-    assert "ended after the limit" not in finished.output, finished.output
-    assert finished.code != 0, finished.output
-    left = [pid for pid in os.listdir("/proc") if pid.isdigit() and marker in _command_line(pid)]
-    assert not left, f"processes {left} are still there"
-
-
-def _command_line(pid):
-    try:
-        return Path("/proc", pid, "cmdline").read_text(errors="replace")
-    except OSError:
-        return ""  # it has ended meanwhile
