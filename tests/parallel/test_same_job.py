@@ -9,7 +9,7 @@ from syncbn import training
 from tests.keras import keras
 from tests.replicas import Strategy
 
-STEPS, BATCH = 20, 12
+STEPS, BATCH = 20, 24
 PARTS = {
     "even": lambda size: [BATCH // size] * size,
     "ragged": lambda size: [BATCH - 2 * (size - 1)] + [2] * (size - 1),
