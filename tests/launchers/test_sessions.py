@@ -40,7 +40,6 @@ with tf.Graph().as_default():
 @pytest.mark.parametrize(
     ("mode", "size"),
     [
-        ("eager execution off", 1),
         ("v2 behavior off", 1),
         ("a graph of its own", 1),
         ("eager execution off", 2),
