@@ -1,6 +1,19 @@
-"""What holds for all tests: quiet TensorFlow, and TensorFlow's logical devices."""
+"""What holds for all tests: quiet TensorFlow, no GPUs, folders of one's own."""
 
 import os
+import tempfile
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+
+@pytest.fixture
+def tmp_path():
+    """A folder of this test and process."""
+    # pytest's keeps the last ones of all processes in one place, and tidies up there: ranks of one
+    # job that do so at the same time take folders away from under each other.
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
