@@ -21,7 +21,6 @@ import argparse
 import functools
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,15 +33,13 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import numpy as np
 import tensorflow as tf
+from digits_checkpoints import Checkpoints
+from digits_data import TRAINING_IMAGES, Split, load_data, test_batches, training_batches
 from digits_job import ALONE, ENGINES, Job, detect_engine, ending_all, require_same_arguments, start
 from digits_report import Run, draw, print_table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from syncbn import SyncBatchNormalization, training
 
-TRAINING_IMAGES, TEST_IMAGES = 1280, 512
-"""Of 1797 images; five are left out, so that the usual batches divide both parts."""
 EARLY_STEPS = 20
 """Steps that are not timed, as they trace and warm up, and after which weights are compared."""
 
@@ -65,13 +62,6 @@ class Setup(NamedTuple):
         return f"{layer}, {self.replicas} replica{plural} x {self.batch_per_replica}"
 
 
-class Split(NamedTuple):
-    """Images ``(n, 8, 8, 1)`` in [0, 1] and digits ``(n,)``."""
-
-    images: np.ndarray
-    digits: np.ndarray
-
-
 class StepRecorder(tf.keras.callbacks.Callback):
     """Times the steps, and keeps the weights after the first few."""
 
@@ -87,53 +77,6 @@ class StepRecorder(tf.keras.callbacks.Callback):
         self.seconds.append(time.perf_counter() - self._start)
         if len(self.seconds) <= EARLY_STEPS:
             self.early_weights = self.model.get_weights()
-
-
-def load_data() -> tuple[Split, Split]:
-    """Returns the training and the test data, the same at each call."""
-    images, digits = load_digits(return_X_y=True)
-    images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
-    sizes = {"train_size": TRAINING_IMAGES, "test_size": TEST_IMAGES}
-    x_train, x_test, y_train, y_test = train_test_split(
-        images, digits, **sizes, stratify=digits, random_state=0
-    )
-    return Split(x_train, y_train), Split(x_test, y_test)
-
-
-def training_batches(data: Split, batch: int, epochs: range, seed: int, job: Job) -> Any:
-    """Returns this process's part of the batches of these epochs in a row, each shuffled anew.
-
-    The last, partial batch of an epoch is left out, as it may leave replicas without images.
-    `SyncBatchNormalization` does not mind, but the plain layer of Keras 3 takes a mean over
-    nothing, and its moving statistics are NaN from then on.
-    """
-    # Shuffled here, as Keras starts a dataset more often in one setup than in another; and in the
-    # same way in every process, as each takes its part of the same batches.
-    random, size = np.random.default_rng(seed), len(data.images)
-    order = [random.permutation(size)[: size // batch * batch] for _ in range(epochs.stop)]
-    own = np.concatenate(order[epochs.start :]).reshape(-1, batch)[:, job.share(batch)]
-    shuffled = Split(*(part[own.ravel()] for part in data))
-    return _batches(shuffled, own.shape[1], job)
-
-
-def test_batches(data: Split, job: Job) -> tuple[Any, int]:
-    """Returns this process's part over and over, and of how many batches it consists.
-
-    Keras 3 needs a first batch that divides evenly; a second one has what is left.
-    """
-    own = Split(*(part[job.share(len(data.images))] for part in data))
-    left = len(own.images) % job.replicas_here
-    return _batches(own, len(own.images) - left, job), 1 + bool(left)
-
-
-def _batches(data: Split, size: int, job: Job) -> Any:
-    """Returns batches for the replicas of this process together, without end."""
-    dataset = tf.data.Dataset.from_tensor_slices(tuple(data))
-    if job.strategy is None or job.processes == 1:
-        return dataset.batch(size).repeat()
-    # Given a dataset, a strategy would part it between the workers. This is one worker's own.
-    of_replica = dataset.batch(size // job.replicas_here).repeat()
-    return job.strategy.distribute_datasets_from_function(lambda context: of_replica)
 
 
 def build_model(norm: str) -> tf.keras.Model:
@@ -163,57 +106,6 @@ def initial_weights(seed: int) -> list[np.ndarray]:
     """Returns weights to start from, for a model with either layer."""
     tf.keras.utils.set_random_seed(seed)
     return build_model("batch").get_weights()
-
-
-class Checkpoints(tf.keras.callbacks.Callback):
-    """Saves model, optimizer and epoch after each epoch, and finds them again.
-
-    Rank 0 writes. Over Horovod and MPI it alone reads, too, and tells the others; under
-    MultiWorkerMirroredStrategy all workers read, and so need to see the folder.
-    """
-
-    def __init__(self, folder: Path, model: tf.keras.Model, job: Job) -> None:
-        super().__init__()
-        with job.scope():
-            model.optimizer.build(model.trainable_variables)
-        self._epoch = tf.Variable(0, dtype=tf.int64)
-        self._checkpoint = tf.train.Checkpoint(
-            model=model, optimizer=model.optimizer, epoch=self._epoch
-        )
-        self._folder, self._job = folder, job
-        own = folder
-        if job.rank and job.strategy is not None:
-            # Saving reads the moving statistics, which under a strategy takes all workers.
-            self._discarded = tempfile.TemporaryDirectory()
-            own = Path(self._discarded.name)
-        self._manager = tf.train.CheckpointManager(self._checkpoint, str(own), max_to_keep=2)
-
-    def restore(self) -> int:
-        """Restores the last checkpoint, if there is one, and returns the epochs that it has seen.
-
-        Raises:
-            SystemExit: it is not one of this model and optimizer.
-        """
-        separate = self._job.processes > 1 and self._job.strategy is None
-        path = tf.train.latest_checkpoint(str(self._folder))
-        if path and not (separate and self._job.rank):
-            try:
-                self._checkpoint.restore(path).assert_consumed()
-            except (AssertionError, ValueError, tf.errors.OpError) as error:
-                reason = str(error).partition("\n")[0]
-                raise SystemExit(
-                    f"--checkpoint must hold checkpoints of this network and optimizer. "
-                    f"Received: {path} ({reason}). Name another folder."
-                ) from error
-        if separate:
-            # The callback BroadcastVariables does the same for all the rest.
-            training.broadcast(self._epoch)
-        return int(self._epoch.numpy())
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._epoch.assign(epoch + 1)
-        if self._job.rank == 0 or self._job.strategy is not None:
-            self._manager.save()
 
 
 class Schedule(NamedTuple):

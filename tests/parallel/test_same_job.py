@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from train_digits import build_model, initial_weights, load_data
+from digits_data import load_data
+from train_digits import build_model, initial_weights
 
 from syncbn import training
 from tests.keras import keras
