@@ -136,7 +136,7 @@ if rank:
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
 def test_without_join_workers_with_more_batches_wait_forever(launcher):
-    # What `join` is for; tests/parallel/test_workers.py has the same job with it.
+    # What `join` is for; tests/parallel/test_join.py has the same job with it.
     command = job(launcher, sys.executable, "-c", WITHOUT_JOIN, launcher, workers=3)
     finished = processes.run([(launcher, command, {})], limit=25)
     assert "ended after the limit" in finished.output, finished.output

@@ -1,0 +1,139 @@
+"""`fit` in separate processes: equal starts, metrics of all samples."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import syncbn
+from syncbn import training
+from tests.keras import KERAS_3, keras
+from tests.parallel import workers
+from tests.parallel.workers import LossScaleOptimizer, compiled, same_on_all_ranks, samples
+
+pytestmark = workers.in_separate_processes
+
+
+def test_broadcast_gives_all_workers_the_values_of_one(replicas):
+    def values(rank):
+        return [
+            np.full((2, 3), rank, "float32"),
+            np.array(2**60 + rank, "int64"),
+            np.array([rank == 0, True]),
+            np.array([rank, 1.5, np.inf], "float16"),
+            np.array([rank, np.nan], "float64"),
+        ]
+
+    variables = [tf.Variable(value) for value in values(replicas.rank)]
+    root = replicas.size - 1
+    training.broadcast({"nested": variables}, root=root)
+    for ours, theirs in zip(variables, values(root), strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs)
+
+
+def test_workers_with_different_models_are_told(replicas):
+    odd = replicas.size - 1
+    own = [tf.Variable(tf.zeros([2])), tf.Variable(tf.zeros([3 + (replicas.rank == odd)]))]
+    with pytest.raises(ValueError, match=rf"on rank {odd} than on rank 0.* is number 1;"):
+        training.broadcast(own)
+    with pytest.raises(ValueError, match=rf"on rank {odd} than on rank 0.* is number 1;"):
+        training.broadcast(own[: 1 + (replicas.rank != odd)])
+    with pytest.raises(ValueError, match=f"Received: root={replicas.size}"):
+        training.broadcast(own, root=replicas.size)
+
+
+def test_training_starts_from_the_variables_of_the_root(replicas):
+    keras.utils.set_random_seed(replicas.rank)  # each worker with weights of its own
+    model = compiled()
+    x, y = samples(8 * replicas.size)
+    own = slice(8 * replicas.rank, 8 * replicas.rank + 8)
+    model.fit(x[own], y[own], batch_size=4, verbose=0, callbacks=[training.BroadcastVariables()])
+    for weight in model.get_weights():
+        same_on_all_ranks(weight)
+    of_optimizer = model.optimizer.variables
+    for weight in of_optimizer() if callable(of_optimizer) else of_optimizer:
+        same_on_all_ranks(weight.numpy())
+
+
+def test_workers_with_other_layers_are_told(replicas):
+    # All weights have the same shapes, and the last worker would wait for nobody.
+    odd = replicas.rank == replicas.size - 1
+    kind = keras.layers.BatchNormalization if odd else syncbn.SyncBatchNormalization
+    model = compiled(kind(name="norm"))  # named, or later layers would have other numbers on one
+    with pytest.raises(ValueError, match="must have the same synchronized layers"):
+        model.fit(*samples(4), verbose=0, callbacks=[training.BroadcastVariables()])
+
+
+def test_random_generators_stay_different(replicas):
+    layers = [keras.Input((200,)), keras.layers.Dropout(0.5, seed=replicas.rank)]
+    model = keras.Sequential(layers)
+    model.compile(training.distribute(keras.optimizers.SGD()), "mse", jit_compile=False)
+    x = np.ones((1, 200), "float32")
+    callback = training.BroadcastVariables()
+    callback.set_model(model)
+    callback.on_train_begin()
+    mask = model(x, training=True).numpy()
+    total = syncbn.resolve().all_reduce_sum(tf.constant(mask), "masks").numpy()
+    assert not np.array_equal(total, replicas.size * mask)
+
+
+def test_a_wrapped_optimizer_that_is_distributed_inside_is_refused(replicas):
+    optimizer = LossScaleOptimizer(training.distribute(keras.optimizers.SGD(0.1)))
+    model = compiled(optimizer=optimizer)
+    with pytest.raises(RuntimeError, match="distribute the optimizer that scales the loss"):
+        model.fit(*samples(4), verbose=0, callbacks=[training.BroadcastVariables()])
+
+
+def test_metrics_are_those_of_all_samples(replicas):
+    # Workers have different numbers of samples, and the last has none in its last batch.
+    sizes = [4 * (replicas.size - rank) for rank in range(replicas.size)]
+    start, own = sum(sizes[: replicas.rank]), sizes[replicas.rank]
+    x, y = samples(sum(sizes))
+    part = slice(start, start + own)
+    metrics = ["accuracy", keras.metrics.AUC(name="auc")]
+    # Nothing moves, so that all batches are seen with the same weights.
+    keras.utils.set_random_seed(0)
+    frozen = keras.layers.BatchNormalization(trainable=False)
+    still = training.distribute(keras.optimizers.SGD(0.0))
+    model = compiled(frozen, optimizer=still, metrics=metrics)
+    dataset = tf.data.Dataset.from_tensor_slices((x[part], y[part])).batch(4)
+    history = model.fit(
+        training.join(dataset),
+        validation_data=dataset,
+        epochs=2,
+        verbose=0,
+        shuffle=False,
+        callbacks=[training.BroadcastVariables(), training.AverageMetrics()],
+    ).history
+    alone = compiled(
+        keras.layers.BatchNormalization(trainable=False),
+        optimizer=keras.optimizers.SGD(0.0),
+        metrics=["accuracy", keras.metrics.AUC(name="auc")],
+    )
+    alone.set_weights(model.get_weights())
+    expected = alone.evaluate(x, y, verbose=0, return_dict=True)
+    assert set(history) == {*expected, *(f"val_{name}" for name in expected)}
+    for name, value in expected.items():
+        np.testing.assert_allclose(history[name], value, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(history[f"val_{name}"], value, rtol=1e-5, err_msg=name)
+
+
+# What Keras 3 says after the first epoch of an empty dataset.
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_callbacks_see_validation_that_only_some_workers_have_data_for(replicas):
+    if not KERAS_3:
+        pytest.skip("Keras 2 itself refuses to validate on nothing; join the validation data")
+    x, y = samples(8)
+    own = slice(0, 8 if replicas.rank == 0 else 0)
+    validation = tf.data.Dataset.from_tensor_slices((x[own], y[own])).batch(4)
+    metrics = training.AverageMetrics()
+    stop = keras.callbacks.EarlyStopping("val_loss", patience=0, min_delta=1e9)
+    history = compiled().fit(
+        x,
+        y,
+        validation_data=validation,
+        epochs=5,
+        verbose=0,
+        callbacks=[training.BroadcastVariables(), metrics, stop],
+    )
+    assert len(history.history["val_loss"]) == 2
+    same_on_all_ranks(history.history["val_loss"])
