@@ -60,8 +60,8 @@ def test_the_suite_passes_with(mode, size):
         },
     )
     assert finished.code == 0, finished.output
-    passed = re.findall(r"\d+ passed.* in [\d.]+s", finished.output)
-    assert len(passed) == size, finished.output
+    # Not by lines, into which launchers may weave those of several ranks.
+    assert len(re.findall(r"\d+ passed", finished.output)) == size, finished.output
 
 
 def test_mpi_refuses_a_session():

@@ -57,5 +57,5 @@ def test_the_suite_passes_under(launcher, size, legacy):
     )
     assert finished.code == 0, finished.output
     ranks = 1 if engine == "mirrored" else size
-    passed = re.findall(r"\d+ passed.* in [\d.]+s", finished.output)
-    assert len(passed) == ranks, finished.output
+    # Not by lines, into which launchers may weave those of several ranks.
+    assert len(re.findall(r"\d+ passed", finished.output)) == ranks, finished.output
