@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn.communicators.base import Communicator
+from syncbn.communicators.exchange import require_agreement, sum_arrays
 from syncbn.communicators.resolve import resolve
-from syncbn.training.exchange import require_agreement, sum_arrays
 
 
 def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = "auto") -> None:

@@ -8,10 +8,10 @@ import numpy as np
 
 from syncbn import keras_api
 from syncbn.communicators.base import Communicator
+from syncbn.communicators.exchange import require_agreement, sum_arrays
 from syncbn.communicators.resolve import check, resolve
 from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.training.broadcast import broadcast
-from syncbn.training.exchange import require_agreement, sum_arrays
 from syncbn.training.optimizer import averages_only_inside
 
 

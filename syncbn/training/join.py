@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn.communicators.base import Communicator
+from syncbn.communicators.exchange import all_gather
 from syncbn.communicators.mpi import MPICommunicator
 from syncbn.communicators.resolve import resolve
-from syncbn.training.exchange import all_gather
 
 _numbers = itertools.count()
 

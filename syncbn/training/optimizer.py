@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from syncbn import keras_api
 from syncbn.communicators.base import Communicator
+from syncbn.communicators.exchange import require_agreement
 from syncbn.communicators.resolve import check, resolve
-from syncbn.training.exchange import require_agreement
 from syncbn.training.gradients import Gradient, average
 
 
