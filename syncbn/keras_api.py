@@ -6,6 +6,7 @@ set before TensorFlow was imported. Tried with Keras 3.15, and tf_keras 2.16 and
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,9 @@ OPTIMIZERS: tuple[type, ...] = (keras.optimizers.Optimizer,)
 """The base classes of the optimizers of `tf.keras`."""
 if not KERAS_3:
     OPTIMIZERS += (keras.optimizers.legacy.Optimizer,)
+
+
+_STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
 
 
 class StatisticsLayer(keras.layers.Layer):  # type: ignore[name-defined]
@@ -96,11 +100,26 @@ class StatisticsLayer(keras.layers.Layer):  # type: ignore[name-defined]
             **kwargs: Any,
         ) -> Any:
             # Keras' own batch normalization makes its moving statistics here.
-            if name in ("moving_mean", "moving_variance"):
+            if name in _STATISTICS:
                 return self.add_statistic(name, shape, initializer)
             return super().add_weight(
                 shape, initializer, *args, trainable=trainable, name=name, **kwargs
             )
+
+
+def renorm_arguments(**arguments: Any) -> dict[str, Any]:
+    """Returns arguments for the renormalization of the host's `BatchNormalization`.
+
+    Raises:
+        NotImplementedError: it has none.
+    """
+    known = inspect.signature(keras.layers.BatchNormalization.__init__).parameters
+    if KERAS_3 and "renorm" not in known:
+        raise NotImplementedError(
+            "renorm=True needs a Keras whose BatchNormalization has it: Keras 3.14, or Keras 2. "
+            f"Received: Keras {keras.__version__}. Update it: pip install -U keras."
+        )
+    return arguments
 
 
 def named_layers(model: Any) -> dict[str, Any]:

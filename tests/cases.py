@@ -11,6 +11,58 @@ def splits(size):
     return [(3,) * size, ragged, (*ragged[:-1], 0), (0,) * (size - 1) + (4,), (0,) * size]
 
 
+def some_groups(size):
+    """Groups of ``size`` replicas: of one each, of different sizes, or of neighbours."""
+    named = {2: ("groups", ((1,), (0,))), 3: ("groups", ((2, 0), (1,)))}
+    return named.get(size, ("group_size", size // 2))
+
+
+RENORM = (
+    ("renorm", True),
+    ("renorm_momentum", 0.8),
+    ("renorm_clipping", {"rmin": 0.5, "rmax": 1.5, "dmax": 0.7}),
+)
+VIRTUAL = (("virtual_batch_size", 2),)
+
+
+def paired_cases(size):
+    """Groups, renormalization, virtual batches and masks: each alone, and in pairs."""
+    even, ragged, last_empty, one_full, empty = splits(size)
+    groups = (some_groups(size),)
+    center = "SyncCentering"
+    nan = float("nan")
+    return [
+        Case(ragged, options=groups, steps=2),
+        Case(last_empty, options=groups, graph=True),
+        Case(empty, options=groups),
+        Case(ragged, options=groups, layer=center, steps=2, graph=True),
+        Case(ragged, options=groups, masked=True, poison=nan),
+        Case(one_full, options=groups, masked=True, axis=1, layer=center),
+        Case(ragged, options=(*groups, ("momentum", None)), steps=2),
+        Case(ragged, options=(*groups, ("unbiased_moving_variance", True)), axis=1),
+        Case(ragged, options=(*groups, *RENORM), steps=3),
+        Case(last_empty, options=(*groups, *RENORM), masked=True, steps=2, axis=1),
+        Case(ragged, options=groups, dtype="float16"),
+        Case(ragged, options=groups, sample=(48, 48, 64), graph=True),
+        Case(ragged, options=(("renorm", True),), steps=3),
+        Case(last_empty, options=RENORM, steps=2, graph=True),
+        Case(empty, options=RENORM),
+        Case(ragged, options=RENORM, masked=True, poison=nan, steps=2),
+        Case(ragged, options=(*RENORM, ("momentum", None)), steps=2, axis=1),
+        Case(ragged, options=(*RENORM, ("center", False), ("scale", False)), steps=2),
+        Case(even, options=RENORM, sample=(48, 48, 64), steps=2),
+        Case(ragged, options=VIRTUAL, steps=2),
+        Case(last_empty, options=VIRTUAL, graph=True, axis=1),
+        Case(empty, options=VIRTUAL),
+        Case(ragged, options=VIRTUAL, masked=True, poison=nan, graph=True),
+        Case(last_empty, options=VIRTUAL, masked=True, axis=1, sample=(3, 4, 2, 5)),
+        Case(ragged, options=(*VIRTUAL, ("unbiased_moving_variance", True)), sample=(4, 6)),
+        Case(ragged, options=(*VIRTUAL, *RENORM), steps=3),
+        Case(even, options=(("virtual_batch_size", 1),), dtype="bfloat16"),
+        Case(even, options=VIRTUAL, mean=1e3, spread=10.0, sample=(16, 16, 4)),
+    ]
+
+
 def cases(size):
     """Cases for ``size`` replicas: each option once or more, and the splits with all of them."""
     even, ragged, last_empty, one_full, empty = splits(size)

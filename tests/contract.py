@@ -15,6 +15,7 @@ import tensorflow as tf
 
 import syncbn
 from tests import oracle
+from tests.truth import Truth
 
 # Relative to the largest magnitude. The 16-bit types round outputs and gradients to 11 and 8 bits.
 TOLERANCE = {"float64": 1e-11, "float32": 5e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -90,7 +91,8 @@ def check(replicas, case: Case, communicator: Any = None) -> None:
             layer.set_weights([*use, *layer.get_weights()[len(use) :]])
         gamma = gamma if options.get("scale", True) else np.ones_like(gamma)
         beta = beta if options.get("center", True) else np.zeros_like(beta)
-    expected_moving = None
+    count = int(np.prod(layers[0].moving_mean.shape))
+    truth = Truth(normalizes, count, case.axis, options)
 
     def step(layer, x, dy, mask):
         with tf.GradientTape() as tape:
@@ -121,21 +123,15 @@ def check(replicas, case: Case, communicator: Any = None) -> None:
         ]
         results = replicas.run(step, layers, arguments, graph=case.graph)
         x64, dy64 = x.astype("float64"), dy.astype("float64")
-        if normalizes:
-            truth = oracle.batch_normalization(x64, dy64, gamma, beta, axis=case.axis, mask=mask)
-        else:
-            truth = oracle.centering(x64, dy64, axis=case.axis, mask=mask)
-        shares = _shares(truth, x64, dy64, parts, case, mask) if normalizes else {}
-        expected_moving = _moved(expected_moving, truth, case, options)
-        for rank, (y, (dx, *parameters)) in results.items():
+        y, dx, dx_terms, normalized = truth.step(x64, dy64, gamma, beta, mask, case.split)
+        shares = _shares(dy64, normalized, parts, case.axis)
+        names = [n for n, o in (("dgamma", "scale"), ("dbeta", "center")) if options.get(o, True)]
+        for rank, (own_y, (own_dx, *parameters)) in results.items():
             part = parts[rank]
-            assert y.shape == x[part].shape
-            _close(y, truth.y[part], truth.y, case, f"y of replica {rank}", mask, part)
-            magnitude = truth.dx if not (case.tiny and normalizes) else truth.dx_terms
-            _close(dx, truth.dx[part], magnitude, case, f"dx of replica {rank}", mask, part)
-            names = [
-                n for n, o in (("dgamma", "scale"), ("dbeta", "center")) if options.get(o, True)
-            ]
+            assert own_y.shape == x[part].shape
+            _close(own_y, y[part], y, case, f"y of replica {rank}", mask, part)
+            magnitude = dx_terms if case.tiny and normalizes else dx
+            _close(own_dx, dx[part], magnitude, case, f"dx of replica {rank}", mask, part)
             for name, gradient in zip(names if normalizes else [], parameters, strict=True):
                 own, whole = shares[name][rank], np.stack(shares[name])
                 _close(gradient.reshape(-1), own, whole, case, f"{name} of replica {rank}")
@@ -143,10 +139,10 @@ def check(replicas, case: Case, communicator: Any = None) -> None:
     # 16-bit inputs are exact for the statistics, which are float32.
     statistics = "float64" if case.dtype == "float64" else "float32"
     for name, values in replicas.moving(layers).items():
-        truth = expected_moving[name]
+        expected = truth.moving[name]
         for rank, value in values.items():
             tolerance = TOLERANCE[statistics] + _rounding(case, statistics)
-            _near(value.reshape(-1), truth, truth, tolerance, f"{name} of replica {rank}")
+            _near(value.reshape(-1), expected, expected, tolerance, f"{name} of replica {rank}")
             # Bit for bit: the sum over all replicas is this one's value so many times, exactly.
             total = replicas.total(value.astype("float64"))
             assert np.array_equal(total, replicas.size * value.astype("float64")), f"{name} differs"
@@ -157,44 +153,14 @@ def _rounding(case, dtype):
     return abs(case.mean) * TOLERANCE[dtype] / 50
 
 
-def _shares(truth, x, dy, parts, case, mask):
-    """Each replica's own part of the parameter gradients, which add up to the oracle's."""
-    kept = tuple(a % x.ndim for a in (case.axis if isinstance(case.axis, tuple) else (case.axis,)))
-    reduced = tuple(a for a in range(x.ndim) if a not in kept)
-    shape = [x.shape[a] if a in kept else 1 for a in range(x.ndim)]
-    deviation = np.sqrt(truth.variance + 1e-3).reshape(shape)
-    normalized = (x - truth.mean.reshape(shape)) / deviation
+def _shares(dy, normalized, parts, axis):
+    """Each replica's own part of the parameter gradients."""
+    kept = tuple(a % dy.ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+    reduced = tuple(a for a in range(dy.ndim) if a not in kept)
     product = oracle.contribution(dy, normalized)
-    shares = {
+    return {
         "dgamma": [product[part].sum(reduced).reshape(-1) for part in parts],
         "dbeta": [dy[part].sum(reduced).reshape(-1) for part in parts],
-    }
-    np.testing.assert_allclose(np.sum(shares["dgamma"], 0), truth.dgamma, atol=1e-8)
-    np.testing.assert_allclose(np.sum(shares["dbeta"], 0), truth.dbeta, atol=1e-8)
-    return shares
-
-
-def _moved(moving, truth, case, options):
-    """The moving statistics after a batch with the moments of ``truth``."""
-    count, channels = truth.count, truth.mean.size
-    moving = moving or {
-        "moving_mean": np.zeros(channels),
-        "moving_variance": np.ones(truth.variance.size),
-        "moving_count": np.zeros(channels),
-    }
-    variance = truth.variance
-    if options.get("unbiased_moving_variance"):
-        variance = variance * count / np.maximum(count - 1, 1)
-    if options["momentum"] is None:
-        total = moving["moving_count"] + count
-        rate = count / np.maximum(total, 1)
-    else:
-        total, rate = moving["moving_count"], (1 - options["momentum"]) * (count > 0)
-    return {
-        "moving_mean": moving["moving_mean"] + rate * (truth.mean - moving["moving_mean"]),
-        "moving_variance": moving["moving_variance"]
-        + (rate * (variance - moving["moving_variance"]) if variance.size else 0),
-        "moving_count": np.broadcast_to(total, channels),
     }
 
 

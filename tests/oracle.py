@@ -15,6 +15,8 @@ class Result(NamedTuple):
     count: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
+    normalized: np.ndarray
+    """What gamma is multiplied with."""
     dx_terms: np.ndarray
     """The first of the terms that add up to dx."""
 
@@ -39,20 +41,31 @@ def _moments(x, weights, reduced):
     return count, mean, variance
 
 
-def batch_normalization(x, dy, gamma, beta, *, axis=-1, epsilon=1e-3, mask=None):
-    """Normalizes ``x``; ``dy`` is the loss's gradient with respect to the outputs."""
+def batch_normalization(
+    x, dy, gamma, beta, *, axis=-1, epsilon=1e-3, mask=None, correction=lambda *moments: (1.0, 0.0)
+):
+    """Normalizes ``x``; ``dy`` is the loss's gradient with respect to the outputs.
+
+    ``correction`` gives r and d of batch renormalization for mean and variance.
+    """
     x, dy = np.asarray(x, "float64"), np.asarray(dy, "float64")
     reduced, weights = _axes(x, axis), _weights(x, mask)
     count, mean, variance = _moments(x, weights, reduced)
     shape = mean.shape
-    gamma, beta = (np.asarray(v, "float64").reshape(shape) for v in (gamma, beta))
+    r, d = correction(mean.reshape(-1), variance.reshape(-1))
+    gamma, beta, r, d = (
+        np.broadcast_to(np.reshape(v, -1), mean.size).reshape(shape) for v in (gamma, beta, r, d)
+    )
     normalized = (x - mean) / np.sqrt(variance + epsilon)
-    product = contribution(dy, normalized)
-    dbeta, dgamma = (v.sum(reduced, keepdims=True) for v in (dy, product))
-    share = (dbeta + np.where(weights > 0, normalized, 0) * dgamma) * weights / np.maximum(count, 1)
-    scale = gamma / np.sqrt(variance + epsilon)
+    sum_dy = dy.sum(reduced, keepdims=True)
+    sum_dy_x = contribution(dy, normalized).sum(reduced, keepdims=True)
+    share = (sum_dy + np.where(weights > 0, normalized, 0) * sum_dy_x) * weights
+    scale = gamma * r / np.sqrt(variance + epsilon)
+    dgamma, dbeta = r * sum_dy_x + d * sum_dy, sum_dy
     flat = [v.reshape(-1) for v in (dgamma, dbeta, count, mean, variance)]
-    return Result(gamma * normalized + beta, scale * (dy - share), *flat, scale * dy)
+    corrected = normalized * r + d
+    dx = scale * (dy - share / np.maximum(count, 1))
+    return Result(gamma * corrected + beta, dx, *flat, corrected, scale * dy)
 
 
 def contribution(dy, normalized):
@@ -67,4 +80,6 @@ def centering(x, dy, *, axis=-1, mask=None):
     count, mean, _ = _moments(x, weights, reduced)
     share = np.where(weights > 0, dy.sum(reduced, keepdims=True), 0) / np.maximum(count, 1)
     none = np.zeros(0)
-    return Result(x - mean, dy - share, none, none, count.reshape(-1), mean.reshape(-1), none, dy)
+    y = x - mean
+    count, mean = count.reshape(-1), mean.reshape(-1)
+    return Result(y, dy - share, none, none, count, mean, none, none, dy)

@@ -26,6 +26,13 @@ class Threads:
         self.size = size
         self._barrier = threading.Barrier(size, timeout=10)
         self._slots = [None] * size
+        self._parts = {}
+        self._lock = threading.Lock()
+
+    def part(self, ranks):
+        """Some of the replicas, which are the same object whoever asks."""
+        with self._lock:
+            return self._parts.setdefault(ranks, Threads(len(ranks)))
 
     def communicator(self, rank):
         return ThreadCommunicator(self, rank)
@@ -83,6 +90,10 @@ class ThreadCommunicator:
     def __init__(self, replicas, rank):
         self._replicas, self.rank, self.size = replicas, rank, replicas.size
         self.payloads = []
+
+    def split(self, groups):
+        own = next(tuple(ranks) for ranks in groups if self.rank in ranks)
+        return ThreadCommunicator(self._replicas.part(own), own.index(self.rank))
 
     def all_reduce_sum(self, tensor, name):
         def reduce(value):
@@ -235,7 +246,8 @@ def _local_values(strategy, variable):
 
 
 def _statistics(layer):
-    names = ("moving_mean", "moving_variance", "moving_count")
+    moving = ("moving_mean", "moving_variance", "moving_count", "moving_stddev")
+    names = (*moving, "renorm_mean", "renorm_stddev")
     return [name for name in names if getattr(layer, name, None) is not None]
 
 

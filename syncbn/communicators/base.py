@@ -13,6 +13,9 @@ class Communicator(Protocol):
 
     Any object with these members can be given to a layer. Replicas must issue their calls in the
     same order; each call takes part in one collective.
+
+    A layer with groups also needs ``split(groups) -> Communicator``: called on all replicas with
+    the ranks of each group, it returns one for the group of this replica.
     """
 
     name: str

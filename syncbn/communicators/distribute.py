@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -11,10 +11,23 @@ from syncbn.communicators.tracing import refuse_xla
 
 
 class DistributeCommunicator:
-    """All replicas of the `tf.distribute.Strategy` in whose replica context the call is made."""
+    """The replicas of the `tf.distribute.Strategy` in whose replica context a call is made."""
 
     name = "tf.distribute"
     supports_jit = False
+
+    def split(self, groups: Sequence[Sequence[int]]) -> DistributeGroups:
+        """Returns what adds up within groups of the replicas."""
+        return DistributeGroups(self, groups)
+
+    def hosts(self) -> list[str]:
+        """Returns the host of each replica, as the strategy's cluster names it."""
+        strategy = tf.distribute.get_strategy()
+        resolver = strategy.cluster_resolver
+        cluster = resolver.cluster_spec().as_dict() if resolver else {}
+        tasks = [*cluster.get("chief", []), *cluster.get("worker", [])] or ["localhost"]
+        replicas = strategy.num_replicas_in_sync // len(tasks)
+        return [task.rpartition(":")[0] for task in tasks for _ in range(replicas)]
 
     @property
     def size(self) -> int:
@@ -32,6 +45,31 @@ class DistributeCommunicator:
         refuse_xla("tf.distribute")
         with tf.name_scope(name):
             return _all_reduce_sum(tensor)
+
+
+class DistributeGroups:
+    """Groups of the replicas of a strategy, which has no collective for a part of them.
+
+    One collective over all replicas does instead, in which each group has a row of its own.
+    """
+
+    def __init__(self, communicator: DistributeCommunicator, groups: Sequence[Sequence[int]]):
+        self._communicator = communicator
+        self._groups = len(groups)
+        members = {rank: group for group, ranks in enumerate(groups) for rank in ranks}
+        self._group_of = [members[rank] for rank in range(len(members))]
+
+    def own(self, rows: tf.Tensor) -> tf.Tensor:
+        """Returns the row of this replica's group."""
+        return tf.gather(rows, self._own_group())
+
+    def all_reduce_rows(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        """Returns the sums of ``tensor``, a vector, over each of the groups, as rows."""
+        own = tf.one_hot(self._own_group(), self._groups, dtype=tensor.dtype)
+        return self._communicator.all_reduce_sum(own[:, tf.newaxis] * tensor, name)
+
+    def _own_group(self) -> tf.Tensor:
+        return tf.gather(self._group_of, _replica_context().replica_id_in_sync_group)
 
 
 def _shares_one_memory(strategy: tf.distribute.Strategy) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -45,6 +46,7 @@ class HorovodCommunicator:
         )
         self._hvd = hvd
         self._process_set = hvd.global_process_set if process_set is None else process_set
+        self._added: dict[tuple[int, ...], Any] = {}
         if not self._process_set.included():
             raise ValueError(
                 "A process can only use a process set that it belongs to. Received: "
@@ -58,6 +60,35 @@ class HorovodCommunicator:
     @property
     def rank(self) -> int:
         return self._process_set.rank()
+
+    def split(self, groups: Sequence[Sequence[int]]) -> HorovodCommunicator:
+        """Returns one for the group of this process, as a process set. A collective call.
+
+        Raises:
+            ValueError: this is not one for all processes.
+            RuntimeError: Horovod does not take new process sets.
+        """
+        if self._process_set is not self._hvd.global_process_set:
+            raise ValueError(
+                "Only all processes of Horovod together can be split, since each of them has to "
+                f"know all process sets. Received: groups of {self._process_set}. Give each layer "
+                "the process set of its group instead: HorovodCommunicator(process_set)."
+            )
+        sets = [self._add(tuple(ranks)) for ranks in groups]  # all of them, on all processes
+        return HorovodCommunicator(next(one for one in sets if one.included()))
+
+    def _add(self, ranks: tuple[int, ...]) -> Any:
+        # Horovod refuses a second process set of the same processes.
+        if ranks not in self._added:
+            try:
+                self._added[ranks] = self._hvd.add_process_set(ranks)
+            except ValueError as error:
+                raise RuntimeError(
+                    "Groups need Horovod to take new process sets, and to have none of the same "
+                    f"processes. Received: a job in which it refuses {ranks} ({error}). Call "
+                    "hvd.init(process_sets='dynamic'), or set HOROVOD_DYNAMIC_PROCESS_SETS=1."
+                ) from error
+        return self._added[ranks]
 
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         refuse_xla("Horovod")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,18 @@ class MPICommunicator:
                 "importing mpi4py.MPI."
             )
         return MPICommunicator(self._comm)
+
+    def split(self, groups: Sequence[Sequence[int]]) -> MPICommunicator:
+        """Returns one for the group of this process. A collective call.
+
+        Its calls and those of this communicator keep one order.
+        """
+        color = next(number for number, ranks in enumerate(groups) if self.rank in ranks)
+        part = self._comm.Split(color, self.rank)
+        group = MPICommunicator(part)
+        part.Free()  # `group` has a duplicate
+        group._turn = self._turn_variable()
+        return group
 
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         refuse_xla("MPI")

@@ -1,6 +1,9 @@
-"""What is being traced: the only place that asks TensorFlow whether XLA will compile a function."""
+"""What is being traced: whether XLA will compile it, and whether it is a forward pass again."""
 
 from __future__ import annotations
+
+import sys
+from types import FrameType
 
 import tensorflow as tf
 
@@ -25,3 +28,17 @@ def refuse_xla(engine: str) -> None:
             "function that XLA compiles. Use jit_compile=False. (In `Model.compile`, 'auto' asks "
             "the layers, but not the optimizer.)"
         )
+
+
+def repeats_forward() -> bool:
+    """Says whether `tf.recompute_grad` is repeating a forward pass, to differentiate it.
+
+    TensorFlow tells nobody, so this looks for its function among the callers. Tried with TensorFlow
+    2.16 and 2.21; tests/single/test_recompute.py holds it.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "inner_recompute_grad":
+            return frame.f_globals.get("__name__") == tf.recompute_grad.__module__
+        frame = frame.f_back
+    return False

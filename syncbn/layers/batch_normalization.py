@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from syncbn import keras_api
 from syncbn.communicators.base import Communicator
+from syncbn.communicators.groups import at_least_one, check_grouping
 from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.ops.channels import channel_count, statistics_dtype
-from syncbn.ops.moments import Moments
-from syncbn.ops.synchronized import AllReduceSum, batch_normalize
+from syncbn.ops.replicas import Replicas
+from syncbn.ops.synchronized import Correction, batch_normalize
+from syncbn.ops.virtual import virtual_batch_normalize
+
+_RENORM = ("renorm_mean", "renorm_stddev")
 
 
 @keras_api.register_keras_serializable(package="syncbn")
@@ -46,19 +51,39 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         communicator: What joins the replicas: ``"auto"`` (see `syncbn.resolve`),
             ``"tf.distribute"``, ``"horovod"``, ``"mpi"``, ``"local"``, or a `syncbn.Communicator`,
             of which a saved or cloned layer keeps the name only.
+        group_size: Share statistics among so many neighbouring replicas only (a divisor of their
+            number), or among those of one machine: ``"node"``. The moving statistics take up the
+            average of all groups' statistics, weighted by their counts. Over MPI and Horovod that
+            costs one more collective of ``2 * channels + 1`` numbers forward; Horovod has to be
+            initialized with ``process_sets="dynamic"``. Where there is one replica only, it has no
+            effect.
+        groups: The same, by the ranks of each group; every replica is in one.
+        target_batch: The same, in groups of the size that brings the samples of a group nearest to
+            so many. The layer must see a known batch size when it first trains.
         unbiased_moving_variance: Whether the moving variance collects ``N / (N - 1)`` times the
             biased variance, N being the elements per channel on all replicas. The outputs do not
             change.
+        renorm: Batch renormalization: the outputs are ``gamma * (r * x^ + d) + beta``, x^ being the
+            normalized input, where r and d, constants for the gradient, bring them to what the
+            statistics ``renorm_mean`` and ``renorm_stddev`` would have given. As in Keras; these
+            two, and ``moving_stddev``, are more weights.
+        renorm_clipping: Bounds for r and d: a dictionary of ``"rmin"``, ``"rmax"`` and ``"dmax"``.
+        renorm_momentum: Of ``renorm_mean`` and ``renorm_stddev``, in [0, 1].
+        virtual_batch_size: Normalize slices of each replica's batch, of so many samples at most,
+            with statistics of their own (ghost batch normalization). Of s slices, sample i is in
+            slice ``i % s``. The moving statistics take up the average of all slices' statistics,
+            over all replicas: one all-reduce forward, none backward.
         **kwargs: The other arguments of `tf.keras.layers.BatchNormalization`: initializers,
-            regularizers, constraints, and those of any layer. ``renorm`` and
-            ``virtual_batch_size`` are not supported.
+            regularizers, constraints, and those of any layer.
 
     Raises:
         ValueError: an argument outside of its range, or one that is not supported.
         TypeError: several axes in Keras 3, or a ``communicator`` that is none.
 
     Source: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
-    Internal Covariate Shift" (2015); synchronized: Peng et al., "MegDet" (2018).
+    Internal Covariate Shift" (2015); synchronized: Peng et al., "MegDet" (2018); renormalization:
+    Ioffe, "Batch Renormalization" (2017); virtual batches: Hoffer, Hubara & Soudry, "Train longer,
+    generalize better" (2017).
     """
 
     def __init__(
@@ -70,10 +95,15 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         scale: bool = True,
         *,
         communicator: str | Communicator = "auto",
+        group_size: int | str | None = None,
+        groups: Sequence[Sequence[int]] | None = None,
+        target_batch: int | None = None,
         unbiased_moving_variance: bool = False,
-        synchronized: bool = True,
         renorm: bool = False,
+        renorm_clipping: Mapping[str, float] | None = None,
+        renorm_momentum: float = 0.99,
         virtual_batch_size: int | None = None,
+        synchronized: bool = True,
         **kwargs: Any,
     ) -> None:
         if not epsilon >= 0:  # a NaN too
@@ -83,11 +113,26 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
                 "SyncBatchNormalization is always synchronized. Received: synchronized=False. Use "
                 "communicator='local' for the statistics of each replica alone."
             )
-        if renorm or virtual_batch_size is not None:
+        if not 0.0 <= renorm_momentum <= 1.0:
             raise ValueError(
-                "SyncBatchNormalization supports neither batch renormalization nor virtual "
-                f"batches. Received: renorm={renorm}, virtual_batch_size={virtual_batch_size}. "
-                "Leave them out, or use tf.keras.layers.BatchNormalization."
+                "`renorm_momentum` must lie in [0, 1]. "
+                f"Received: renorm_momentum={renorm_momentum}."
+            )
+        if virtual_batch_size is not None:
+            virtual_batch_size = at_least_one("virtual_batch_size", virtual_batch_size)
+        grouping = check_grouping(group_size, groups, target_batch)
+        if virtual_batch_size is not None and grouping.is_given():
+            raise ValueError(
+                "Groups normalize with more than a replica's batch, virtual batches with less. "
+                f"Received: virtual_batch_size={virtual_batch_size} and {grouping}. Use one."
+            )
+        if renorm:
+            kwargs.update(
+                keras_api.renorm_arguments(
+                    renorm=True,
+                    renorm_clipping=renorm_clipping,
+                    renorm_momentum=renorm_momentum,
+                )
             )
         if not isinstance(axis, Sequence):
             axis = operator.index(axis)
@@ -99,6 +144,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         super().__init__(
             momentum,
             communicator,
+            grouping,
             axis=axis,
             epsilon=epsilon,
             center=center,
@@ -108,6 +154,9 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
             **kwargs,
         )
         self.unbiased_moving_variance = unbiased_moving_variance
+        self.renorm = renorm  # a Keras 3 without renormalization has no such attribute
+        # Keras 2 would give the weights two more dimensions, had it been told.
+        self._virtual_batch_size = virtual_batch_size
 
     def build(self, input_shape: Any) -> None:
         self._check_input_shape(input_shape)
@@ -117,6 +166,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config["unbiased_moving_variance"] = self.unbiased_moving_variance
+        config["virtual_batch_size"] = self._virtual_batch_size
         return _without_host_synchronization(config)
 
     @classmethod
@@ -124,32 +174,71 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         """Makes a layer from its own config, or from that of a plain `BatchNormalization`."""
         return super().from_config(_without_host_synchronization(config))
 
-    def _statistics(self) -> tuple[Any, ...]:
-        return self.moving_mean, self.moving_variance
+    def _statistics(self) -> tuple[str, ...]:
+        # As in Keras, renormalization averages deviations; the variance follows.
+        return "moving_mean", "moving_stddev" if self.renorm else "moving_variance"
+
+    def _moving(self) -> tuple[str, ...]:
+        return (*super()._moving(), *_RENORM) if self.renorm else super()._moving()
 
     def _call_training(
         self,
         inputs: tf.Tensor,
         axes: tuple[int, ...],
         mask: tf.Tensor | None,
-        all_reduce_sum: AllReduceSum,
+        replicas: Replicas,
+        before: Mapping[str, tf.Tensor],
     ) -> tuple[tf.Tensor, ...]:
         channels, dtype = channel_count(inputs, axes), statistics_dtype(inputs.dtype)
-        gamma = _channel_vector(self.gamma) if self.scale else tf.ones([channels], dtype)
-        beta = _channel_vector(self.beta) if self.center else tf.zeros([channels], dtype)
-        outputs, moments = batch_normalize(
+        gamma = _channel_vector(self.gamma, dtype) if self.scale else tf.ones([channels], dtype)
+        beta = _channel_vector(self.beta, dtype) if self.center else tf.zeros([channels], dtype)
+        normalize = batch_normalize
+        if self._virtual_batch_size is not None:
+            normalize = functools.partial(virtual_batch_normalize, size=self._virtual_batch_size)
+        outputs, moments = normalize(
             inputs,
             gamma,
             beta,
             axes=axes,
             epsilon=self.epsilon,
-            all_reduce_sum=all_reduce_sum,
+            replicas=replicas,
             mask=mask,
+            correction=self._renorm_correction(before, dtype) if self.renorm else None,
+            bessel=self.unbiased_moving_variance,
         )
-        variance = moments.variance
-        if self.unbiased_moving_variance:
-            variance = _unbiased(moments)
-        return outputs, moments.count, moments.mean, variance
+        count, mean, variance = moments
+        return outputs, count, mean, tf.sqrt(variance + self.epsilon) if self.renorm else variance
+
+    def _renorm_correction(self, before: Mapping[str, tf.Tensor], dtype: tf.DType) -> Correction:
+        """Returns the function that gives r and d (Ioffe, 2017), with Keras' safeguards."""
+        renorm_mean, renorm_stddev = (_channel_vector(before[name], dtype) for name in _RENORM)
+        # Small deviations early in training must not blow up the quotients.
+        renorm_stddev = tf.maximum(renorm_stddev, self.epsilon**0.5)
+        clipping = self.renorm_clipping or {}
+
+        def correction(mean: tf.Tensor, variance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            r = tf.sqrt(variance + self.epsilon) / renorm_stddev
+            d = (mean - renorm_mean) / renorm_stddev
+            if clipping.get("rmin") is not None:
+                r = tf.maximum(r, clipping["rmin"])
+            if clipping.get("rmax") is not None:
+                r = tf.minimum(r, clipping["rmax"])
+            if clipping.get("dmax") is not None:
+                d = tf.clip_by_value(d, -clipping["dmax"], clipping["dmax"])
+            return r, d
+
+        return correction
+
+    def _move(
+        self, before: Mapping[str, tf.Tensor], count: tf.Tensor, *targets: tf.Tensor
+    ) -> list[tf.Tensor]:
+        moved = super()._move(before, count, *targets)
+        if self.renorm:
+            variance = tf.nn.relu(tf.square(moved[1]) - self.epsilon)
+            self.update_statistic(self.moving_variance, variance)
+            rate = tf.cast(count > 0, tf.float64) * (1.0 - self.renorm_momentum)
+            self._move_towards(before, _RENORM, targets, rate)
+        return moved
 
     def _call_inference(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
         return keras_api.keras.layers.BatchNormalization.call(
@@ -157,15 +246,9 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         )
 
 
-def _channel_vector(weight: Any) -> tf.Tensor:
+def _channel_vector(weight: Any, dtype: tf.DType) -> tf.Tensor:
     # Keras 2 gives the weights of several axes the rank of the input.
-    return tf.reshape(tf.convert_to_tensor(weight), [-1])
-
-
-def _unbiased(moments: Moments) -> tf.Tensor:
-    # Bessel's correction. A single element has variance zero, and keeps it.
-    correction = moments.count / tf.maximum(moments.count - 1.0, 1.0)
-    return moments.variance * tf.cast(correction, moments.variance.dtype)
+    return tf.cast(tf.reshape(tf.convert_to_tensor(weight), [-1]), dtype)
 
 
 def _without_host_synchronization(config: dict[str, Any]) -> dict[str, Any]:

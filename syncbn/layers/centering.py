@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from syncbn import keras_api
 from syncbn.communicators.base import Communicator
+from syncbn.communicators.groups import check_grouping
 from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.ops.channels import broadcast, normalized_axes
-from syncbn.ops.synchronized import AllReduceSum, center
+from syncbn.ops.replicas import Replicas
+from syncbn.ops.synchronized import center
 
 
 @keras_api.register_keras_serializable(package="syncbn")
@@ -32,11 +34,12 @@ class SyncCentering(SynchronizedLayer):
         momentum: Of the moving average, in [0, 1]. ``None`` for the cumulative average, in which
             every batch weighs as many elements as it has (it adds a weight, ``moving_count``).
         moving_mean_initializer: Of the moving mean.
-        communicator: As for `SyncBatchNormalization`.
+        communicator, group_size, groups, target_batch: As for `SyncBatchNormalization`.
         **kwargs: Those of any layer.
 
     Raises:
-        ValueError: ``momentum`` outside of [0, 1], an unknown ``communicator``.
+        ValueError: ``momentum`` outside of [0, 1], an unknown ``communicator``, groups that no job
+            could have.
         TypeError: a ``communicator`` that is none.
     """
 
@@ -47,9 +50,13 @@ class SyncCentering(SynchronizedLayer):
         *,
         moving_mean_initializer: Any = "zeros",
         communicator: str | Communicator = "auto",
+        group_size: int | str | None = None,
+        groups: Sequence[Sequence[int]] | None = None,
+        target_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(momentum, communicator, **kwargs)
+        grouping = check_grouping(group_size, groups, target_batch)
+        super().__init__(momentum, communicator, grouping, **kwargs)
         if isinstance(axis, Sequence):
             self.axis: int | list[int] = [operator.index(one) for one in axis]
         else:
@@ -71,17 +78,19 @@ class SyncCentering(SynchronizedLayer):
         axis = self.axis if isinstance(self.axis, int) else list(self.axis)
         return {**super().get_config(), "axis": axis, "moving_mean_initializer": initializer}
 
-    def _statistics(self) -> tuple[Any, ...]:
-        return (self.moving_mean,)
+    def _statistics(self) -> tuple[str, ...]:
+        return ("moving_mean",)
 
     def _call_training(
         self,
         inputs: tf.Tensor,
         axes: tuple[int, ...],
         mask: tf.Tensor | None,
-        all_reduce_sum: AllReduceSum,
+        replicas: Replicas,
+        before: Mapping[str, tf.Tensor],
     ) -> tuple[tf.Tensor, ...]:
-        return center(inputs, axes=axes, all_reduce_sum=all_reduce_sum, mask=mask)
+        outputs, moments = center(inputs, axes=axes, replicas=replicas, mask=mask)
+        return outputs, moments.count, moments.mean
 
     def _call_inference(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
         mean = tf.reshape(tf.convert_to_tensor(self.moving_mean), [-1])

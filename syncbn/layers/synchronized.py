@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from syncbn import keras_api
 from syncbn.communicators.base import Communicator
+from syncbn.communicators.groups import Grouping
 from syncbn.communicators.local import LocalCommunicator
 from syncbn.communicators.resolve import check, resolve, supports_jit
+from syncbn.communicators.tracing import repeats_forward
+from syncbn.layers.replicas import ReplicaGroups
 from syncbn.ops.channels import normalized_axes
 from syncbn.ops.moments import expand_mask
-from syncbn.ops.synchronized import AllReduceSum
+from syncbn.ops.replicas import Replicas
 
 
 class SynchronizedLayer(keras_api.StatisticsLayer):
@@ -24,7 +28,11 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
     """
 
     def __init__(
-        self, momentum: float | None, communicator: str | Communicator, **kwargs: Any
+        self,
+        momentum: float | None,
+        communicator: str | Communicator,
+        grouping: Grouping,
+        **kwargs: Any,
     ) -> None:
         if momentum is not None and not 0.0 <= momentum <= 1.0:
             raise ValueError(
@@ -32,6 +40,7 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
                 f"Received: momentum={momentum}."
             )
         self._communicator = check(communicator)
+        self._groups = ReplicaGroups(grouping)
         super().__init__(**kwargs)
         self.momentum = momentum
         self.supports_masking = True
@@ -55,13 +64,20 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
     def get_config(self) -> dict[str, Any]:
         communicator = self._communicator
         name = communicator if isinstance(communicator, str) else communicator.name
-        return {**super().get_config(), "momentum": self.momentum, "communicator": name}
+        own = {"momentum": self.momentum, "communicator": name}
+        return {**super().get_config(), **own, **self._groups.grouping._asdict()}
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
     @tf.autograph.experimental.do_not_convert
-    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+    def call(
+        self,
+        inputs: Any,
+        training: Any = None,
+        mask: Any = None,
+        update_moving_statistics: bool = True,
+    ) -> Any:
         """Applies the layer.
 
         Args:
@@ -72,6 +88,9 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             mask: Booleans, one dimension less than ``inputs``: they cover all dimensions but the
                 last. The statistics are those of the elements where it is true, whatever the others
                 hold; all elements are normalized.
+            update_moving_statistics: Whether the moving statistics move in a training call. False
+                for a batch that is seen a second time. `tf.recompute_grad` is known by itself: the
+                forward pass that it repeats for the gradient moves nothing.
 
         Returns:
             Shape of ``inputs``, the layer's compute dtype.
@@ -88,18 +107,22 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             )
         inputs = self._with_known_channels(inputs)
         training = keras_api.training_mode(self, training)
+        if training is False:
+            return self._call_inference(inputs, mask)
+        # Read once: what is made of a statistic and what it becomes then cannot be out of order.
+        # (TensorFlow 2.21 orders a second read before the assignment, and loses that on the way.)
+        before = {name: tf.convert_to_tensor(getattr(self, name)) for name in self._moving()}
         if tf.is_tensor(training):
             # The statistics move outside of the branches, where a session can run it as an update.
             outputs, *batch = keras_api.cond(
                 training,
-                lambda: self._train(inputs, mask),
+                lambda: self._train(inputs, mask, before),
                 lambda: (self._call_inference(inputs, mask), *self._no_batch()),
             )
-        elif training:
-            outputs, *batch = self._train(inputs, mask)
         else:
-            return self._call_inference(inputs, mask)
-        self._move(*batch)
+            outputs, *batch = self._train(inputs, mask, before)
+        if update_moving_statistics and not repeats_forward():
+            self._move(before, *batch)
         return outputs
 
     def _with_known_channels(self, inputs: tf.Tensor) -> tf.Tensor:
@@ -110,37 +133,48 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             return inputs
         return tf.ensure_shape(inputs, [known.get(axis, size) for axis, size in enumerate(shape)])
 
-    def _train(self, inputs: tf.Tensor, mask: Any) -> tuple[tf.Tensor, ...]:
-        """Returns the outputs, and what `_move` takes."""
+    def _train(
+        self, inputs: tf.Tensor, mask: Any, before: Mapping[str, tf.Tensor]
+    ) -> tuple[tf.Tensor, ...]:
+        """Returns the outputs, and what `_move` takes of the batch."""
         axes = normalized_axes(self.axis, inputs.shape.as_list())
         if mask is not None:
             mask = expand_mask(mask, inputs)
-        outputs, count, *targets = self._call_training(inputs, axes, mask, self._all_reduce_sum())
-        shape = self._statistics()[0].shape
-        if count.shape.rank:
+        replicas = self._replicas(inputs.shape[0])
+        outputs, count, *targets = self._call_training(inputs, axes, mask, replicas, before)
+        statistics = [before[name] for name in self._statistics()]
+        shape = statistics[0].shape
+        if count.shape == [shape.num_elements()]:
             count = tf.reshape(count, shape)
         targets = [
             tf.reshape(tf.cast(target, statistic.dtype), shape)
-            for statistic, target in zip(self._statistics(), targets, strict=True)
+            for statistic, target in zip(statistics, targets, strict=True)
         ]
         return tf.cast(outputs, self.compute_dtype), tf.broadcast_to(count, shape), *targets
 
     def _no_batch(self) -> list[tf.Tensor]:
         """Returns what `_move` takes where nothing shall move."""
-        statistics = self._statistics()
+        statistics = [getattr(self, name) for name in self._statistics()]
         zeros = [tf.zeros(statistic.shape, statistic.dtype) for statistic in statistics]
         return [tf.zeros(statistics[0].shape, tf.float64), *zeros]
 
-    def _statistics(self) -> tuple[Any, ...]:
-        """Returns the moving statistics, all of one shape."""
+    def _statistics(self) -> tuple[str, ...]:
+        """Returns the names of the statistics that move towards a batch's, all of one shape."""
         raise NotImplementedError
+
+    def _moving(self) -> tuple[str, ...]:
+        """Returns the names of all weights that a training call reads and moves."""
+        return (
+            (*self._statistics(), "moving_count") if self.momentum is None else self._statistics()
+        )
 
     def _call_training(
         self,
         inputs: tf.Tensor,
         axes: tuple[int, ...],
         mask: tf.Tensor | None,
-        all_reduce_sum: AllReduceSum,
+        replicas: Replicas,
+        before: Mapping[str, tf.Tensor],
     ) -> tuple[tf.Tensor, ...]:
         """Returns the outputs, the batch's count, and its value for each of the statistics."""
         raise NotImplementedError
@@ -148,7 +182,7 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
     def _call_inference(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
         raise NotImplementedError
 
-    def _all_reduce_sum(self) -> AllReduceSum:
+    def _replicas(self, batch: int | None) -> Replicas:
         # Looked up at each call: the layer may be tried out eagerly before it is trained under a
         # strategy. The lookup costs microseconds, and a graph pays them once.
         if keras_api.never_trains():
@@ -156,12 +190,8 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         else:
             _require_replica_context()
             communicator = resolve(self._communicator)
-        scope = re.sub(r"[^\w.\-/]", "_", keras_api.layer_path(self))
-
-        def all_reduce_sum(tensor: tf.Tensor, name: str) -> tf.Tensor:
-            return communicator.all_reduce_sum(tensor, f"syncbn/{scope}/{name}")
-
-        return all_reduce_sum
+        path = re.sub(r"[^\w.\-/]", "_", keras_api.layer_path(self))
+        return self._groups.replicas(communicator, batch, f"syncbn/{path}")
 
     def _check_input_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Returns the shape as a tuple, and raises what `call` would for inputs of it."""
@@ -180,20 +210,35 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             # float64: in float32 a sum stops growing at ten million batches of a few elements.
             self.moving_count = self.add_statistic("moving_count", shape, "zeros", "float64")
 
-    def _move(self, count: tf.Tensor, *targets: tf.Tensor) -> None:
+    def _move(
+        self, before: Mapping[str, tf.Tensor], count: tf.Tensor, *targets: tf.Tensor
+    ) -> list[tf.Tensor]:
         """Moves the statistics towards those of a batch of ``count`` elements per channel.
 
-        All arguments have the statistics' shape. Where the count is zero, nothing moves.
+        All arguments have the statistics' shape. Where the count is zero, nothing moves. Returns
+        the statistics' new values.
         """
         if self.momentum is None:
-            total = tf.convert_to_tensor(self.moving_count) + count
+            total = before["moving_count"] + count
             rate = tf.math.divide_no_nan(count, total)
             self.update_statistic(self.moving_count, total)
         else:
             rate = tf.cast(count > 0, tf.float64) * (1.0 - self.momentum)
-        for statistic, target in zip(self._statistics(), targets, strict=True):
-            old = tf.convert_to_tensor(statistic)
-            self.update_statistic(statistic, old + (target - old) * tf.cast(rate, old.dtype))
+        return self._move_towards(before, self._statistics(), targets, rate)
+
+    def _move_towards(
+        self,
+        before: Mapping[str, tf.Tensor],
+        names: Sequence[str],
+        targets: Sequence[tf.Tensor],
+        rate: tf.Tensor,
+    ) -> list[tf.Tensor]:
+        moved = []
+        for name, target in zip(names, targets, strict=True):
+            old = before[name]
+            moved.append(old + (target - old) * tf.cast(rate, old.dtype))
+            self.update_statistic(getattr(self, name), moved[-1])
+        return moved
 
 
 def _require_replica_context() -> None:

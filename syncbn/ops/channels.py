@@ -106,6 +106,11 @@ def _known_rows(x: tf.Tensor, axes: Sequence[int]) -> int | None:
     return None if None in sizes else math.prod(sizes)
 
 
+def where(mask: tf.Tensor | None, x: tf.Tensor) -> tf.Tensor:
+    """Returns ``x`` with zeros where ``mask`` is false; all of it without a mask."""
+    return x if mask is None else tf.where(mask, x, tf.zeros([], x.dtype))
+
+
 def statistics_dtype(dtype: tf.DType) -> tf.DType:
     """Returns the dtype in which statistics of ``dtype`` inputs are taken: float32 at least."""
     return tf.float64 if dtype == tf.float64 else tf.float32

@@ -14,6 +14,7 @@ from syncbn.ops.channels import (
     reduction_axes,
     statistics_dtype,
     sum_to_channels,
+    where,
 )
 from syncbn.ops.kernels import MOST_FUSED_ROWS, fused_is_faster, rough_moments
 
@@ -22,11 +23,11 @@ class Moments(NamedTuple):
     """Statistics of a batch. An empty batch has count, mean and variance zero."""
 
     count: tf.Tensor
-    """Elements per channel, float64; ``()`` where the channels are last, else ``(channels,)``."""
+    """Elements per channel, float64; ``(1,)`` where the channels are last, else ``(channels,)``."""
     mean: tf.Tensor
     """``(channels,)``"""
-    variance: tf.Tensor
-    """``(channels,)``, biased: divided by ``count``."""
+    variance: tf.Tensor | None
+    """``(channels,)``, biased: divided by ``count``. ``None`` where nobody asks for it."""
 
 
 def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
@@ -50,17 +51,18 @@ def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
 def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> tf.Tensor:
     """Returns how many elements of ``x`` each channel has, under ``mask``; float64.
 
-    A scalar where the channels are the last axis. Elsewhere ``(channels,)``, since a mask can
+    ``(1,)`` where the channels are the last axis. Elsewhere ``(channels,)``, since a mask can
     differ from channel to channel there; without a mask too, since another replica may have one.
     """
     if tuple(axes) == (x.shape.rank - 1,):
         shape = tf.shape(x)[:-1]
         if mask is not None:
-            return tf.reduce_sum(tf.cast(tf.broadcast_to(mask[..., 0], shape), tf.float64))
+            seen = tf.cast(tf.broadcast_to(mask[..., 0], shape), tf.float64)
+            return tf.reshape(tf.reduce_sum(seen), [1])
         sizes = x.shape.as_list()[:-1]
         if None not in sizes:
-            return tf.constant(math.prod(sizes), tf.float64)
-        return tf.reduce_prod(tf.cast(shape, tf.float64))
+            return tf.constant([math.prod(sizes)], tf.float64)
+        return tf.reduce_prod(tf.cast(shape, tf.float64), keepdims=True)
     if mask is not None:
         return sum_to_channels(tf.cast(tf.broadcast_to(mask, tf.shape(x)), tf.float64), axes)
     reduced = tf.gather(tf.shape(x), reduction_axes(x.shape.rank, axes))
@@ -102,15 +104,11 @@ def two_pass_moments(
     Variance" (1983), equation 1.7: the second pass runs about a pivot, the mean rounded to the
     dtype of the elements, and what the rounding took is put right.
     """
-    zero = tf.zeros([], x.dtype)
-    seen = x if mask is None else tf.where(mask, x, zero)
-    mean = tf.math.divide_no_nan(sum_to_channels(seen, axes), count)
+    mean = tf.math.divide_no_nan(sum_to_channels(where(mask, x), axes), count)
     pivot = tf.cast(mean, x.dtype)
-    squares = tf.math.squared_difference(x, broadcast(pivot, x, axes))
-    if mask is not None:
-        squares = tf.where(mask, squares, zero)
+    squares = where(mask, tf.math.squared_difference(x, broadcast(pivot, x, axes)))
     variance = tf.math.divide_no_nan(sum_to_channels(squares, axes), count)
-    return mean, _not_negative(variance - tf.square(mean - tf.cast(pivot, mean.dtype)))
+    return mean, not_negative(variance - tf.square(mean - tf.cast(pivot, mean.dtype)))
 
 
 def pack(moments: Moments) -> tf.Tensor:
@@ -121,21 +119,44 @@ def pack(moments: Moments) -> tf.Tensor:
     a million times the standard deviation.
     """
     count, mean, variance = moments
-    second = count * (variance + tf.square(mean))
-    return tf.concat([tf.reshape(count, [-1]), count * mean, second], 0)
+    return weigh(Moments(count, mean, None if variance is None else variance + tf.square(mean)))
 
 
-def unpack(packed: tf.Tensor, channels: int) -> Moments:
-    """Returns the moments, float64, that the (added up) `pack` holds."""
-    counts = packed.shape.as_list()[0] - 2 * channels
-    count, first, second = tf.split(packed, [counts, channels, channels])
-    if count.shape[0] != channels:
-        count = tf.reshape(count, [])
-    mean = tf.math.divide_no_nan(first, count)
-    variance = tf.math.divide_no_nan(second, count) - tf.square(mean)
-    return Moments(count, mean, _not_negative(variance))
+def unpack(packed: tf.Tensor, like: Moments) -> Moments:
+    """Returns the moments, float64, that the (added up) `pack` of moments as ``like`` holds.
+
+    Dimensions before the last stay.
+    """
+    count, mean, second = unweigh(packed, like)
+    return Moments(count, mean, None if second is None else not_negative(second - tf.square(mean)))
 
 
-def _not_negative(variance: tf.Tensor) -> tf.Tensor:
+def weigh(moments: Moments) -> tf.Tensor:
+    """Returns ``[n, n m, n v]``: sums, so that moments are averaged, by their counts, by adding."""
+    count, *values = moments
+    return tf.concat([count, *(count * value for value in values if value is not None)], -1)
+
+
+def unweigh(weighed: tf.Tensor, like: Moments) -> Moments:
+    """Returns the average, by counts, of the moments whose `weigh` was added up."""
+    sizes = [part.shape[-1] for part in like if part is not None]
+    count, *sums = tf.split(weighed, sizes, -1)
+    mean, *variance = (tf.math.divide_no_nan(total, count) for total in sums)
+    return Moments(count, mean, variance[0] if variance else None)
+
+
+def average(moments: Moments) -> Moments:
+    """Returns the average, by counts, of moments that are the rows of these."""
+    return unweigh(tf.reduce_sum(weigh(moments), 0), moments)
+
+
+def unbiased(moments: Moments) -> Moments:
+    """Applies Bessel's correction. A single element has variance zero, and keeps it."""
+    correction = moments.count / tf.maximum(moments.count - 1.0, 1.0)
+    return moments._replace(variance=moments.variance * correction)
+
+
+def not_negative(variance: tf.Tensor) -> tf.Tensor:
+    """Returns ``variance`` with zero for what rounding has made negative."""
     # A comparison, not `maximum`: a NaN that came with the input has to stay visible.
     return tf.where(variance < 0, tf.zeros_like(variance), variance)

@@ -6,15 +6,21 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from tests.cases import cases, drawn_cases
+from tests.cases import cases, drawn_cases, paired_cases
 from tests.contract import check
 
 CASES = [str(case) for case in cases(2)]
+PAIRED_CASES = [str(case) for case in paired_cases(2)]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
 def test_replicas_behave_as_one_with_the_whole_batch(number, replicas):
     check(replicas, cases(replicas.size)[number])
+
+
+@pytest.mark.parametrize("number", range(len(PAIRED_CASES)), ids=PAIRED_CASES)
+def test_options_hold_alone_and_in_pairs(number, replicas):
+    check(replicas, paired_cases(replicas.size)[number])
 
 
 def test_any_case_that_can_be_drawn_holds(replicas):

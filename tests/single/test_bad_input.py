@@ -69,12 +69,6 @@ def test_a_negative_epsilon(epsilon):
         syncbn.SyncBatchNormalization(epsilon=epsilon)
 
 
-@pytest.mark.parametrize("option", [{"renorm": True}, {"virtual_batch_size": 2}], ids=str)
-def test_options_that_are_not_supported(option):
-    with pytest.raises(ValueError, match="neither batch renormalization nor virtual batches"):
-        syncbn.SyncBatchNormalization(**option)
-
-
 def test_a_synchronized_layer_that_is_not():
     with pytest.raises(ValueError, match="communicator='local'"):
         syncbn.SyncBatchNormalization(synchronized=False)

@@ -1,0 +1,103 @@
+"""The replicas that a layer shares its statistics with: all, or those of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import tensorflow as tf
+
+from syncbn.communicators.base import Communicator
+from syncbn.communicators.distribute import DistributeGroups
+from syncbn.communicators.groups import Grouping, Groups
+from syncbn.ops.moments import Moments, average, pack, unbiased, unpack, unweigh, weigh
+from syncbn.ops.replicas import Replicas
+
+
+class ReplicaGroups:
+    """The groups of a layer, made when it first trains with a communicator, and kept."""
+
+    def __init__(self, grouping: Grouping):
+        self.grouping = grouping
+        self._split: dict[tuple[Communicator, int], Any] = {}
+
+    def replicas(self, communicator: Communicator, batch: int | None, scope: str) -> Replicas:
+        """Returns the replicas to share statistics with.
+
+        The moving statistics take up the average of the groups' statistics, weighted by their
+        counts; so they stay equal on all replicas.
+
+        Args:
+            communicator: What joins all replicas.
+            batch: How many samples this replica has, where that is known.
+            scope: The first part of the names of the collectives.
+        """
+
+        def all_reduce_sum(tensor: tf.Tensor, name: str) -> tf.Tensor:
+            return communicator.all_reduce_sum(tensor, f"{scope}/{name}")
+
+        size = communicator.size
+        # One replica has nobody to be grouped with, and a model made for a job stays usable in one.
+        if size == 1 or not self.grouping.is_given():
+            return Replicas(all_reduce_sum)
+        if (communicator, size) not in self._split:
+            groups = self.grouping.choose(communicator, batch)
+            self._split[communicator, size] = _split(communicator, groups)
+        split = self._split[communicator, size]
+        if split is communicator:
+            return Replicas(all_reduce_sum)
+        if isinstance(split, DistributeGroups):
+            return _Rows(split, scope)
+        return _Parts(
+            lambda tensor, name: split.all_reduce_sum(tensor, f"{scope}/{name}"), all_reduce_sum
+        )
+
+
+# Of each communicator, by groups: layers with the same groups share them.
+_splits: WeakKeyDictionary[Communicator, dict[Groups, Any]] = WeakKeyDictionary()
+
+
+def _split(communicator: Communicator, groups: Groups) -> Any:
+    if len(groups) == 1:
+        return communicator
+    if not hasattr(communicator, "split"):
+        raise TypeError(
+            "A layer with groups needs a communicator that has a method split(groups). "
+            f"Received: communicator={communicator!r}."
+        )
+    made = _splits.setdefault(communicator, {})
+    if groups not in made:
+        made[groups] = communicator.split(groups)
+    return made[groups]
+
+
+class _Parts(Replicas):
+    """Groups that add up for themselves: one more collective tells of the others."""
+
+    def __init__(self, all_reduce_sum: Callable, all_reduce_sum_over_all: Callable):
+        super().__init__(all_reduce_sum)
+        self._over_all = all_reduce_sum_over_all
+
+    def merge(self, moments: Moments, bessel: bool = False) -> tuple[Moments, Moments]:
+        merged, own = super().merge(moments, bessel)
+        # Each replica stands for its part of the group's count.
+        share = weigh(Moments(moments.count, moments.mean, own.variance))
+        return merged, unweigh(self._over_all(share, "moving"), moments)
+
+
+class _Rows(Replicas):
+    """Groups that learn of each other by one collective."""
+
+    def __init__(self, groups: DistributeGroups, scope: str):
+        self._groups, self._scope = groups, scope
+        super().__init__(lambda tensor, name: groups.own(self._rows(tensor, name)))
+
+    def merge(self, moments: Moments, bessel: bool = False) -> tuple[Moments, Moments]:
+        rows = self._rows(pack(moments), "statistics")
+        own = unpack(self._groups.own(rows), moments)
+        each = unpack(rows, moments)
+        return own, average(unbiased(each) if bessel else each)
+
+    def _rows(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        return self._groups.all_reduce_rows(tensor, f"{self._scope}/{name}")

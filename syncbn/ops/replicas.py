@@ -1,0 +1,31 @@
+"""The other replicas, as the operations see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from syncbn.ops.moments import Moments, pack, unbiased, unpack
+
+
+class Replicas:
+    """All that the operations need to know of the other replicas: how to add up over them.
+
+    Args:
+        all_reduce_sum: Adds a tensor up over all replicas, differentiably; the name is the same on
+            each of them for the same call.
+    """
+
+    def __init__(self, all_reduce_sum: Callable[[tf.Tensor, str], tf.Tensor]):
+        self.all_reduce_sum = all_reduce_sum
+
+    def merge(self, moments: Moments, bessel: bool = False) -> tuple[Moments, Moments]:
+        """Returns the moments to normalize with, and those that the moving statistics take up.
+
+        Args:
+            moments: This replica's own.
+            bessel: Whether the latter have the unbiased variance.
+        """
+        merged = unpack(self.all_reduce_sum(pack(moments), "statistics"), moments)
+        return merged, unbiased(merged) if bessel else merged
