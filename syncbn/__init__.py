@@ -12,19 +12,41 @@ from syncbn.communicators import (
     resolve,
 )
 from syncbn.layers import SyncBatchNormalization, SyncCentering
-from syncbn.models import MovingStatistics, moving_statistics, set_moving_statistics
+from syncbn.models import (
+    Conversion,
+    Equivalence,
+    MovingStatistics,
+    Report,
+    assert_synchronized,
+    check_equivalence,
+    convert_sync_batchnorm,
+    moving_statistics,
+    recalibrate,
+    report,
+    revert_sync_batchnorm,
+    set_moving_statistics,
+)
 
 __all__ = [
     "Communicator",
+    "Conversion",
     "DistributeCommunicator",
+    "Equivalence",
     "HorovodCommunicator",
     "LocalCommunicator",
     "MPICommunicator",
     "MovingStatistics",
+    "Report",
     "SyncBatchNormalization",
     "SyncCentering",
+    "assert_synchronized",
+    "check_equivalence",
+    "convert_sync_batchnorm",
     "moving_statistics",
+    "recalibrate",
+    "report",
     "resolve",
+    "revert_sync_batchnorm",
     "set_moving_statistics",
     "training",
 ]

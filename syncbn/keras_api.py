@@ -31,6 +31,11 @@ if not KERAS_3:
     OPTIMIZERS += (keras.optimizers.legacy.Optimizer,)
 
 
+BATCH_NORMALIZATION: Any = keras.layers.BatchNormalization
+"""What all batch normalizations of `tf.keras` come from; that of Keras 2 is not public."""
+if not KERAS_3:
+    BATCH_NORMALIZATION = BATCH_NORMALIZATION.__base__
+
 _STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
 
 
@@ -147,9 +152,34 @@ def named_layers(model: Any) -> dict[str, Any]:
     return found
 
 
+def variable(weight: Any) -> Any:
+    """Returns the variable of TensorFlow that a weight of Keras is."""
+    return weight.value if KERAS_3 else weight
+
+
+def short_name(weight: Any) -> str:
+    """Returns the name that a layer has for its weight, such as ``"moving_mean"``."""
+    return weight.name if KERAS_3 else weight.name.rpartition("/")[2].partition(":")[0]
+
+
 def layer_path(layer: Any) -> str:
     """Returns a name for ``layer`` that is the same on all workers that build the same model."""
     return layer.path if KERAS_3 else layer.name
+
+
+def draws_numbers(layer: Any) -> bool:
+    """Says whether a layer has a generator of random numbers."""
+    if KERAS_3:
+        return any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
+    return isinstance(layer, keras.__internal__.layers.BaseRandomLayer)
+
+
+def prepare_training(model: Any, data: tuple[Any, ...]) -> None:
+    """Does what `fit` does before the first `train_step`; within the strategy's scope."""
+    if KERAS_3:
+        # Metrics and the loss are otherwise built in replicas, which must not make variables. There
+        # is no public way.
+        model._symbolic_build(data_batch=tf.nest.map_structure(tf.constant, data))
 
 
 def training_mode(layer: Any, training: Any) -> Any:

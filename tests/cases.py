@@ -14,7 +14,7 @@ def splits(size):
 def some_groups(size):
     """Groups of ``size`` replicas: of one each, of different sizes, or of neighbours."""
     named = {2: ("groups", ((1,), (0,))), 3: ("groups", ((2, 0), (1,)))}
-    return named.get(size, ("group_size", size // 2))
+    return named.get(size, ("group_size", max(size // 2, 1)))
 
 
 RENORM = (
@@ -107,16 +107,22 @@ def drawn_cases(draw, size):
     """Draws a case for ``size`` replicas."""
     sample = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple))
     axis = draw(st.integers(1, len(sample)))
+    layer = draw(st.sampled_from(["SyncBatchNormalization", "SyncCentering"]))
+    groups = st.sampled_from([(), (some_groups(size),)])
+    options = groups
+    if layer == "SyncBatchNormalization":
+        units = groups | st.sampled_from([(), VIRTUAL])
+        options = st.builds(lambda *parts: sum(parts, ()), units, st.sampled_from([(), RENORM]))
     return Case(
         split=tuple(draw(st.integers(0, 4)) for _ in range(size)),
         sample=sample,
-        layer=draw(st.sampled_from(["SyncBatchNormalization", "SyncCentering"])),
+        layer=layer,
         axis=draw(st.sampled_from([axis, axis - len(sample) - 1])),
         dtype=draw(st.sampled_from(["float32", "float64", "float16", "bfloat16"])),
         masked=draw(st.booleans()),
         poison=draw(st.sampled_from([None, float("nan"), float("inf")])),
         graph=draw(st.booleans()),
-        options=(("momentum", draw(st.sampled_from([None, 0.0, 0.9, 1.0]))),),
+        options=(("momentum", draw(st.sampled_from([None, 0.0, 0.9, 1.0]))), *draw(options)),
         seed=draw(st.integers(0, 1000)),
         tiny=True,
     )

@@ -4,6 +4,8 @@ A batch falls into units, each of which is normalized with its own statistics: t
 samples of a group of replicas, or a slice of one replica's samples.
 """
 
+import itertools
+
 import numpy as np
 
 from tests import oracle
@@ -29,11 +31,13 @@ class Truth:
         """Returns y, dx, the terms of dx, and what gamma is multiplied with, as arrays like x."""
         units = _units(split, self.options)
         count, mean, variance = self._taken_up(x, dy, mask, units)
-        # Slices are corrected as their average is, groups each for itself.
-        correction = self._correction
-        if self.options.get("virtual_batch_size"):
-            average = self._correction(mean, variance)
-            correction = lambda *_: average
+
+        virtual = self.options.get("virtual_batch_size")
+
+        def correction(*own):
+            # Slices are corrected as their average is, groups each for itself.
+            return self._correction(*((mean, variance) if virtual else own))
+
         arrays = [np.zeros(x.shape) for _ in range(4)]
         for unit in units:
             own_mask = None if mask is None else mask[unit]
@@ -110,7 +114,7 @@ class Truth:
 def _units(split, options):
     """The samples of each unit, as arrays of indices; none is empty."""
     starts = np.cumsum([0, *split])
-    parts = [np.arange(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    parts = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
     size = options.get("virtual_batch_size")
     if size is not None:
         numbers = [-(-len(part) // size) for part in parts]

@@ -86,8 +86,11 @@ def _shares_one_memory(strategy: tf.distribute.Strategy) -> bool:
 
 @tf.custom_gradient
 def _all_reduce_sum(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+    # What comes back has a custom gradient already. The custom gradient of a layer, which walks the
+    # graph from its results to its inputs, must not walk on into the other replicas from here.
     def add_up(strategy: tf.distribute.Strategy, tensors: Any) -> tf.Tensor:
-        return tf.add_n(strategy.experimental_local_results(tensors), name="all_reduce_sum")
+        total = tf.add_n(strategy.experimental_local_results(tensors), name="all_reduce_sum")
+        return tf.stop_gradient(total)
 
     context = tf.distribute.get_replica_context()
     if _shares_one_memory(context.strategy):
@@ -95,7 +98,7 @@ def _all_reduce_sum(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor],
     # An argument of a function has no device, without which TensorFlow finds no destination; a copy
     # made here has the replica's.
     total = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(tensor))
-    return total, _all_reduce_sum
+    return tf.stop_gradient(total), _all_reduce_sum
 
 
 def _replica_context() -> tf.distribute.ReplicaContext:

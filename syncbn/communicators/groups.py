@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.distribute import DistributeCommunicator
@@ -125,7 +126,7 @@ def _mean_batch(communicator: Communicator, batch: int | None) -> float:
     own = -1.0 if batch is None else float(batch)
     batches = [own]
     if not isinstance(communicator, DistributeCommunicator):
-        batches = all_gather(communicator, np.array([own]), "syncbn/groups/batch").ravel().tolist()
+        batches = _gather(communicator, own, "batch")
     if min(batches) < 0:
         raise ValueError(
             "`target_batch` needs to know the batch of a replica when the layer first trains. "
@@ -141,8 +142,21 @@ def _hosts(communicator: Communicator) -> Sequence[Any]:
     if isinstance(communicator, DistributeCommunicator):
         return communicator.hosts()
     name = hashlib.sha256(platform.node().encode()).digest()[:6]
-    own = float(int.from_bytes(name, "big"))  # 48 bits, which float64 holds exactly
-    return all_gather(communicator, np.array([own]), "syncbn/groups/host").ravel().tolist()
+    # 48 bits, which float64 holds exactly.
+    return _gather(communicator, float(int.from_bytes(name, "big")), "host")
+
+
+def _gather(communicator: Communicator, value: float, what: str) -> list[float]:
+    """Returns the values of all replicas, also while a function is being traced."""
+    with tf.init_scope():
+        if not tf.executing_eagerly():
+            raise NotImplementedError(
+                "The replicas can only tell each other what groups they make where TensorFlow runs "
+                "eagerly. Received: the graph of a session. Use `groups`, or `group_size` with a "
+                "number."
+            )
+        rows = all_gather(communicator, np.array([value]), f"syncbn/groups/{what}")
+    return rows.ravel().tolist()
 
 
 def _by_host(hosts: Sequence[Any]) -> Groups:

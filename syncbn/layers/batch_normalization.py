@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -100,7 +101,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         target_batch: int | None = None,
         unbiased_moving_variance: bool = False,
         renorm: bool = False,
-        renorm_clipping: Mapping[str, float] | None = None,
+        renorm_clipping: Mapping[str, float | None] | None = None,
         renorm_momentum: float = 0.99,
         virtual_batch_size: int | None = None,
         synchronized: bool = True,
@@ -127,12 +128,10 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
                 f"Received: virtual_batch_size={virtual_batch_size} and {grouping}. Use one."
             )
         if renorm:
-            kwargs.update(
-                keras_api.renorm_arguments(
-                    renorm=True,
-                    renorm_clipping=renorm_clipping,
-                    renorm_momentum=renorm_momentum,
-                )
+            kwargs |= keras_api.renorm_arguments(
+                renorm=True,
+                renorm_clipping=_checked_clipping(renorm_clipping or {}),
+                renorm_momentum=renorm_momentum,
             )
         if not isinstance(axis, Sequence):
             axis = operator.index(axis)
@@ -214,18 +213,14 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         renorm_mean, renorm_stddev = (_channel_vector(before[name], dtype) for name in _RENORM)
         # Small deviations early in training must not blow up the quotients.
         renorm_stddev = tf.maximum(renorm_stddev, self.epsilon**0.5)
-        clipping = self.renorm_clipping or {}
+        clipping = self.renorm_clipping
 
         def correction(mean: tf.Tensor, variance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             r = tf.sqrt(variance + self.epsilon) / renorm_stddev
             d = (mean - renorm_mean) / renorm_stddev
-            if clipping.get("rmin") is not None:
-                r = tf.maximum(r, clipping["rmin"])
-            if clipping.get("rmax") is not None:
-                r = tf.minimum(r, clipping["rmax"])
-            if clipping.get("dmax") is not None:
-                d = tf.clip_by_value(d, -clipping["dmax"], clipping["dmax"])
-            return r, d
+            r = tf.clip_by_value(r, clipping.get("rmin", 0.0), clipping.get("rmax", dtype.max))
+            dmax = clipping.get("dmax", dtype.max)
+            return r, tf.clip_by_value(d, -dmax, dmax)
 
         return correction
 
@@ -244,6 +239,19 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         return keras_api.keras.layers.BatchNormalization.call(
             self, inputs, training=False, mask=mask
         )
+
+
+def _checked_clipping(given: Mapping[str, float | None]) -> dict[str, float]:
+    clipping = {key: bound for key, bound in given.items() if bound is not None}
+    r = clipping.get("rmin", 0.0), clipping.get("rmax", math.inf)
+    known = set(clipping) <= {"rmin", "rmax", "dmax"}
+    # So written that a NaN is refused too.
+    if not (known and 0 <= r[0] <= r[1] and clipping.get("dmax", 0.0) >= 0):
+        raise ValueError(
+            "`renorm_clipping` must have no other keys than 'rmin', 'rmax' and 'dmax', and "
+            f"0 <= rmin <= rmax, 0 <= dmax. Received: renorm_clipping={clipping}."
+        )
+    return clipping
 
 
 def _channel_vector(weight: Any, dtype: tf.DType) -> tf.Tensor:

@@ -42,7 +42,7 @@ def moving_statistics(model: Any) -> dict[str, MovingStatistics]:
     """
     return {
         name: MovingStatistics(*map(_values(layer).get, _WEIGHTS))
-        for name, layer in _normalizations(model).items()
+        for name, layer in normalizations(model).items()
     }
 
 
@@ -63,7 +63,7 @@ def set_moving_statistics(
             shape, one that is not finite, a negative variance or count. The model is left as it
             was.
     """
-    layers = _normalizations(model)
+    layers = normalizations(model)
     unknown = sorted(set(statistics) - set(layers))
     if unknown:
         raise ValueError(
@@ -78,18 +78,23 @@ def set_moving_statistics(
                 values[weight] = _checked(f"{weight} of {name}", value, values.get(weight))
         changes.append((layers[name], values))
     for layer, values in changes:
+        if "moving_stddev" in values:
+            # Batch renormalization averages deviations, and makes the variance of them.
+            variance = values["moving_variance"].astype(np.float64)
+            values["moving_stddev"] = np.sqrt(variance + layer.epsilon)
         layer.set_weights(list(values.values()))
 
 
-def _normalizations(model: Any) -> dict[str, Any]:
-    kinds = (SynchronizedLayer, keras_api.keras.layers.BatchNormalization)
+def normalizations(model: Any) -> dict[str, Any]:
+    """Returns the normalizations of a model that are built, by their names."""
+    kinds = (SynchronizedLayer, keras_api.BATCH_NORMALIZATION)
     layers = {model.name: model, **keras_api.named_layers(model)}
     return {k: v for k, v in layers.items() if isinstance(v, kinds) and v.built}
 
 
 def _values(layer: Any) -> dict[Any, np.ndarray]:
     """Returns the values of all weights, in the order of the layer; statistics by their names."""
-    names = {id(getattr(layer, name, None)): name for name in _WEIGHTS}
+    names = {id(getattr(layer, name, None)): name for name in (*_WEIGHTS, "moving_stddev")}
     # By the layer's own methods, which also work in a session.
     pairs = zip(layer.weights, layer.get_weights(), strict=True)
     return {names.get(id(weight), id(weight)): value for weight, value in pairs}

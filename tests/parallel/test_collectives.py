@@ -51,6 +51,31 @@ def test_there_is_one_collective_forward_and_one_backward(layer, forward, backwa
     assert payloads == {forward: 1, backward: 1}
 
 
+@pytest.mark.parametrize("options", [{}, {"renorm": True}], ids=str)
+def test_groups_learn_of_each_other_by_one_collective_or_a_small_one_more(options, replicas):
+    layers = replicas.build(
+        lambda rank: syncbn.SyncBatchNormalization(group_size=1, **options), (None, 3, 5)
+    )
+    replicas.run(forward_and_backward, layers, arguments(replicas, 4, 3, 5), graph=True)
+    payloads = collections.Counter(
+        operation.inputs[0].shape.num_elements() for operation in collectives(replicas.operations)
+    )
+    if replicas.separate:
+        assert payloads == {2 * 5 + 1: 2, 2 * 5: 1}
+    else:
+        groups = replicas.size
+        assert payloads == {groups * (2 * 5 + 1): 1, groups * 2 * 5: 1}
+
+
+def test_virtual_batches_have_one_collective_forward_and_none_backward(replicas):
+    layers = replicas.build(
+        lambda rank: syncbn.SyncBatchNormalization(virtual_batch_size=2), (None, 3, 5)
+    )
+    replicas.run(forward_and_backward, layers, arguments(replicas, 4, 3, 5), graph=True)
+    (only,) = collectives(replicas.operations)
+    assert only.inputs[0].shape.num_elements() == 2 * 5 + 1
+
+
 def test_inference_communicates_with_nobody(replicas):
     def infer(layer, x):
         return layer(x, training=False)

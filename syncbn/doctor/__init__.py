@@ -1,0 +1,1 @@
+"""`python -m syncbn doctor`: what this machine has, and whether it works."""

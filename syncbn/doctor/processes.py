@@ -1,0 +1,127 @@
+"""Starting processes that cannot stay."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A process to start, and what its environment has more than this one's."""
+
+    arguments: Sequence[str]
+    environment: dict[str, str]
+
+
+# Empty lines, and what TensorFlow says before anybody can silence it; launchers put ranks in front.
+_NOISE = re.compile(r"(\[.*?\](<\w+>)?:? ?)?\s*((WARNING: All log|[IW]\d{4} ).*)?")
+
+
+def run(commands: Sequence[Command], limit: float) -> tuple[str, str]:
+    """Runs commands side by side until all have ended, one has failed, or the limit is up.
+
+    None of their processes is left.
+
+    Returns:
+        What went wrong, in words, or nothing; and the last lines that they printed.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ended_by_signals())
+        running = []
+        for command in commands:
+            log = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            process = subprocess.Popen(  # noqa: S603  (no shell, and nobody else's words)
+                command.arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(command.environment),
+                start_new_session=True,
+            )
+            stack.callback(_end, process)
+            running.append((process, log))
+        deadline = time.monotonic() + limit
+        reason = ""
+        while not reason and any(process.poll() is None for process, _ in running):
+            time.sleep(0.05)
+            if time.monotonic() > deadline:
+                reason = f"no end within {limit:g} s"
+            elif any(process.poll() for process, _ in running):
+                break
+        failed = [process for process, _ in running if process.poll()]
+        for process, _ in running:
+            _end(process)
+        lines = []
+        for process, log in running:
+            log.seek(0)
+            if process in failed or not failed:
+                lines += [line for line in log.read().splitlines() if not _NOISE.fullmatch(line)]
+    if failed:
+        reason = _reason(lines) or f"exit code {failed[0].returncode}"
+    return reason, "\n".join(lines[-20:])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and its group; launchers first, which end what they have started elsewhere."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Lets signals that would end this process run its ``finally`` first."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, lambda number, _: sys.exit(128 + number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment(changes: dict[str, str]) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}
+    return {
+        **quiet,
+        **kept,
+        **_root(),
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "PATH": program_path(),
+        **changes,
+    }
+
+
+def _root() -> dict[str, str]:
+    """Returns what Open MPI wants to be told by root; a probe is short, and does no harm."""
+    names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+    return dict.fromkeys(names, "1") if os.geteuid() == 0 else {}
+
+
+def root_needs() -> str:
+    """Returns what root has to set for Open MPI, and has not; or nothing."""
+    return " and ".join(f"{name}=1" for name in _root() if name not in os.environ)
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """Returns the first error of Python's, which is where the others come from; or nothing."""
+    errors = (re.search(r"\b\w+(Error|Exception): .*", line) for line in lines)
+    return next((error.group() for error in errors if error), "")
+
+
+def program_path() -> str:
+    """Returns the PATH; this Python's programs come first, also where nobody activated it."""
+    return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])

@@ -1,0 +1,88 @@
+"""The doctor with real engines."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import processes
+
+SYNCBN = [sys.executable, "-m", "syncbn"]
+
+
+def found(output):
+    """What ``--json`` has printed, after TensorFlow's own words."""
+    return json.loads(output[output.index("{") : output.rindex("}") + 1])
+
+
+def test_every_engine_of_this_machine_works():
+    finished = processes.run([("doctor", [*SYNCBN, "doctor", "--json"], {})], limit=300)
+    assert finished.code == 0, finished.output
+    engines = found(finished.output)["engines"]
+    names = ["mirrored", "multiworker", "horovod-gloo", "horovod-mpi", "mpi"]
+    assert [one["engine"] for one in engines] == names
+    for one in engines:
+        assert one["status"] == "ok", one
+        assert 0 < one["milliseconds"] < 1000, one
+    machine = found(finished.output)["machine"]
+    assert "with gloo, mpi" in machine["Horovod"]
+    assert "Open MPI" in machine["mpi4py"]
+
+
+def test_without_horovod_it_says_how_to_get_it():
+    code = (
+        "import sys; sys.modules['horovod'] = None\n"
+        "from syncbn.cli import main\n"
+        "sys.exit(main(['doctor', '--engine', 'horovod-gloo']))"
+    )
+    finished = processes.python(code)
+    assert finished.code == 0, finished.output
+    line = "horovod-gloo  not installed: launch/install_horovod.sh"
+    assert line in finished.output
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_a_doctor_that_is_ended_takes_the_ranks_along(launcher, tmp_path):
+    rank = f"import os, time; open(r'{tmp_path}/' + str(os.getpid()), 'w'); time.sleep(600)"
+    ranks = [sys.executable, "-c", rank]
+    command = {
+        "mpirun": processes.mpirun(2, *ranks),
+        "horovodrun": processes.horovodrun(2, "gloo", *ranks),
+    }[launcher]
+    code = (
+        f"from syncbn.doctor.processes import Command, run\nrun([Command({command!r}, {{}})], 300)"
+    )
+    doctor = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=processes.ROOT,
+        env=processes.environment(),
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while len(list(tmp_path.iterdir())) < 2:
+            assert time.monotonic() < deadline, "the ranks did not start"
+            assert doctor.poll() is None, "the doctor has ended"
+            time.sleep(0.1)
+        doctor.send_signal(signal.SIGTERM)
+        assert doctor.wait(60) == 128 + signal.SIGTERM
+    finally:
+        doctor.kill()
+        doctor.wait()
+    # Killed is not yet gone.
+    deadline = time.monotonic() + 20
+    while any(is_alive(file.name) for file in tmp_path.iterdir()):
+        assert time.monotonic() < deadline, "a rank is left"
+        time.sleep(0.05)
+
+
+def is_alive(pid):
+    """Whether a process runs; one that waits for its end to be noted does not."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

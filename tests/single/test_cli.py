@@ -1,0 +1,259 @@
+"""`python -m syncbn`: its arguments, its words, and what the doctor does with what it finds."""
+
+import json
+import os
+import sys
+import time
+import types
+
+import pytest
+
+import syncbn
+from syncbn import cli
+from syncbn.doctor import engines, examine, processes
+from syncbn.doctor.examine import Result
+from syncbn.doctor.processes import Command
+from tests.launchers.test_doctor import is_alive
+
+PROBE = ["python", "probe"]
+
+
+def python(code, **environment):
+    return Command([sys.executable, "-c", code], environment)
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Puts a program on the PATH, and nothing else, that prints some lines."""
+    monkeypatch.setattr(engines, "program_path", lambda: str(tmp_path))
+
+    def make(name, output):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\ncat <<'end'\n{output}\nend\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def horovod(monkeypatch):
+    """A Horovod that was built with MPI, and without Gloo."""
+    built = {"gloo_built": lambda: False, "mpi_built": lambda: True, "nccl_built": lambda: 0}
+    monkeypatch.setattr(engines, "_horovod", lambda: types.SimpleNamespace(**built))
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"syncbn {syncbn.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["doctor", "check"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    assert f"usage: syncbn {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["nurse"], "invalid choice: 'nurse'"),
+        (["doctor", "--engine", "nccl"], "invalid choice: 'nccl'"),
+        *((["doctor", "--limit", limit], "--limit") for limit in ("0", "-1", "nan", "inf", "x")),
+        (["check"], "module:function"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_exit_with_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        (Result("mpi", "ok", 0.0512), "ok 0.05 ms"),
+        (Result("mpi", "ok", 1.25, advice="set this"), "ok 1.25 ms: set this"),
+        (Result("mpi", "missing", advice="install it"), "not installed: install it"),
+        (
+            Result("mpi", "failed", None, "why", "what", "a\nb"),
+            "failed: why: what\n    | a\n    | b",
+        ),
+    ],
+    ids=str,
+)
+def test_a_result_in_words(result, text):
+    assert str(result) == text
+
+
+@pytest.mark.parametrize(("last", "code"), [("ok", 0), ("missing", 0), ("failed", 1)])
+def test_the_exit_code_says_whether_all_that_is_installed_works(last, code, capsys, monkeypatch):
+    results = {"mpi": Result("mpi", "ok", 0.05), "mirrored": Result("mirrored", last, 1.0)}
+    monkeypatch.setattr(examine, "try_out", lambda engine, limit: results[engine])
+    monkeypatch.setattr(examine, "describe", lambda: {"TensorFlow": "2"})
+    arguments = ["doctor", "--engine", "mpi", "--engine", "mirrored"]
+    assert cli.main(arguments) == code
+    assert "TensorFlow    2\n" in (text := capsys.readouterr().out)
+    assert "mpi           ok 0.05 ms\nmirrored      " in text
+    assert cli.main([*arguments, "--json"]) == code
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"] == {"TensorFlow": "2"}
+    assert [(one["engine"], one["status"]) for one in found["engines"]] == [
+        ("mpi", "ok"),
+        ("mirrored", last),
+    ]
+
+
+def test_a_launcher_must_not_start_the_doctor(capsys, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert cli.main(["doctor"]) == 2
+    assert "OMPI_COMM_WORLD_SIZE=2. Run it once, by itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("engine", "package", "advice"),
+    [
+        ("mpi", "mpi4py", "pip install 'syncbn[mpi]'"),
+        ("horovod-gloo", "horovod", "launch/install_horovod.sh"),
+        ("horovod-mpi", "horovod", "launch/install_horovod.sh"),
+    ],
+)
+def test_what_is_not_installed_is_missing_and_no_failure(engine, package, advice, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    result = examine.try_out(engine, 1)
+    assert (result.status, result.reason) == ("missing", "")
+    assert advice in result.advice
+    assert str(result).startswith("not installed: ")
+    describe = engines.describe_mpi4py if package == "mpi4py" else engines.describe_horovod
+    with pytest.raises(engines.Unusable):
+        describe()
+
+
+def test_a_controller_that_horovod_was_built_without_is_missing(horovod):
+    assert examine.try_out("horovod-gloo", 1).reason == "this Horovod was built without gloo"
+
+
+def test_a_package_that_does_not_load_has_failed(monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "horovod.tensorflow", None)
+    result = examine.try_out("horovod-gloo", 1)
+    assert result.status == "failed"
+    assert result.reason.startswith("import horovod.tensorflow: ")
+
+
+@pytest.mark.parametrize("name", ["mpirun", "horovodrun"])
+def test_a_launcher_that_is_not_there_is_missing(name, program, horovod, monkeypatch):
+    monkeypatch.setattr(engines, "_mpi4py", lambda: None)
+    if name == "horovodrun":
+        program("mpirun", "mpirun (Open MPI) 4.1.8")
+    engine = {"mpirun": "mpi", "horovodrun": "horovod-mpi"}[name]
+    result = examine.try_out(engine, 1)
+    assert (result.status, result.reason) == ("missing", f"no {name}")
+
+
+@pytest.mark.parametrize(
+    ("version", "flags"),
+    [
+        ("mpirun (Open MPI) 4.1.8", ["--oversubscribe", "--bind-to", "none"]),
+        ("mpirun (Open MPI) 5.0.5", ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]),
+        ("HYDRA build details:\n    Version: 4.2", ["-bind-to", "none"]),
+    ],
+)
+def test_each_mpirun_is_started_in_its_own_words(version, flags, program, monkeypatch):
+    monkeypatch.setattr(engines, "_mpi4py", lambda: None)
+    mpirun = program("mpirun", version)
+    start, _ = engines.ENGINES["mpi"]
+    assert start(PROBE) == [Command([mpirun, "-np", "2", *flags, *PROBE], {})]
+
+
+def test_an_mpirun_of_nobody_we_know_is_refused(program, horovod, monkeypatch):
+    monkeypatch.setattr(engines, "_mpi4py", lambda: None)
+    program("mpirun", "mpirun of somebody")
+    result = examine.try_out("mpi", 1)
+    assert result.status == "failed"
+    assert "of an unknown MPI" in result.reason
+    program("mpirun", "mpirun (Open MPI) 5.0.5")
+    result = examine.try_out("horovod-mpi", 1)
+    assert result.status == "failed"
+    assert "horovodrun needs Open MPI 4" in result.reason
+
+
+def test_the_workers_of_a_cluster_are_told_of_each_other():
+    start, _ = engines.ENGINES["multiworker"]
+    configs = [json.loads(command.environment["TF_CONFIG"]) for command in start(PROBE)]
+    assert [config["task"]["index"] for config in configs] == [0, 1]
+    assert configs[0]["cluster"] == configs[1]["cluster"]
+    assert len(set(configs[0]["cluster"]["worker"])) == 2
+
+
+def test_a_proxy_between_the_workers_is_named(monkeypatch):
+    failed = ("no end within 1 s", "")
+    monkeypatch.setattr(processes, "run", lambda commands, limit: failed)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert "http_proxy keeps workers from each other" in examine.try_out("multiworker", 1).advice
+    assert examine.try_out("mirrored", 1).advice == ""
+
+
+def test_root_hears_what_jobs_under_open_mpi_need(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    monkeypatch.delenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", raising=False)
+    assert processes.root_needs() == "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+    code = "import os; assert os.environ['OMPI_ALLOW_RUN_AS_ROOT_CONFIRM'] == '1'"
+    assert processes.run([python(code)], 60) == ("", "")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert processes.root_needs() == ""
+
+
+def test_a_process_that_fails_ends_the_others_and_says_why():
+    failing = python(
+        "print('\\nWARNING: All log messages before\\nI0000 00:00 port.cc\\n[1]<stdout>:kept')\n"
+        "raise ValueError('the reason')"
+    )
+    start = time.monotonic()
+    reason, output = processes.run([failing, python("import time; time.sleep(60)")], 60)
+    assert time.monotonic() - start < 30
+    assert reason == "ValueError: the reason"
+    assert output.splitlines()[0] == "[1]<stdout>:kept"
+    assert "port.cc" not in output
+
+
+def test_a_process_without_words_has_its_exit_code():
+    assert processes.run([python("raise SystemExit(3)")], 60) == ("exit code 3", "")
+    assert processes.run([python("import os; os.abort()")], 60)[0] == "exit code -6"
+
+
+def test_after_the_limit_no_process_is_left(tmp_path):
+    # One that does not listen, and a child of its own.
+    code = (
+        "import os, signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(os.getpid(), child.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    reason, output = processes.run([python(code)], 5)
+    assert reason == "no end within 5 s"
+    pids = output.split()
+    assert len(pids) == 2
+    # Killed is not yet gone.
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, "a process is left"
+        time.sleep(0.05)
+
+
+def test_children_get_no_cluster_of_this_process_and_no_gpu(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", "{}")
+    code = (
+        "import os; assert 'TF_CONFIG' not in os.environ and "
+        "os.environ['CUDA_VISIBLE_DEVICES'] == '-1' and os.environ['OWN'] == '1'"
+    )
+    assert processes.run([python(code, OWN="1")], 60) == ("", "")

@@ -1,0 +1,71 @@
+"""One batch moves the statistics once, however often it is seen."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import syncbn
+from tests.keras import KERAS_3, keras
+
+BOTH = pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
+X = np.random.default_rng(0).normal(3, 2, size=(8, 4)).astype("float32")
+
+
+def step(layer, call):
+    x = tf.constant(X)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = tf.reduce_sum(call(x) ** 3)
+    return tape.gradient(loss, [x, *layer.trainable_variables])
+
+
+@BOTH
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_recomputed_gradients_move_the_statistics_once(make, graph):
+    layer = make(momentum=0.9)
+    layer.build(X.shape)
+    once = step(layer, lambda x: layer(x, training=True))
+    moved = [weight.numpy() for weight in layer.non_trainable_variables]
+
+    again = make(momentum=0.9)
+    again.build(X.shape)
+
+    def recomputed():
+        return step(again, tf.recompute_grad(lambda x: again(x, training=True)))
+
+    gradients = (tf.function(recomputed) if graph else recomputed)()
+    for gradient, truth in zip(gradients, once, strict=True):
+        np.testing.assert_allclose(gradient, truth, rtol=1e-5, atol=1e-5)
+    for weight, truth in zip(again.non_trainable_variables, moved, strict=True):
+        np.testing.assert_allclose(weight, truth, rtol=1e-6)
+    # And the next batch moves them again.
+    again(X, training=True)
+    assert not np.allclose(again.moving_mean, moved[0])
+
+
+@pytest.mark.skipif(not KERAS_3, reason="Keras 2 has no rematerialization of its own")
+def test_rematerialization_in_keras_moves_the_statistics_once():
+    def trained():
+        keras.utils.set_random_seed(0)
+        layer = syncbn.SyncBatchNormalization(momentum=0.9)
+        model = keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(1)])
+        # In a graph Keras 3.15 gives TensorFlow keyword arguments, which that refuses.
+        model.compile("sgd", "mse", run_eagerly=True)
+        model.fit(X, X[:, :1], batch_size=8, epochs=1, verbose=0)
+        return layer.moving_mean.numpy()
+
+    plain = trained()
+    with keras.RematScope(mode="full"):
+        np.testing.assert_allclose(trained(), plain, rtol=1e-6)
+
+
+@BOTH
+def test_a_call_can_leave_the_statistics_alone(make):
+    layer = make()
+    layer.build(X.shape)
+    before = [weight.numpy() for weight in layer.non_trainable_variables]
+    outputs = layer(X, training=True, update_moving_statistics=False)
+    for weight, value in zip(layer.non_trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(weight, value)
+    np.testing.assert_array_equal(outputs, layer(X, training=True))
+    assert not np.array_equal(layer.moving_mean, before[0])

@@ -1,0 +1,238 @@
+"""`syncbn.report`: what a model's layers send, and what that costs."""
+
+import io
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from rich.console import Console
+
+import syncbn
+from syncbn.models.report import Payload, cycle_time_advice, report
+from tests.keras import KERAS_3, keras
+
+
+class Counting(syncbn.LocalCommunicator):
+    """One replica that notes what it would send."""
+
+    def __init__(self):
+        self.sent = []
+
+    def all_reduce_sum(self, tensor, name):
+        self.sent.append(Payload(tensor.shape.num_elements(), tensor.dtype.name))
+        return tensor
+
+
+class Four(syncbn.LocalCommunicator):
+    """As if there were three more replicas with the same batch."""
+
+    size = 4
+
+    def all_reduce_sum(self, tensor, name):
+        return 4 * tensor
+
+
+class Slow(Four):
+    """Takes as long as Horovod with its default cycle time."""
+
+    name = "horovod"
+
+    def all_reduce_sum(self, tensor, name):
+        def wait(value):
+            time.sleep(1e-3)
+            return 4 * value
+
+        total = tf.numpy_function(wait, [tensor], tensor.dtype)
+        total.set_shape(tensor.shape)
+        return total
+
+
+def sequential(*layers, shape=(7, 5), **options):
+    return keras.Sequential([keras.Input(shape, **options), *layers])
+
+
+def row(model, name, *arguments):
+    (found,) = (one for one in report(model, *arguments).layers if one.name == name)
+    return found
+
+
+SEVERAL_AXES = [(syncbn.SyncCentering, {"axis": (1, 2)}, [(70, "float64")], [(35, "float64")])]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "forward", "backward"),
+    [
+        (syncbn.SyncBatchNormalization, {}, [(11, "float64")], [(10, "float32")]),
+        (syncbn.SyncBatchNormalization, {"axis": 1}, [(21, "float64")], [(14, "float32")]),
+        (syncbn.SyncBatchNormalization, {"dtype": "float64"}, [(11, "float64")], [(10, "float64")]),
+        (
+            syncbn.SyncBatchNormalization,
+            {"dtype": "mixed_float16", "center": False, "scale": False},
+            [(11, "float64")],
+            [(10, "float32")],
+        ),
+        (syncbn.SyncBatchNormalization, {"virtual_batch_size": 2}, [(11, "float64")], []),
+        (syncbn.SyncBatchNormalization, {"momentum": None}, [(11, "float64")], [(10, "float32")]),
+        (syncbn.SyncCentering, {}, [(6, "float64")], [(5, "float64")]),
+        (syncbn.SyncCentering, {"axis": 1}, [(14, "float64")], [(7, "float64")]),
+        *([] if KERAS_3 else SEVERAL_AXES),
+    ],
+)
+def test_the_table_says_what_a_layer_sends(make, options, forward, backward):
+    communicator = Counting()
+    layer = make(name="norm", communicator=communicator, **options)
+    found = row(sequential(layer), "norm")
+    communicator.sent.clear()  # Keras may have tried the layer out
+
+    x = tf.cast(np.random.default_rng(1).normal(size=(4, 7, 5)), layer.compute_dtype)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer(x, training=True)
+    count = len(communicator.sent)
+    tape.gradient(y, x)
+
+    assert [*found.forward] == communicator.sent[:count] == forward
+    assert [*found.backward] == communicator.sent[count:] == backward
+    assert found.collectives == (len(forward), len(backward))
+    sizes = {"float32": 4, "float64": 8}
+    assert found.bytes == tuple(
+        sum(elements * sizes[dtype] for elements, dtype in sent) for sent in (forward, backward)
+    )
+    assert (found.input_shape, found.engine, found.seconds) == ((None, 7, 5), "local", None)
+
+
+@pytest.fixture
+def model():
+    class Foreign(keras.layers.BatchNormalization):
+        pass
+
+    frozen = syncbn.SyncBatchNormalization(name="frozen")
+    frozen.trainable = False
+    return sequential(
+        keras.Sequential([keras.Input((7, 5)), syncbn.SyncCentering(name="inner")], name="block"),
+        frozen,
+        syncbn.SyncBatchNormalization(name="alone", communicator="local"),
+        keras.layers.BatchNormalization(name="plain"),
+        keras.layers.BatchNormalization(name="hosts", synchronized=True),
+        Foreign(name="foreign"),
+        keras.layers.Dense(2, name="dense"),
+        syncbn.SyncBatchNormalization(name="last", communicator="mpi"),
+    )
+
+
+def test_every_normalization_has_a_row_and_what_does_not_synchronize_a_note(model):
+    found = report(model)
+    assert [(one.name, one.engine, one.collectives, one.note) for one in found.layers] == [
+        ("block/inner", "auto", (1, 1), ""),
+        ("frozen", "auto", (0, 0), "frozen"),
+        ("alone", "local", (0, 0), "each replica alone"),
+        ("plain", None, (0, 0), "not synchronized"),
+        ("hosts", None, (0, 0), "not a layer of syncbn"),
+        ("foreign", None, (0, 0), "not a layer of syncbn"),
+        ("last", "mpi", (1, 1), ""),
+    ]
+    assert found.total.collectives == (2, 2)
+    assert found.total.bytes == (8 * (6 + 5), 8 * 5 + 4 * 4)
+    assert found.advice == (
+        "1 BatchNormalization layer uses the statistics of each replica alone: "
+        "syncbn.convert_sync_batchnorm(model) makes it a synchronized one.",
+    )
+
+
+def test_it_changes_nothing(model):
+    before = model.get_weights()
+    report(model)
+    assert len(model.get_weights()) == len(before)
+    for now, then in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_a_model_that_is_not_built_has_no_numbers_yet():
+    model = keras.Sequential([syncbn.SyncBatchNormalization(name="norm")])
+    assert row(model, "norm").note == "not built"
+    assert row(model, "norm").input_shape is None
+    assert report(keras.Sequential([keras.layers.Dense(1)])).layers == ()
+
+
+def test_as_text_it_is_a_table(model):
+    lines = str(report(model)).splitlines()
+    assert lines[0].split() == ["layer", "input", "engine", "collectives", "bytes", "ms", "note"]
+    cells = {line.partition("  ")[0].strip(): line for line in lines[2:]}
+    assert "(None, 7, 5)" in cells["block/inner"]
+    assert "1 + 1" in cells["block/inner"]
+    assert "48 + 40" in cells["block/inner"]
+    assert cells["frozen"].endswith("frozen")
+    assert "2 + 2" in cells["total"]
+    assert lines[-1].startswith("- 1 BatchNormalization layer")
+
+
+def test_rich_prints_it_as_a_table_of_its_own(model):
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report(model))
+    text = console.file.getvalue()
+    for part in ("block/inner", "(None, 7, 5)", "48 + 40", "not synchronized", "convert_sync"):
+        assert part in text
+
+
+def test_with_a_communicator_the_cost_of_a_step_is_measured():
+    model = sequential(syncbn.SyncBatchNormalization(name="a"), syncbn.SyncCentering(name="b"))
+    found = report(model, Four())
+    assert (found.engine, found.size, found.advice) == ("local", 4, ())
+    assert all(0 < one.seconds < 1 for one in found.layers)
+    assert found.total.seconds == pytest.approx(sum(one.seconds for one in found.layers))
+    assert "Measured over local, 4 replicas." in str(found)
+    assert f"{1e3 * found.total.seconds:.3g}" in str(found)
+
+
+def test_one_replica_sends_nothing():
+    found = report(sequential(syncbn.SyncBatchNormalization()), "local")
+    assert found.total.seconds is None
+    assert "one replica here" in str(found)
+
+
+def test_under_a_strategy_it_finds_the_replicas(mirrored):
+    strategy = mirrored(2).strategy
+    with strategy.scope():
+        model = sequential(syncbn.SyncBatchNormalization(name="norm"))
+        inside = report(model, "auto")
+    for found in inside, report(model, "auto"):
+        assert (found.engine, found.size) == ("tf.distribute", 2)
+        assert found.layers[0].collectives == (1, 1)
+        assert found.layers[0].seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [(16, None), (32, None), (33, "group_size=2 makes it 66"), (100, "communicator='local'")],
+)
+def test_it_advises_groups_where_the_batch_is_known_to_be_large(batch, message):
+    model = sequential(syncbn.SyncBatchNormalization(), batch_size=batch)
+    advice = report(model, Four()).advice
+    assert len(advice) == (message is not None)
+    assert message is None or message in advice[0]
+
+
+def test_it_knows_what_slows_horovod_down(monkeypatch):
+    monkeypatch.delenv("HOROVOD_CYCLE_TIME", raising=False)
+    (advice,) = report(sequential(syncbn.SyncCentering()), Slow()).advice
+    assert "HOROVOD_CYCLE_TIME=0.1" in advice
+    assert cycle_time_advice(1e-4) is None
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "0.1")
+    assert cycle_time_advice(1e-3) is None
+
+
+def test_it_is_made_between_steps():
+    model = sequential(syncbn.SyncBatchNormalization())
+
+    @tf.function
+    def step():
+        report(model, "auto")
+
+    with pytest.raises(RuntimeError, match=r"must be called eagerly.*between steps"):
+        step()
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(ValueError, match="must be one of 'auto'"):
+        report(sequential(syncbn.SyncBatchNormalization()), "nccl")
