@@ -191,8 +191,9 @@ class Process:
 
     separate = True
 
-    def __init__(self, rank, size):
+    def __init__(self, rank, size, process_sets=()):
         self.rank, self.size, self.local_size = rank, size, 1
+        self.process_sets = process_sets
 
     def communicator(self, rank):
         return "auto"

@@ -46,7 +46,6 @@ class HorovodCommunicator:
         )
         self._hvd = hvd
         self._process_set = hvd.global_process_set if process_set is None else process_set
-        self._added: dict[tuple[int, ...], Any] = {}
         if not self._process_set.included():
             raise ValueError(
                 "A process can only use a process set that it belongs to. Received: "
@@ -74,21 +73,28 @@ class HorovodCommunicator:
                 f"know all process sets. Received: groups of {self._process_set}. Give each layer "
                 "the process set of its group instead: HorovodCommunicator(process_set)."
             )
-        sets = [self._add(tuple(ranks)) for ranks in groups]  # all of them, on all processes
+        sets = [self._process_set_of(ranks) for ranks in groups]  # all of them, on all processes
         return HorovodCommunicator(next(one for one in sets if one.included()))
 
-    def _add(self, ranks: tuple[int, ...]) -> Any:
-        # Horovod refuses a second process set of the same processes.
-        if ranks not in self._added:
-            try:
-                self._added[ranks] = self._hvd.add_process_set(ranks)
-            except ValueError as error:
-                raise RuntimeError(
-                    "Groups need Horovod to take new process sets, and to have none of the same "
-                    f"processes. Received: a job in which it refuses {ranks} ({error}). Call "
-                    "hvd.init(process_sets='dynamic'), or set HOROVOD_DYNAMIC_PROCESS_SETS=1."
-                ) from error
-        return self._added[ranks]
+    def _process_set_of(self, ranks: Sequence[int]) -> Any:
+        # Horovod takes no second process set of the same processes, and tells nobody of the first:
+        # it has no public way to. Tried with 0.28.1, its last release.
+        from horovod.common import process_sets
+
+        known = process_sets._basics._get_process_set_ids_and_ranks()
+        for number, members in known.items():
+            if sorted(members) == sorted(ranks):
+                process_set = self._hvd.ProcessSet(ranks)
+                process_set.process_set_id = number
+                return process_set
+        try:
+            return self._hvd.add_process_set(ranks)
+        except ValueError as error:
+            raise RuntimeError(
+                "Groups need Horovod to take new process sets. Received: a job in which it does "
+                f"not ({error}). Call hvd.init(process_sets='dynamic'), or set "
+                "HOROVOD_DYNAMIC_PROCESS_SETS=1."
+            ) from error
 
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         refuse_xla("Horovod")

@@ -99,7 +99,8 @@ def _sample_counts(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) ->
         counts = _sample_sums(seen, axes)
         return counts[:, :1] if tuple(axes) == (x.shape.rank - 1,) else counts
     columns = 1 if tuple(axes) == (x.shape.rank - 1,) else channel_count(x, axes)
-    elements = tf.reduce_prod(tf.gather(tf.shape(x), reduction_axes(x.shape.rank, axes)[1:]))
+    reduced = tf.constant(reduction_axes(x.shape.rank, axes)[1:], tf.int32)  # of none too
+    elements = tf.reduce_prod(tf.gather(tf.shape(x), reduced))
     return tf.fill([tf.shape(x)[0], columns], tf.cast(elements, tf.float64))
 
 

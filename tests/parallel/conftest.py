@@ -37,7 +37,9 @@ def replicas():
         import horovod.tensorflow as hvd
 
         hvd.init(process_sets="dynamic")
-        return kinds.Process(hvd.rank(), hvd.size())
+        # Process sets of a user's own: Horovod takes none of the same processes again.
+        alone = [hvd.add_process_set([rank]) for rank in range(hvd.size())]
+        return kinds.Process(hvd.rank(), hvd.size(), alone)
     if ENGINE == "mpi":
         from mpi4py import MPI
 

@@ -16,9 +16,7 @@ def alone(replicas):
 
         return syncbn.MPICommunicator(MPI.COMM_WORLD.Split(replicas.rank)), None
     if ENGINE == "horovod":
-        import horovod.tensorflow as hvd
-
-        sets = [hvd.add_process_set([rank]) for rank in range(replicas.size)]
+        sets = replicas.process_sets
         other = sets[(replicas.rank + 1) % replicas.size]
         return syncbn.HorovodCommunicator(sets[replicas.rank]), lambda: syncbn.HorovodCommunicator(
             other
