@@ -59,6 +59,7 @@ def paired_cases(size):
         Case(ragged, options=(*VIRTUAL, ("unbiased_moving_variance", True)), sample=(4, 6)),
         Case(ragged, options=(*VIRTUAL, *RENORM), steps=3),
         Case(ragged, options=VIRTUAL, sample=(7,), graph=True),
+        Case(last_empty, options=(*VIRTUAL, *RENORM), sample=(7,), masked=True, tiny=True),
         Case(even, options=(("virtual_batch_size", 1),), dtype="bfloat16"),
         Case(even, options=VIRTUAL, mean=1e3, spread=10.0, sample=(16, 16, 4)),
     ]

@@ -103,7 +103,8 @@ class Truth:
         towards("moving_mean", mean, rate)
         if self.options.get("renorm"):
             towards("moving_stddev", deviation, rate)
-            moving["moving_variance"] = np.maximum(moving["moving_stddev"] ** 2 - EPSILON, 0)
+            variance = np.maximum(moving["moving_stddev"] ** 2 - EPSILON, 0)
+            moving["moving_variance"] = np.where(seen, variance, moving["moving_variance"])
             renorm_rate = (1 - self.options.get("renorm_momentum", 0.99)) * seen
             towards("renorm_mean", mean, renorm_rate)
             towards("renorm_stddev", deviation, renorm_rate)

@@ -61,12 +61,15 @@ class DistributeGroups:
 
     def own(self, rows: tf.Tensor) -> tf.Tensor:
         """Returns the row of this replica's group."""
-        return tf.gather(rows, self._own_group())
+        # By a slice: the gradient of `tf.gather` is no tensor, which custom gradients want.
+        return rows[self._own_group()]
 
     def all_reduce_rows(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         """Returns the sums of ``tensor``, a vector, over each of the groups, as rows."""
-        own = tf.one_hot(self._own_group(), self._groups, dtype=tensor.dtype)
-        return self._communicator.all_reduce_sum(own[:, tf.newaxis] * tensor, name)
+        own = tf.range(self._groups)[:, tf.newaxis] == self._own_group()
+        # Not a product: zero times a NaN of this group would be one in the others' rows.
+        rows = tf.where(own, tensor, tf.zeros([], tensor.dtype))
+        return self._communicator.all_reduce_sum(rows, name)
 
     def _own_group(self) -> tf.Tensor:
         return tf.gather(self._group_of, _replica_context().replica_id_in_sync_group)

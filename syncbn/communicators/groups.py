@@ -74,7 +74,13 @@ def check_grouping(group_size: Any, groups: Any, target_batch: Any) -> Grouping:
     if target_batch is not None:
         target_batch = at_least_one("target_batch", target_batch)
     if groups is not None:
-        groups = tuple(tuple(operator.index(rank) for rank in group) for group in groups)
+        try:
+            groups = tuple(tuple(operator.index(rank) for rank in group) for group in groups)
+        except TypeError as error:
+            raise TypeError(
+                "`groups` must be lists of ranks, such as [[0, 1], [2, 3]]. "
+                f"Received: groups={groups!r}."
+            ) from error
         ranks = [rank for group in groups for rank in group]
         if not all(groups) or len(set(ranks)) != len(ranks) or min(ranks, default=-1) < 0:
             raise ValueError(

@@ -14,7 +14,7 @@ from syncbn import keras_api
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.groups import at_least_one, check_grouping
 from syncbn.layers.synchronized import SynchronizedLayer
-from syncbn.ops.channels import channel_count, statistics_dtype
+from syncbn.ops.channels import channel_count, normalized_axes, statistics_dtype
 from syncbn.ops.replicas import Replicas
 from syncbn.ops.synchronized import Correction, batch_normalize
 from syncbn.ops.virtual import virtual_batch_normalize
@@ -67,7 +67,8 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         renorm: Batch renormalization: the outputs are ``gamma * (r * x^ + d) + beta``, x^ being the
             normalized input, where r and d, constants for the gradient, bring them to what the
             statistics ``renorm_mean`` and ``renorm_stddev`` would have given. As in Keras; these
-            two, and ``moving_stddev``, are more weights.
+            two, and ``moving_stddev``, are more weights. Not inside of `tf.recompute_grad`, which
+            would find them moved.
         renorm_clipping: Bounds for r and d: a dictionary of ``"rmin"``, ``"rmax"`` and ``"dmax"``.
         renorm_momentum: Of ``renorm_mean`` and ``renorm_stddev``, in [0, 1].
         virtual_batch_size: Normalize slices of each replica's batch, of so many samples at most,
@@ -114,10 +115,15 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
                 "SyncBatchNormalization is always synchronized. Received: synchronized=False. Use "
                 "communicator='local' for the statistics of each replica alone."
             )
-        if not 0.0 <= renorm_momentum <= 1.0:
+        if renorm_momentum is None or not 0.0 <= renorm_momentum <= 1.0:
             raise ValueError(
                 "`renorm_momentum` must lie in [0, 1]. "
                 f"Received: renorm_momentum={renorm_momentum}."
+            )
+        if renorm and unbiased_moving_variance:
+            raise ValueError(
+                "Batch renormalization averages deviations, as Keras does, and those are biased. "
+                "Received: renorm=True and unbiased_moving_variance=True. Use one."
             )
         if virtual_batch_size is not None:
             virtual_batch_size = at_least_one("virtual_batch_size", virtual_batch_size)
@@ -158,7 +164,12 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         self._virtual_batch_size = virtual_batch_size
 
     def build(self, input_shape: Any) -> None:
-        self._check_input_shape(input_shape)
+        shape = self._check_input_shape(input_shape)
+        if self._virtual_batch_size is not None and 0 in normalized_axes(self.axis, shape):
+            raise ValueError(
+                "Virtual batches are slices of axis 0, so that cannot be normalized. "
+                f"Received: axis={self.axis}."
+            )
         super().build(input_shape)
         self._build_count(self.moving_mean.shape)
 
@@ -178,7 +189,11 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         return "moving_mean", "moving_stddev" if self.renorm else "moving_variance"
 
     def _moving(self) -> tuple[str, ...]:
-        return (*super()._moving(), *_RENORM) if self.renorm else super()._moving()
+        renorm = ("moving_variance", *_RENORM) if self.renorm else ()
+        return (*super()._moving(), *renorm)
+
+    def _uses_moving_statistics(self) -> bool:
+        return self.renorm
 
     def _call_training(
         self,
@@ -216,8 +231,9 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         clipping = self.renorm_clipping
 
         def correction(mean: tf.Tensor, variance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            r = tf.sqrt(variance + self.epsilon) / renorm_stddev
-            d = (mean - renorm_mean) / renorm_stddev
+            # Zero deviations come with epsilon=0 only, and make no NaN.
+            r = tf.math.divide_no_nan(tf.sqrt(variance + self.epsilon), renorm_stddev)
+            d = tf.math.divide_no_nan(mean - renorm_mean, renorm_stddev)
             r = tf.clip_by_value(r, clipping.get("rmin", 0.0), clipping.get("rmax", dtype.max))
             dmax = clipping.get("dmax", dtype.max)
             return r, tf.clip_by_value(d, -dmax, dmax)
@@ -230,6 +246,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         moved = super()._move(before, count, *targets)
         if self.renorm:
             variance = tf.nn.relu(tf.square(moved[1]) - self.epsilon)
+            variance = tf.where(count > 0, variance, before["moving_variance"])
             self.update_statistic(self.moving_variance, variance)
             rate = tf.cast(count > 0, tf.float64) * (1.0 - self.renorm_momentum)
             self._move_towards(before, _RENORM, targets, rate)

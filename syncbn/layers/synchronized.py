@@ -89,8 +89,9 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
                 last. The statistics are those of the elements where it is true, whatever the others
                 hold; all elements are normalized.
             update_moving_statistics: Whether the moving statistics move in a training call. False
-                for a batch that is seen a second time. `tf.recompute_grad` is known by itself: the
-                forward pass that it repeats for the gradient moves nothing.
+                for a batch that is seen a second time. The forward pass that `tf.recompute_grad`
+                repeats for the gradient moves nothing by itself, unless it is that of a
+                `tf.function`, whose trace is the same both times.
 
         Returns:
             Shape of ``inputs``, the layer's compute dtype.
@@ -98,6 +99,7 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         Raises:
             TypeError: inputs that are not floating.
             ValueError: a mask of another rank, or an axis that the inputs do not have.
+            NotImplementedError: with ``renorm``, in `tf.recompute_grad`.
             ImportError, RuntimeError: see `syncbn.resolve`.
         """
         if not inputs.dtype.is_floating:
@@ -121,9 +123,20 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             )
         else:
             outputs, *batch = self._train(inputs, mask, before)
-        if update_moving_statistics and not repeats_forward():
-            self._move(before, *batch)
+        if update_moving_statistics:
+            if not repeats_forward():
+                self._move(before, *batch)
+            elif self._uses_moving_statistics():
+                raise NotImplementedError(
+                    f"tf.recompute_grad repeats a call of {self.name}, whose outputs depend on "
+                    "statistics that the first call has moved. Received: renorm=True. Call it with "
+                    "update_moving_statistics=False there, or leave out one of the two."
+                )
         return outputs
+
+    def _uses_moving_statistics(self) -> bool:
+        """Says whether the outputs in training depend on what the call moves."""
+        return False
 
     def _with_known_channels(self, inputs: tf.Tensor) -> tf.Tensor:
         """Gives the channels the size that the layer was built for, where a trace knows none."""

@@ -162,8 +162,8 @@ def job_of(model: Any, communicator: str | Communicator = "auto") -> Job:
     in_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
     if in_replica or not tf.executing_eagerly():
         raise RuntimeError(
-            "What looks at the replicas of a model must be called eagerly and outside of them, between "
-            "steps. Received: a call inside a tf.function, a graph or strategy.run."
+            "What looks at the replicas of a model must be called eagerly and outside of them, "
+            "between steps. Received: a call inside a tf.function, a graph or strategy.run."
         )
     name = communicator if isinstance(communicator, str) else communicator.name
     if name in ("auto", "tf.distribute"):

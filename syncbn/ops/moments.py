@@ -88,7 +88,7 @@ def local_moments(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = No
     # beside the deviation, or there are no rows, which makes NaN of both; NaN compares false.
     reliable = tf.square(count * 2.0**-24 * mean) <= 1e-4 * variance
     mean, variance = tf.cond(
-        tf.reduce_all(reliable) & (count <= MOST_FUSED_ROWS),
+        tf.reduce_all(reliable & (count <= MOST_FUSED_ROWS)),
         lambda: (mean, variance),
         lambda: two_pass_moments(x, count, axes, mask),
     )
@@ -106,7 +106,7 @@ def two_pass_moments(
     """
     mean = tf.math.divide_no_nan(sum_to_channels(where(mask, x), axes), count)
     pivot = tf.cast(mean, x.dtype)
-    squares = where(mask, tf.math.squared_difference(x, broadcast(pivot, x, axes)))
+    squares = tf.square(where(mask, x - broadcast(pivot, x, axes)))
     variance = tf.math.divide_no_nan(sum_to_channels(squares, axes), count)
     return mean, not_negative(variance - tf.square(mean - tf.cast(pivot, mean.dtype)))
 
@@ -139,7 +139,7 @@ def weigh(moments: Moments) -> tf.Tensor:
 
 def unweigh(weighed: tf.Tensor, like: Moments) -> Moments:
     """Returns the average, by counts, of the moments whose `weigh` was added up."""
-    sizes = [part.shape[-1] for part in like if part is not None]
+    sizes = [part.shape.as_list()[-1] for part in like if part is not None]
     count, *sums = tf.split(weighed, sizes, -1)
     mean, *variance = (tf.math.divide_no_nan(total, count) for total in sums)
     return Moments(count, mean, variance[0] if variance else None)

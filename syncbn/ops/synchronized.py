@@ -90,7 +90,12 @@ def batch_normalize(
                 tf.math.divide_no_nan(total, tf.cast(count, dtype)) for total in tf.split(sums, 2)
             )
             shift = scale_and_offset(
-                wide_x, mean, scale * inverse_deviation * sum_dy_x, scale * sum_dy, axes, fused
+                where(mask, wide_x),
+                mean,
+                scale * inverse_deviation * sum_dy_x,
+                scale * sum_dy,
+                axes,
+                fused,
             )
             dx = terms.scaled - where(mask, shift)
             return tf.cast(dx, x.dtype), dgamma, dbeta

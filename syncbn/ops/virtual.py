@@ -7,7 +7,6 @@ and their gradients do.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -99,18 +98,19 @@ def _sample_counts(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) ->
         counts = _sample_sums(seen, axes)
         return counts[:, :1] if tuple(axes) == (x.shape.rank - 1,) else counts
     columns = 1 if tuple(axes) == (x.shape.rank - 1,) else channel_count(x, axes)
-    reduced = tf.constant(reduction_axes(x.shape.rank, axes)[1:], tf.int32)  # of none too
-    elements = tf.reduce_prod(tf.gather(tf.shape(x), reduced))
+    inner = tf.constant(reduction_axes(x.shape.rank, axes)[1:], tf.int32)  # none in rank 2
+    elements = tf.reduce_prod(tf.gather(tf.shape(x), inner))
     return tf.fill([tf.shape(x)[0], columns], tf.cast(elements, tf.float64))
 
 
 def _sample_sums(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """Sums over each sample, float64 ``(batch, channels)``."""
     sums = tf.reduce_sum(tf.cast(x, tf.float64), reduction_axes(x.shape.rank, axes)[1:])
-    return tf.reshape(sums, [-1, math.prod(x.shape[axis] for axis in axes)])
+    return tf.reshape(sums, [-1, channel_count(x, axes)])
 
 
 def _to_samples(rows: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """Reshapes ``(batch, channels)`` so that it broadcasts against ``x``."""
-    sizes = [x.shape[axis] if axis in axes else 1 for axis in range(1, x.shape.rank)]
+    shape = x.shape.as_list()
+    sizes = [shape[axis] if axis in axes else 1 for axis in range(1, len(shape))]
     return tf.reshape(rows, [tf.shape(x)[0], *sizes])

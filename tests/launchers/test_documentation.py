@@ -16,7 +16,7 @@ EXAMPLES = {
 
 def commands(name, script):
     python = [sys.executable, script]
-    if name == "mirrored.py":
+    if name in ("mirrored.py", "whole_model.py"):
         return [(name, python, {})]
     if name in ("horovod_job.py", "train.py"):
         return [(name, processes.horovodrun(2, "gloo", *python), {})]
@@ -28,7 +28,7 @@ def commands(name, script):
 
 def test_there_is_an_example_for_each_engine():
     jobs = ["mirrored.py", "horovod_job.py", "mpi_job.py", "multiworker_job.py", "train.py"]
-    assert list(EXAMPLES) == jobs
+    assert list(EXAMPLES) == [*jobs, "whole_model.py"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -39,6 +39,8 @@ def test_the_example_runs(name, tmp_path):
     assert finished.code == 0, finished.output
     if name in ("mirrored.py", "multiworker_job.py", "train.py"):
         assert "Epoch 2/2" in finished.output
+    elif name == "whole_model.py":
+        assert "52 of 52 normalizations converted" in finished.output
     else:
         # Each worker prints its rank and the moving mean; launchers put tags in between.
         means = re.findall(

@@ -12,10 +12,17 @@ LIMIT = 360  # seconds; three times what the longest takes on two cores
 PYTEST = [sys.executable, "-m", "pytest", "--color=no", "-q", "-p", "no:cacheprovider"]
 SUITE = [*PYTEST, "tests/parallel"]
 # What does not depend on the number of replicas runs with two.
-OF_TWO = (
-    "agreement collectives distribute engines equivalence second_derivatives user_reports worker_fit"
-).split()
-# Three ranks of MPI, which waits busily, on two cores: what Horovod over Gloo does not show as well.
+OF_TWO = [
+    "agreement",
+    "collectives",
+    "distribute",
+    "engines",
+    "equivalence",
+    "second_derivatives",
+    "user_reports",
+    "worker_fit",
+]
+# Three ranks of MPI wait busily, on two cores; Horovod over Gloo runs the rest.
 FEW = ["groups", "join", "same_job"]
 
 

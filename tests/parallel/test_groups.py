@@ -42,6 +42,17 @@ def test_replicas_of_two_machines(replicas, monkeypatch):
     check(results, x, [[0], range(1, replicas.size)])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_stays_in_its_group(value, replicas):
+    x = np.random.default_rng(0).normal(size=(replicas.size, 4, 3)).astype("float32")
+    x[-1, 0, 0] = value
+    layers = replicas.build(lambda rank: syncbn.SyncBatchNormalization(group_size=1), (None, 3))
+    inputs = [(tf.constant(part),) for part in x]
+    results = replicas.run(lambda layer, x: layer(x, training=True), layers, inputs)
+    for rank, y in results.items():
+        assert np.isfinite(y).all() == (rank != replicas.size - 1)
+
+
 @pytest.mark.parametrize("target", [1, 1000])
 def test_a_target_batch_is_met_by_all_replicas_alike(target, replicas):
     # Also where they have different batches, which those of a strategy must not.

@@ -18,6 +18,17 @@ def penalty_gradient(call, x, weights):
     return outer.gradient(penalty, x)
 
 
+def by_part(call, x, weights, parts):
+    """`penalty_gradient` of each part by itself."""
+    return np.concatenate(
+        [
+            penalty_gradient(call, tf.constant(x[part]), tf.constant(weights[part])).numpy()
+            for part in parts
+            if len(part)
+        ]
+    )
+
+
 def normalize(x):
     mean, variance = tf.nn.moments(x, [0, 1])
     return (x - mean) / tf.sqrt(variance + 1e-3)
@@ -28,19 +39,20 @@ def center(x):
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("options", [{}, {"group_size": 1}], ids=["all", "groups"])
 @pytest.mark.parametrize(
     ("layer", "plain"), [("SyncBatchNormalization", normalize), ("SyncCentering", center)]
 )
-def test_the_penalty_of_replicas_is_that_of_the_whole_batch(replicas, layer, plain, graph):
+def test_the_penalty_of_replicas_is_that_of_the_whole_batch(replicas, layer, plain, options, graph):
     # One replica has nothing, and takes part nevertheless.
     sizes = [0, 5, *(1 + rank for rank in range(replicas.size))][: replicas.size]
     x, weights = np.random.default_rng(6).normal(size=(2, sum(sizes), 3, 4))
-    truth = penalty_gradient(plain, tf.constant(x), tf.constant(weights)).numpy()
     parts = np.split(np.arange(len(x)), np.cumsum(sizes)[:-1])
+    truth = by_part(plain, x, weights, parts if options else [np.arange(len(x))])
     arguments = [
         (tf.constant(x[part], tf.float32), tf.constant(weights[part], tf.float32)) for part in parts
     ]
-    layers = replicas.build(lambda rank: getattr(syncbn, layer)(), (None, 3, 4))
+    layers = replicas.build(lambda rank: getattr(syncbn, layer)(**options), (None, 3, 4))
 
     def step(layer, x, weights):
         return penalty_gradient(lambda x: layer(x, training=True), x, weights)

@@ -76,6 +76,13 @@ def test_groups_that_overlap_or_are_empty(make, ranks):
 
 
 @BOTH
+@pytest.mark.parametrize("ranks", [[0, 1], "node", [[0, "one"]]], ids=str)
+def test_groups_that_are_no_lists_of_ranks(make, ranks):
+    with pytest.raises(TypeError, match=r"lists of ranks, such as.*Received: groups="):
+        make(groups=ranks)
+
+
+@BOTH
 def test_groups_are_given_once(make):
     with pytest.raises(ValueError, match=r"one of `group_size`.*group_size=2.*target_batch=32"):
         make(group_size=2, target_batch=32)

@@ -69,3 +69,17 @@ def test_a_call_can_leave_the_statistics_alone(make):
         np.testing.assert_array_equal(weight, value)
     np.testing.assert_array_equal(outputs, layer(X, training=True))
     assert not np.array_equal(layer.moving_mean, before[0])
+
+
+def test_renormalization_would_find_its_statistics_moved():
+    layer = syncbn.SyncBatchNormalization(renorm=True)
+    layer.build(X.shape)
+    with pytest.raises(NotImplementedError, match=r"renorm=True.*update_moving_statistics=False"):
+        step(layer, tf.recompute_grad(lambda x: layer(x, training=True)))
+
+    def frozen(x):
+        return layer(x, training=True, update_moving_statistics=False)
+
+    once = step(layer, frozen)
+    for gradient, truth in zip(step(layer, tf.recompute_grad(frozen)), once, strict=True):
+        np.testing.assert_allclose(gradient, truth, rtol=1e-5, atol=1e-5)

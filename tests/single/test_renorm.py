@@ -74,7 +74,23 @@ def test_virtual_batches_in_groups():
         syncbn.SyncBatchNormalization(virtual_batch_size=2, group_size=2)
 
 
-@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
+def test_renorm_with_an_unbiased_variance():
+    with pytest.raises(ValueError, match=r"averages deviations.*Use one"):
+        syncbn.SyncBatchNormalization(renorm=True, unbiased_moving_variance=True)
+
+
+def test_virtual_batches_of_a_normalized_batch():
+    with pytest.raises(ValueError, match=r"slices of axis 0.*axis=0"):
+        syncbn.SyncBatchNormalization(axis=0, virtual_batch_size=2).build((4, 3))
+
+
+def test_constant_channels_without_epsilon_make_no_nan():
+    layer = syncbn.SyncBatchNormalization(renorm=True, renorm_momentum=0.0, epsilon=0.0)
+    for _ in range(3):
+        assert np.isfinite(layer(tf.ones([4, 2]), training=True)).all()
+
+
+@pytest.mark.parametrize("momentum", [None, -0.1, 1.1, float("nan")])
 def test_a_momentum_of_renorm_outside_of_its_range(momentum):
     with pytest.raises(ValueError, match=r"`renorm_momentum` must lie in \[0, 1\]"):
         syncbn.SyncBatchNormalization(renorm=True, renorm_momentum=momentum)

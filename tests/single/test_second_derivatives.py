@@ -47,3 +47,25 @@ def test_batch_normalization(shape, graph):
     for one, other in zip((tf.function(ours) if graph else ours)(), truth, strict=True):
         scale = np.abs(other).max()
         np.testing.assert_allclose(one / scale, other / scale, atol=2e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
+def test_what_a_mask_hides_stays_hidden(make, value):
+    x = np.random.default_rng(0).normal(size=(6, 5, 3)).astype("float32")
+    mask = np.random.default_rng(1).random((6, 5)) < 0.6
+    poisoned = np.where(mask[..., None], x, np.float32(value))
+
+    def second(x):
+        layer, x = make(), tf.constant(x)
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y = layer(x, training=True, mask=mask)
+                loss = tf.reduce_sum(tf.boolean_mask(y, mask) ** 3)
+            penalty = tf.reduce_sum(tf.boolean_mask(inner.gradient(loss, x), mask) ** 2)
+        return outer.gradient(penalty, x).numpy()[mask]
+
+    truth = second(x)
+    np.testing.assert_allclose(second(poisoned), truth, atol=1e-5 * np.abs(truth).max())
