@@ -190,7 +190,9 @@ def test_a_layer_that_synchronizes_within_groups_is_named():
     layer = lambda: syncbn.SyncBatchNormalization(group_size=2, name="grouped")  # noqa: E731
     found = check_equivalence(dense(layer, optimizer=None), X, 4)
     assert not found.equivalent
-    assert found.advice[0].startswith("Synchronized within groups only, as asked for: grouped.")
+    assert found.advice[0].startswith(
+        "Synchronized within groups or virtual batches only, as asked for: grouped."
+    )
 
 
 class CentersItself(keras.layers.Layer):

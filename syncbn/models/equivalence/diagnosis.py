@@ -135,17 +135,16 @@ def unsynchronized(model: Any) -> list[str]:
     local = [name for name, layer in ours.items() if layer.get_config()["communicator"] == "local"]
     if local:
         found.append(f"Not synchronized: {_listed(local)}, by communicator='local'.")
-    grouped = [
+    options = ("group_size", "groups", "target_batch", "virtual_batch_size")
+    partly = [
         name
         for name, layer in ours.items()
-        if any(
-            layer.get_config().get(option) for option in ("group_size", "groups", "target_batch")
-        )
+        if any(layer.get_config().get(option) for option in options)
     ]
-    if grouped:
+    if partly:
         found.append(
-            f"Synchronized within groups only, as asked for: {_listed(grouped)}. They are "
-            "compared with the whole batch."
+            f"Synchronized within groups or virtual batches only, as asked for: {_listed(partly)}. "
+            "They are compared with the whole batch."
         )
     return found or [
         "A layer takes something of its own replica where it needs that of the whole batch, such "
