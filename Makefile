@@ -1,6 +1,6 @@
 # make demo   train a real model on several replicas, with and without synchronized statistics
 # make test   lint, type-check and test, in real processes under every engine
-# make bench  time the layers against Keras' own
+# make bench  time the layers and their peers under every engine (an hour or so; BENCH=--quick: minutes)
 # make docker-test  build the CPU image and train across two containers (docker or podman)
 # make clean  remove what the others made
 #
@@ -32,8 +32,8 @@ test: $(VENV)/.test
 	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/single
 	$(python) -m pytest tests/launchers
 
-bench: $(VENV)/.demo
-	$(python) benchmarks/layers.py
+bench: $(VENV)/.test
+	$(python) -m benchmarks --out $(BUILD)/benchmarks $(BENCH)
 
 docker-test:
 	docker/test.sh

@@ -1,0 +1,1 @@
+"""How long the layers take, and their peers: ``python -m benchmarks``."""

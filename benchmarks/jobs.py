@@ -1,0 +1,202 @@
+"""Starting the processes of a job, and seeing to it that none stays."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.cases import Case
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "launch"
+MULTIWORKER = (sys.executable, str(LAUNCH / "multiworker.py"), "--workers")
+HOROVOD = (str(LAUNCH / "horovod.sh"), "-np")
+
+# What a launcher that started this process has left for its own.
+_INHERITED = ("OMPI_COMM_", "PMI", "PRTE_", "HOROVOD_RANK", "HOROVOD_SIZE", "SLURM_", "TF_CONFIG")
+
+
+class Engine(NamedTuple):
+    """How the processes of an engine are started: ``before``, their number, ``after``."""
+
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    environment: dict[str, str] = {}  # noqa: RUF012  (never changed)
+    packages: tuple[str, ...] = ()
+
+
+ENGINES = {
+    "alone": Engine(),
+    "mirrored": Engine(),
+    "multiworker": Engine(MULTIWORKER, ("--",)),
+    "horovod-gloo": Engine(HOROVOD, ("--gloo", "--"), packages=("horovod",)),
+    # Horovod's own choice, where launch/horovod.sh makes another.
+    "horovod-gloo-default": Engine(
+        HOROVOD, ("--gloo", "--"), {"HOROVOD_CYCLE_TIME": "1"}, packages=("horovod",)
+    ),
+    "horovod-mpi": Engine(HOROVOD, ("--mpi", "--"), packages=("horovod", "mpi4py")),
+    "mpi": Engine((str(LAUNCH / "mpi.sh"), "-np"), ("--oversubscribe", "--"), {}, ("mpi4py",)),
+}
+# With oneDNN, or in small pieces, what is freed stays with the process and its size says nothing.
+_OF_WORKLOAD = {"memory": {"TF_ENABLE_ONEDNN_OPTS": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}}
+_ADVICE = {
+    "horovod": "launch/install_horovod.sh",
+    "mpi4py": "pip install 'syncbn[mpi]'",
+    "tf_keras": "pip install tf_keras",
+}
+
+
+class Job(NamedTuple):
+    """Some contestants of a case that share processes."""
+
+    engine: str
+    workers: int
+    keras: int
+    workload: str
+    layers: dict[str, str]
+    """By contestant."""
+
+    def __str__(self) -> str:
+        workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
+        return f"{self.engine}, {workers}, Keras {self.keras}"
+
+    def missing(self) -> str:
+        """Returns what has to be installed for it, or nothing."""
+        packages = [*ENGINES[self.engine].packages, *(["tf_keras"] if self.keras == 2 else [])]
+        absent = [name for name in packages if importlib.util.find_spec(name) is None]
+        return "; ".join(f"{name} is not installed: {_ADVICE[name]}" for name in absent)
+
+
+class JobError(Exception):
+    """A job has not done what it was started for; says why."""
+
+
+def jobs_of(case: Case) -> list[Job]:
+    """Returns the jobs that a case consists of."""
+    jobs: dict[tuple, Job] = {}
+    for name, contestant in case.contestants.items():
+        key = (contestant.engine, contestant.keras, name if case.alone else "")
+        empty = Job(contestant.engine, case.workers, contestant.keras, case.workload, {})
+        jobs.setdefault(key, empty).layers[name] = contestant.layer
+    return list(jobs.values())
+
+
+def run(
+    job: Job, case: Case, repeats: int, limit: float, tell: Callable[[int], None]
+) -> list[dict[str, list[float]]]:
+    """Runs a job to its end.
+
+    Args:
+        job: One of ``jobs_of(case)``.
+        case: Its points are measured.
+        repeats: How often.
+        limit: After so many seconds all its processes are ended.
+        tell: Called with how many points are measured, when there is another one.
+
+    Returns:
+        For each point the seconds or bytes, by contestant.
+
+    Raises:
+        JobError: it failed, or the limit is up; with the last lines that it printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="syncbn-bench-") as folder:
+        order, results, log = (Path(folder, name) for name in ("order", "results", "log"))
+        points = [point._asdict() for point in case.points]
+        order.write_text(json.dumps({**job._asdict(), "points": points, "repeats": repeats}))
+        results.touch()
+        engine = ENGINES[job.engine]
+        number = [str(job.workers)] if engine.before else []
+        worker = [sys.executable, "-m", "benchmarks.worker", str(order), str(results)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(  # noqa: S603  (no shell, and nobody else's words)
+                [*engine.before, *number, *engine.after, *worker],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment(job),
+                start_new_session=True,
+            )
+            try:
+                _wait(process, results, limit, tell)
+            except subprocess.TimeoutExpired:
+                raise JobError(f"no end within {limit:g} s\n{_tail(log)}") from None
+            finally:
+                _end(process)
+        lines = results.read_text().splitlines()
+        if process.returncode or len(lines) != len(points):
+            reason = f"exit code {process.returncode}, {len(lines)} of {len(points)} points"
+            raise JobError(f"{reason}\n{_tail(log)}")
+        return [json.loads(line) for line in lines]
+
+
+def environment(job: Job) -> dict[str, str]:
+    """Returns the environment of a job's processes."""
+    # Of several processes, each gets its share of the cores.
+    processes = job.workers if ENGINES[job.engine].before else 1
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(_INHERITED)}
+    return {
+        "TF_NUM_INTRAOP_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
+        **inherited,
+        **(root if os.geteuid() == 0 else {}),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "PYTHONUNBUFFERED": "1",
+        "PATH": os.pathsep.join(
+            [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]
+        ),
+        "TF_USE_LEGACY_KERAS": str(int(job.keras == 2)),
+        **ENGINES[job.engine].environment,
+        **_OF_WORKLOAD.get(job.workload, {}),
+    }
+
+
+def mpi_version() -> str:
+    """Returns what the first `mpirun` says that it is, or nothing."""
+    mpirun = shutil.which("mpirun", path=environment(Job("mpi", 1, 3, "", {}))["PATH"])
+    if mpirun is None:
+        return ""
+    command = [mpirun, "--version"]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=30)  # noqa: S603
+    return output.stdout.partition("\n")[0]
+
+
+def _wait(
+    process: subprocess.Popen[bytes], results: Path, limit: float, tell: Callable[[int], None]
+) -> None:
+    deadline, known = time.monotonic() + limit, 0
+    while process.poll() is None:
+        time.sleep(0.1)
+        if time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired(process.args, limit)
+        done = results.read_bytes().count(b"\n")
+        if done > known:
+            tell(done)
+            known = done
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and its group; launchers first, which end what they have started elsewhere."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-25:])

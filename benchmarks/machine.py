@@ -1,0 +1,37 @@
+"""What the figures were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from benchmarks.jobs import mpi_version
+
+PACKAGES = ("syncbn", "tensorflow", "keras", "tf_keras", "horovod", "mpi4py", "numpy")
+
+
+def describe() -> dict[str, str]:
+    """Returns what a reader needs to know of this machine, in words."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "CPU": models[0] if models else platform.machine(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "system": platform.platform(),
+        "Python": platform.python_version(),
+        **versions,
+        "MPI": mpi_version() or "not installed",
+    }
+
+
+def load() -> str:
+    """Returns the processes that wanted a core: means over the last 1, 5 and 15 minutes."""
+    return ", ".join(f"{value:.1f}" for value in os.getloadavg())

@@ -1,0 +1,125 @@
+"""The benchmarks run, and report what they say."""
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import processes
+
+BENCHMARKS = [sys.executable, "-m", "benchmarks"]
+
+
+def bench(*options, limit=30):
+    return processes.run([("benchmarks", [*BENCHMARKS, *options], {})], limit=limit)
+
+
+def test_a_case_gives_json_a_table_and_a_picture(tmp_path):
+    options = ["--quick", "--case", "tiny", "--repeats", "2", "--out", str(tmp_path)]
+    finished = bench(*options, limit=100)
+    assert finished.code == 0, finished.output
+    assert "[1/1] tiny, round 1/1" in finished.output
+
+    report = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert report["machine"]["tensorflow"]
+    (point,) = report["cases"]["tiny"]["points"]
+    medians = {one["who"]: one["median"] for one in point["results"]}
+    assert list(medians) == ["syncbn", "Keras 3", "Keras 3 synchronized"]
+    for one in point["results"]:
+        assert 0 < one["lower"] <= one["median"] <= one["upper"], one
+        assert one["samples"] == 2
+    assert {one["peer"]: one["ratio"] for one in point["ratios"]} == pytest.approx(
+        {peer: medians["syncbn"] / medians[peer] for peer in ("Keras 3", "Keras 3 synchronized")}
+    )
+
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert f"- CPU: {report['machine']['CPU']}" in page
+    assert f"| 1 layer (16, 64) | syncbn | {medians['syncbn']:.2f} |" in page
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_an_unknown_case_is_an_error_that_names_it():
+    finished = bench("--case", "tiny", "huge")
+    assert finished.code == 2
+    assert "--case must name cases that --list shows. Received: huge" in finished.output
+
+
+def test_options_that_leave_no_case_are_an_error():
+    finished = bench("--case", "tiny", "--engine", "mpi")
+    assert finished.code == 2
+    assert "must leave a case" in finished.output
+
+
+def test_list_shows_every_case():
+    from benchmarks.catalog import CASES
+
+    finished = bench("--list")
+    assert finished.code == 0, finished.output
+    listed = re.findall(r"^(\S+) {2,}\S", finished.output, re.MULTILINE)
+    assert listed == list(CASES)
+
+
+def test_a_target_that_is_missed_is_shown_as_missed():
+    from benchmarks import report
+    from benchmarks.catalog import CASES
+
+    case = CASES["target-one-replica"]
+    seconds = {"syncbn": [[0.002] * 3, [0.003] * 3], "fused op": [[0.001] * 3, [0.001] * 3]}
+    point = report.evaluate(case, case.points[0], seconds)
+    (ratio,) = point["ratios"]
+    assert ratio["ratio"] == pytest.approx(2.5)  # the medians of the rounds are 2 and 3 ms
+    assert (ratio["at_most"], ratio["reached"]) == (1.4, False)
+    found = {"summary": "s", "unit": "ms", "points": [point], "left_out": [], "failures": ["why"]}
+    page = report.markdown({"machine": {}, "settings": {}, "cases": {"c": found}})
+    assert "| c | 1 layer (8, 56, 56, 64) | syncbn / fused op | 2.50 | 1.40 | **no** |" in page
+    assert "Failed:\n\n```\nwhy\n```" in page
+
+
+def test_a_job_that_does_not_end_is_ended_and_said_to_have_failed(tmp_path):
+    code = (
+        "from benchmarks import command\n"
+        "from benchmarks.__main__ import main\n"
+        "command.LIMIT = 2\n"
+        f"raise SystemExit(main(['--case', 'tiny', '--out', {str(tmp_path)!r}]))"
+    )
+    finished = processes.python(code, limit=60)
+    assert finished.code == 1, finished.output
+    assert "no end within 2 s" in (tmp_path / "benchmarks.md").read_text()
+
+
+def test_benchmarks_that_are_ended_take_their_processes_along(tmp_path):
+    process = subprocess.Popen(
+        [*BENCHMARKS, "--case", "tiny", "--out", str(tmp_path)],
+        cwd=processes.ROOT,
+        env=processes.environment(TMPDIR=str(tmp_path)),
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not running(tmp_path):
+            assert time.monotonic() < deadline, "the job did not start"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+        assert not running(tmp_path)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def running(folder):
+    """The workers whose orders are in ``folder``."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            arguments = file.read_bytes().decode(errors="replace").split("\0")
+            if "benchmarks.worker" in arguments and any(str(folder) in one for one in arguments):
+                found.append(arguments)
+    return found
