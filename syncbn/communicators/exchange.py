@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from syncbn.communicators.base import Communicator
 
-_DIGEST_PARTS = 16  # 16-bit parts of a SHA-256, each of which float64 holds exactly
+DIGEST_PARTS = 16
+"""The length of a `digest`."""
 
 
 def sum_arrays(
@@ -66,18 +67,18 @@ def require_agreement(
         ValueError: a worker's descriptions differ from those of ``root``. Raised on all workers,
             each of which says what it has at the first difference.
     """
-    own = np.concatenate([[len(descriptions)], _digest("\n".join(descriptions))])
+    own = np.concatenate([[len(descriptions)], digest("\n".join(descriptions).encode())])
     rows = all_gather(communicator, own, "syncbn/agreement")
     differing = [rank for rank, row in enumerate(rows) if not np.array_equal(row, rows[root])]
     if not differing:
         return
     # All workers come here, as all have seen the same rows.
     count = int(rows[:, 0].max())
-    digests = np.zeros((count, _DIGEST_PARTS))
+    digests = np.zeros((count, DIGEST_PARTS))
     for index, description in enumerate(descriptions):
-        digests[index] = _digest(description)
+        digests[index] = digest(description.encode())
     rows = all_gather(communicator, digests.ravel(), "syncbn/agreement/each")
-    gathered = rows.reshape(communicator.size, count, _DIGEST_PARTS)
+    gathered = rows.reshape(communicator.size, count, DIGEST_PARTS)
     rank = communicator.rank
     other = rank if rank in differing else differing[0]
     first = int(np.argmax((gathered[other] != gathered[root]).any(axis=1)))
@@ -90,5 +91,6 @@ def require_agreement(
     )
 
 
-def _digest(text: str) -> np.ndarray:
-    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint16).astype(np.float64)
+def digest(data: bytes) -> np.ndarray:
+    """Returns the 16-bit parts of a SHA-256, each of which float64 holds exactly."""
+    return np.frombuffer(hashlib.sha256(data).digest(), np.uint16).astype(np.float64)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
 
 from syncbn import keras_api
 from syncbn.communicators.base import Communicator
+from syncbn.communicators.exchange import DIGEST_PARTS, digest
 from syncbn.models.job import Job, job_of
 from syncbn.models.statistics import normalizations
-
-_PARTS = 16  # 16-bit parts of a SHA-256, each of which float64 holds exactly
 
 
 def assert_synchronized(
@@ -43,8 +41,8 @@ def assert_synchronized(
     for name, weight in _weights(model) if weights else _statistics(model):
         names.append(name)
         rows.append([_digests(copy.numpy()) for copy in job.copies(weight)])
-    digests = np.reshape(rows, (len(names), len(job.ranks), 2 * _PARTS)).swapaxes(0, 1)
-    summaries = [[len(names), *_digest(replica.tobytes())] for replica in digests]
+    digests = np.reshape(rows, (len(names), len(job.ranks), 2 * DIGEST_PARTS)).swapaxes(0, 1)
+    summaries = [[len(names), *digest(replica.tobytes())] for replica in digests]
     gathered = job.gather([np.asarray(own) for own in summaries], "syncbn/synchronized")
     if (gathered != gathered[0]).any():
         # All workers come here, as all have seen the same rows.
@@ -58,10 +56,10 @@ def assert_synchronized(
 
 def _difference(job: Job, names: list[str], digests: np.ndarray, count: int, what: str) -> str:
     """Returns what differs where; a collective."""
-    padded = np.zeros((len(job.ranks), count, 2, _PARTS))
-    padded[:, : len(names)] = digests.reshape(len(job.ranks), len(names), 2, _PARTS)
+    padded = np.zeros((len(job.ranks), count, 2, DIGEST_PARTS))
+    padded[:, : len(names)] = digests.reshape(len(job.ranks), len(names), 2, DIGEST_PARTS)
     every = job.gather([own.ravel() for own in padded], "syncbn/synchronized/each")
-    kinds, values = np.moveaxis(every.reshape(job.size, count, 2, _PARTS), 2, 0)
+    kinds, values = np.moveaxis(every.reshape(job.size, count, 2, DIGEST_PARTS), 2, 0)
     other_kinds = (kinds != kinds[0]).any(-1)
     differs = other_kinds if other_kinds.any() else (values != values[0]).any(-1)
     first = int(differs.any(0).argmax())
@@ -98,10 +96,6 @@ def _weights(model: Any) -> list[tuple[str, Any]]:
 
 
 def _digests(value: np.ndarray) -> np.ndarray:
-    """Returns digests of what an array is and of what it holds, ``(2 * _PARTS,)``."""
-    kind = _digest(f"{value.dtype.name} {value.shape}".encode())
-    return np.concatenate([kind, _digest(value.tobytes())])
-
-
-def _digest(data: bytes) -> np.ndarray:
-    return np.frombuffer(hashlib.sha256(data).digest(), np.uint16).astype(np.float64)
+    """Returns digests of what an array is and of what it holds, ``(2 * DIGEST_PARTS,)``."""
+    kind = digest(f"{value.dtype.name} {value.shape}".encode())
+    return np.concatenate([kind, digest(value.tobytes())])

@@ -16,6 +16,7 @@ from syncbn.communicators.base import Communicator
 from syncbn.keras_api import keras
 from syncbn.layers import SyncBatchNormalization
 from syncbn.layers.synchronized import SynchronizedLayer
+from syncbn.models.statistics import all_normalizations
 
 
 class Conversion(NamedTuple):
@@ -170,9 +171,7 @@ def _normalizations(model: Any) -> dict[str, Any]:
             "A model can be converted eagerly only. Received: a call in a graph or tf.function. "
             "Convert the model before, and outside."
         )
-    layers = {model.name: model, **keras_api.named_layers(model)}
-    kinds = (SynchronizedLayer, keras_api.BATCH_NORMALIZATION)
-    found = {name: layer for name, layer in layers.items() if isinstance(layer, kinds)}
+    found = all_normalizations(model)
     unbuilt = [name for name, layer in {model.name: model, **found}.items() if not layer.built]
     if unbuilt:
         raise ValueError(

@@ -15,8 +15,13 @@ from syncbn.communicators.base import Communicator
 from syncbn.communicators.exchange import require_agreement
 from syncbn.models.job import job_of
 from syncbn.models.observer import Observer
-from syncbn.models.statistics import MovingStatistics, moving_statistics, set_moving_statistics
-from syncbn.ops.moments import Moments, pack, unpack
+from syncbn.models.statistics import (
+    MovingStatistics,
+    moving_statistics,
+    normalizations,
+    set_moving_statistics,
+)
+from syncbn.ops.moments import Moments, pack, unbiased, unpack
 
 
 def recalibrate(
@@ -80,9 +85,7 @@ def recalibrate(
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.
     """
     workers = job_of(model, communicator).workers()
-    before = moving_statistics(model)
-    found = {model.name: model, **keras_api.named_layers(model)}
-    layers = {name: found[name] for name in before}
+    before, layers = moving_statistics(model), normalizations(model)
     _require_same_call(workers, model, layers, exact)
     if not model.built:
         raise ValueError(
@@ -227,9 +230,10 @@ def _statistics(
             f"{name}, on some worker. Look at the data, and at the layers that come before it; "
             "what normalizations before it see is finite."
         )
-    count, mean, variance = seen
+    moments = Moments(*seen)
     if getattr(layer, "unbiased_moving_variance", False):
-        variance = variance * count / np.maximum(count - 1.0, 1.0)
+        moments = unbiased(moments)
+    count, mean, variance = map(np.asarray, moments)
     pairs = zip((mean, variance, count), before, strict=True)
     return MovingStatistics(*(old if old is None else new.reshape(old.shape) for new, old in pairs))
 

@@ -13,6 +13,7 @@ from syncbn.communicators.base import Communicator
 from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.models.job import Job, job_of
 from syncbn.models.payloads import Payload, payloads
+from syncbn.models.statistics import all_normalizations
 
 
 class LayerReport(NamedTuple):
@@ -120,13 +121,7 @@ def report(model: Any, communicator: str | Communicator | None = None) -> Report
         RuntimeError: with a communicator, in a graph or replica; and see `syncbn.resolve`.
     """
     job = None if communicator is None else job_of(model, communicator)
-    layers = {model.name: model, **keras_api.named_layers(model)}
-    kinds = (SynchronizedLayer, keras_api.BATCH_NORMALIZATION)
-    rows = [
-        _layer_report(name, layer, job)
-        for name, layer in layers.items()
-        if isinstance(layer, kinds)
-    ]
+    rows = [_layer_report(name, layer, job) for name, layer in all_normalizations(model).items()]
     if job is None:
         return Report(tuple(rows), advice=tuple(_advice(rows)))
     latencies: dict[Payload, float] = {}

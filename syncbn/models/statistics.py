@@ -87,9 +87,14 @@ def set_moving_statistics(
 
 def normalizations(model: Any) -> dict[str, Any]:
     """Returns the normalizations of a model that are built, by their names."""
+    return {name: layer for name, layer in all_normalizations(model).items() if layer.built}
+
+
+def all_normalizations(model: Any) -> dict[str, Any]:
+    """Returns the normalizations of a model by their names; itself, if it is one."""
     kinds = (SynchronizedLayer, keras_api.BATCH_NORMALIZATION)
     layers = {model.name: model, **keras_api.named_layers(model)}
-    return {k: v for k, v in layers.items() if isinstance(v, kinds) and v.built}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, kinds)}
 
 
 def _values(layer: Any) -> dict[Any, np.ndarray]:
