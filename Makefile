@@ -4,7 +4,7 @@
 # make docker-test  build the CPU image and train across two containers (docker or podman)
 # make clean  remove what the others made
 #
-# Each needs Python 3.10 or later with venv, and make; `make test` also a C++ compiler, for Horovod.
+# Each needs Python 3.10 or later with venv, and make; `make test` and `make bench` also a C++ compiler, for Horovod.
 
 PYTHON ?= python3
 VENV ?= .venv

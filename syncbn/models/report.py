@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ class LayerReport(NamedTuple):
     """Its class."""
     input_shape: tuple[int | None, ...] | None = None
     """That which it was built for; ``None`` where it is not built."""
+    channels: int | None = None
+    """How many it has statistics of."""
     engine: str | None = None
     """The name of the communicator that it was given."""
     forward: tuple[Payload, ...] = ()
@@ -133,7 +136,7 @@ def report(model: Any, communicator: str | Communicator | None = None) -> Report
     return Report(tuple(rows), job.communicator.name, job.size, tuple(advice))
 
 
-_HEADINGS = ("layer", "input", "engine", "collectives", "bytes", "ms", "note")
+_HEADINGS = ("layer", "input", "channels", "engine", "collectives", "bytes", "ms", "note")
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
@@ -141,6 +144,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     return (
         layer.name,
         "" if layer.input_shape is None else str(layer.input_shape),
+        "" if layer.channels is None else str(layer.channels),
         layer.engine or "",
         "{} + {}".format(*layer.collectives) if sends else "",
         "{} + {}".format(*layer.bytes) if sends else "",
@@ -157,7 +161,8 @@ def _layer_report(name: str, layer: Any, job: Job | None) -> LayerReport:
     shape = layer.get_build_config()["input_shape"] if layer.built else None
     if shape is not None:
         shape = tuple(tf.TensorShape(shape).as_list())
-    row = LayerReport(name, type(layer).__name__, shape)
+    channels = math.prod(layer.moving_mean.shape) if layer.built else None
+    row = LayerReport(name, type(layer).__name__, shape, channels)
     if not isinstance(layer, SynchronizedLayer):
         # Other packages, and Keras itself, derive synchronized layers from it.
         plain = type(layer) is keras_api.keras.layers.BatchNormalization

@@ -1,5 +1,7 @@
 """Which replicas make a group, and what cannot be one."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -52,6 +54,15 @@ def test_replicas_of_one_machine(monkeypatch):
     hosts = ["a", "b", "a", "c", "b"]
     monkeypatch.setattr(groups, "_hosts", lambda communicator: hosts)
     assert chosen(5, group_size="node") == ((0, 2), (1, 4), (3,))
+
+
+def test_a_strategy_knows_the_machines_of_its_cluster(monkeypatch):
+    cluster = {"chief": ["a:1"], "worker": ["b:1", "b:2"], "ps": ["c:1"]}
+    spec = SimpleNamespace(cluster_spec=lambda: tf.train.ClusterSpec(cluster))
+    strategy = SimpleNamespace(cluster_resolver=spec, num_replicas_in_sync=6)
+    monkeypatch.setattr(tf.distribute, "get_strategy", lambda: strategy)
+    grouping = groups.check_grouping("node", None, None)
+    assert grouping.choose(syncbn.DistributeCommunicator(), None) == ((0, 1), (2, 3, 4, 5))
 
 
 @BOTH

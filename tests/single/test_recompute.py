@@ -59,6 +59,16 @@ def test_rematerialization_in_keras_moves_the_statistics_once():
         np.testing.assert_allclose(trained(), plain, rtol=1e-6)
 
 
+@pytest.mark.skipif(not KERAS_3, reason="optimizers of Keras 2 do not accumulate gradients")
+def test_accumulated_gradients_move_the_statistics_once_for_each_batch():
+    layer = syncbn.SyncBatchNormalization(momentum=0.9)
+    model = keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(gradient_accumulation_steps=2), "mse")
+    # Two batches for one update of the weights.
+    model.fit(np.concatenate([X, X]), np.zeros((16, 1)), batch_size=8, shuffle=False, verbose=0)
+    np.testing.assert_allclose(layer.moving_mean, X.mean(0) * (1 - 0.9**2), rtol=1e-5)
+
+
 @BOTH
 def test_a_call_can_leave_the_statistics_alone(make):
     layer = make()

@@ -1,6 +1,7 @@
 """`syncbn.report`: what a model's layers send, and what that costs."""
 
 import io
+import math
 import time
 
 import numpy as np
@@ -100,6 +101,9 @@ def test_the_table_says_what_a_layer_sends(make, options, forward, backward):
         sum(elements * sizes[dtype] for elements, dtype in sent) for sent in (forward, backward)
     )
     assert (found.input_shape, found.engine, found.seconds) == ((None, 7, 5), "local", None)
+    axis = options.get("axis", -1)
+    axes = [axis] if isinstance(axis, int) else axis
+    assert found.channels == math.prod((None, 7, 5)[axis] for axis in axes)
 
 
 @pytest.fixture
@@ -157,7 +161,16 @@ def test_a_model_that_is_not_built_has_no_numbers_yet():
 
 def test_as_text_it_is_a_table(model):
     lines = str(report(model)).splitlines()
-    assert lines[0].split() == ["layer", "input", "engine", "collectives", "bytes", "ms", "note"]
+    assert lines[0].split() == [
+        "layer",
+        "input",
+        "channels",
+        "engine",
+        "collectives",
+        "bytes",
+        "ms",
+        "note",
+    ]
     cells = {line.partition("  ")[0].strip(): line for line in lines[2:]}
     assert "(None, 7, 5)" in cells["block/inner"]
     assert "1 + 1" in cells["block/inner"]
