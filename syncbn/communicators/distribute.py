@@ -65,8 +65,9 @@ class DistributeGroups:
         return rows[self._own_group()]
 
     def all_reduce_rows(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        """Returns the sums of ``tensor``, a vector, over each of the groups, as rows."""
-        own = tf.range(self._groups)[:, tf.newaxis] == self._own_group()
+        """Returns the sums of ``tensor`` over each of the groups, as rows."""
+        own = tf.range(self._groups) == self._own_group()
+        own = tf.reshape(own, [-1, *[1] * tensor.shape.rank])
         # Not a product: zero times a NaN of this group would be one in the others' rows.
         rows = tf.where(own, tensor, tf.zeros([], tensor.dtype))
         return self._communicator.all_reduce_sum(rows, name)

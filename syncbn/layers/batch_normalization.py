@@ -248,7 +248,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
             variance = tf.nn.relu(tf.square(moved[1]) - self.epsilon)
             variance = tf.where(count > 0, variance, before["moving_variance"])
             self.update_statistic(self.moving_variance, variance)
-            rate = tf.cast(count > 0, tf.float64) * (1.0 - self.renorm_momentum)
+            rate = self._rate(count, self.renorm_momentum)
             self._move_towards(before, _RENORM, targets, rate)
         return moved
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.distribute import DistributeGroups
 from syncbn.communicators.groups import Grouping, Groups
-from syncbn.ops.moments import Moments, average, pack, unbiased, unpack, unweigh, weigh
+from syncbn.ops.moments import Moments, Sums, average, pack, unbiased, unpack, weigh
 from syncbn.ops.replicas import Replicas
 
 
@@ -79,11 +79,12 @@ class _Parts(Replicas):
         super().__init__(all_reduce_sum)
         self._over_all = all_reduce_sum_over_all
 
-    def merge(self, moments: Moments, bessel: bool = False) -> tuple[Moments, Moments]:
-        merged, own = super().merge(moments, bessel)
+    def merge(self, sums: Sums, bessel: bool = False) -> tuple[Moments, Moments]:
+        merged, own = super().merge(sums, bessel)
         # Each replica stands for its part of the group's count.
-        share = weigh(Moments(moments.count, moments.mean, own.variance))
-        return merged, unweigh(self._over_all(share, "moving"), moments)
+        variance = None if own.variance is None else sums.count * own.variance
+        share = pack(sums._replace(second=variance))
+        return merged, average(self._over_all(share, "moving"), sums)
 
 
 class _Rows(Replicas):
@@ -93,11 +94,11 @@ class _Rows(Replicas):
         self._groups, self._scope = groups, scope
         super().__init__(lambda tensor, name: groups.own(self._rows(tensor, name)))
 
-    def merge(self, moments: Moments, bessel: bool = False) -> tuple[Moments, Moments]:
-        rows = self._rows(pack(moments), "statistics")
-        own = unpack(self._groups.own(rows), moments)
-        each = unpack(rows, moments)
-        return own, average(unbiased(each) if bessel else each)
+    def merge(self, sums: Sums, bessel: bool = False) -> tuple[Moments, Moments]:
+        rows = self._rows(pack(sums), "statistics")
+        each = unpack(rows, sums)
+        share = pack(weigh(unbiased(each) if bessel else each))
+        return unpack(self._groups.own(rows), sums), average(tf.reduce_sum(share, 0), sums)
 
     def _rows(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         return self._groups.all_reduce_rows(tensor, f"{self._scope}/{name}")

@@ -118,7 +118,7 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             # The statistics move outside of the branches, where a session can run it as an update.
             outputs, *batch = keras_api.cond(
                 training,
-                lambda: self._train(inputs, mask, before),
+                lambda: self._with_counts(*self._train(inputs, mask, before)),
                 lambda: (self._call_inference(inputs, mask), *self._no_batch()),
             )
         else:
@@ -163,7 +163,11 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             tf.reshape(tf.cast(target, statistic.dtype), shape)
             for statistic, target in zip(statistics, targets, strict=True)
         ]
-        return tf.cast(outputs, self.compute_dtype), tf.broadcast_to(count, shape), *targets
+        return tf.cast(outputs, self.compute_dtype), count, *targets
+
+    def _with_counts(self, outputs: tf.Tensor, count: tf.Tensor, *targets: tf.Tensor) -> tuple:
+        """Gives the count the shape of `_no_batch`, which branches must have in common."""
+        return outputs, tf.broadcast_to(count, targets[0].shape), *targets
 
     def _no_batch(self) -> list[tf.Tensor]:
         """Returns what `_move` takes where nothing shall move."""
@@ -228,16 +232,21 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
     ) -> list[tf.Tensor]:
         """Moves the statistics towards those of a batch of ``count`` elements per channel.
 
-        All arguments have the statistics' shape. Where the count is zero, nothing moves. Returns
-        the statistics' new values.
+        All arguments have the statistics' shape, or the count is one for all channels. Where it is
+        zero, nothing moves. Returns the statistics' new values.
         """
         if self.momentum is None:
             total = before["moving_count"] + count
             rate = tf.math.divide_no_nan(count, total)
             self.update_statistic(self.moving_count, total)
         else:
-            rate = tf.cast(count > 0, tf.float64) * (1.0 - self.momentum)
+            rate = self._rate(count, self.momentum)
         return self._move_towards(before, self._statistics(), targets, rate)
+
+    @staticmethod
+    def _rate(count: tf.Tensor, momentum: float) -> tf.Tensor:
+        """Returns how far a moving average moves towards a batch."""
+        return tf.where(count > 0, tf.constant(1.0 - momentum, tf.float64), 0.0)
 
     def _move_towards(
         self,

@@ -21,7 +21,7 @@ from syncbn.models.statistics import (
     normalizations,
     set_moving_statistics,
 )
-from syncbn.ops.moments import Moments, pack, unbiased, unpack
+from syncbn.ops.moments import Moments, Sums, pack, sums_of, unbiased, unpack
 
 
 def recalibrate(
@@ -188,7 +188,7 @@ def _measure(observer: Observer, batches: _Batches, workers: Communicator) -> di
     try:
         for x in batches:
             seen, started = observer(x, seen), 1.0
-        packed = [pack(Moments(*tf.unstack(one))).numpy() for one in seen.values()]
+        packed = [pack(sums_of(Moments(*tf.unstack(one)))).numpy() for one in seen.values()]
     except Exception as own_error:
         # The others wait for this worker's part, whatever it is worth.
         error, packed = own_error, [np.zeros(tf.size(one)) for one in seen.values()]
@@ -213,7 +213,7 @@ def _measure(observer: Observer, batches: _Batches, workers: Communicator) -> di
             + (f" on all {workers.size} workers." if workers.size > 1 else ".")
         )
     merged = {
-        name: tf.stack(unpack(tf.constant(part), Moments(*tf.unstack(one)))).numpy()
+        name: tf.stack(unpack(tf.constant(part), Sums(*tf.unstack(one)))).numpy()
         for (name, one), part in zip(seen.items(), packed, strict=True)
     }
     names = [name for _, name in sorted(zip(order, seen, strict=True))]

@@ -77,14 +77,14 @@ def scale_and_offset(
 
 
 class GradientTerms(NamedTuple):
-    """What the gradient kernel makes of ``dy`` and ``x``, in their dtype."""
+    """What the gradient kernel makes of ``dy`` and ``x``."""
 
     scaled: tf.Tensor
-    """``dy * scale``, shape of ``dy``."""
+    """``dy * scale``, shape and dtype of ``dy``."""
     sum: tf.Tensor
-    """The sum of ``dy``, ``(channels,)``."""
+    """The sum of ``dy``, float64 ``(channels,)``."""
     centered_sum: tf.Tensor
-    """The sum of ``dy * (x - mean)``, ``(channels,)``."""
+    """The sum of ``dy * (x - mean)``, float64 ``(channels,)``."""
 
 
 def gradient_terms(
@@ -106,8 +106,7 @@ def gradient_terms(
         centered = x - mean
         # Zero times NaN is NaN: what a mask hides must not come back through a zero gradient.
         product = dy * centered if mask is None else tf.math.multiply_no_nan(centered, dy)
-        sums = (tf.cast(sum_to_channels(part, axes), x.dtype) for part in (dy, product))
-        return dy * scale, *sums
+        return dy * scale, sum_to_channels(dy, axes), sum_to_channels(product, axes)
 
     def kernel(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tuple[tf.Tensor, ...]:
         mean, scale = vectors
@@ -122,7 +121,8 @@ def gradient_terms(
             is_training=False,
         )
         scaled = tf.reshape(terms.x_backprop, tf.shape(dy))
-        return scaled, terms.offset_backprop, terms.scale_backprop
+        sums = terms.offset_backprop, terms.scale_backprop
+        return scaled, *(tf.cast(part, tf.float64) for part in sums)
 
     inputs = (dy, x, mean, scale)
     if fused and mask is None:

@@ -19,11 +19,26 @@ from syncbn.ops.channels import (
 from syncbn.ops.kernels import MOST_FUSED_ROWS, fused_is_faster, rough_moments
 
 
+class Sums(NamedTuple):
+    """What a batch adds to the statistics, all in float64: replicas are merged by adding them up.
+
+    The second moment about zero leaves a float32 input's variance all of its digits: the mean may
+    be a million times the standard deviation.
+    """
+
+    count: tf.Tensor
+    """Elements per channel; ``(1,)`` where the channels are last, else ``(channels,)``."""
+    first: tf.Tensor
+    """The sum of the elements, ``(channels,)``."""
+    second: tf.Tensor | None
+    """The sum of their squares, ``(channels,)``. ``None`` where nobody asks for a variance."""
+
+
 class Moments(NamedTuple):
     """Statistics of a batch. An empty batch has count, mean and variance zero."""
 
     count: tf.Tensor
-    """Elements per channel, float64; ``(1,)`` where the channels are last, else ``(channels,)``."""
+    """As in `Sums`."""
     mean: tf.Tensor
     """``(channels,)``"""
     variance: tf.Tensor | None
@@ -69,8 +84,8 @@ def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = N
     return tf.fill([channel_count(x, axes)], tf.reduce_prod(tf.cast(reduced, tf.float64)))
 
 
-def local_moments(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Moments:
-    """Returns this replica's moments, in float64.
+def local_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Sums:
+    """Returns this replica's sums.
 
     Args:
         x: The input, of any floating dtype and of rank 2 at least.
@@ -80,74 +95,71 @@ def local_moments(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = No
     x = tf.cast(x, statistics_dtype(x.dtype))
     count = count_elements(x, axes, mask)
     if mask is not None or not fused_is_faster(x, axes):
-        return Moments(count, *two_pass_moments(x, count, axes, mask))
+        return Sums(count, *two_pass_sums(x, count, axes, mask))
 
     mean, variance = (tf.cast(part, tf.float64) for part in rough_moments(x, axes))
     # The kernel is to be believed where its mean is off by a hundredth of the standard deviation at
     # most, even in the worst case: then its variance is off by 1e-4. Not so where the mean is large
     # beside the deviation, or there are no rows, which makes NaN of both; NaN compares false.
     reliable = tf.square(count * 2.0**-24 * mean) <= 1e-4 * variance
-    mean, variance = tf.cond(
+    first, second = tf.cond(
         tf.reduce_all(reliable & (count <= MOST_FUSED_ROWS)),
-        lambda: (mean, variance),
-        lambda: two_pass_moments(x, count, axes, mask),
+        lambda: sums_of(Moments(count, mean, variance))[1:],
+        lambda: two_pass_sums(x, count, axes, mask),
     )
-    return Moments(count, mean, variance)
+    return Sums(count, first, second)
 
 
-def two_pass_moments(
+def two_pass_sums(
     x: tf.Tensor, count: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns mean and variance, float64, whatever their ratio.
+    """Returns the sums of the elements and of their squares, float64, whatever their mean.
 
     The corrected two-pass algorithm of Chan, Golub & LeVeque, "Algorithms for Computing the Sample
     Variance" (1983), equation 1.7: the second pass runs about a pivot, the mean rounded to the
     dtype of the elements, and what the rounding took is put right.
     """
-    mean = tf.math.divide_no_nan(sum_to_channels(where(mask, x), axes), count)
-    pivot = tf.cast(mean, x.dtype)
-    squares = tf.square(where(mask, x - broadcast(pivot, x, axes)))
-    variance = tf.math.divide_no_nan(sum_to_channels(squares, axes), count)
-    return mean, not_negative(variance - tf.square(mean - tf.cast(pivot, mean.dtype)))
+    first = sum_to_channels(where(mask, x), axes)
+    pivot = tf.cast(tf.math.divide_no_nan(first, count), x.dtype)
+    about_pivot = sum_to_channels(tf.square(where(mask, x - broadcast(pivot, x, axes))), axes)
+    pivot = tf.cast(pivot, tf.float64)
+    return first, about_pivot + pivot * (2.0 * first - count * pivot)
 
 
-def pack(moments: Moments) -> tf.Tensor:
-    """Returns ``[n, n m, n (v + m^2)]``: sums, so that replicas are merged by adding.
+def sums_of(moments: Moments) -> Sums:
+    """Returns the sums that moments were made of."""
+    return weigh(moments._replace(variance=moments.variance + tf.square(moments.mean)))
 
-    float64, ``2 * channels + 1`` numbers (``3 * channels`` with counts per channel). In float64 the
-    second moment about zero leaves a float32 input's variance all of its digits: the mean may be
-    a million times the standard deviation.
+
+def pack(sums: Sums) -> tf.Tensor:
+    """Returns the sums as one vector of ``2 * channels + 1`` numbers.
+
+    ``3 * channels`` with counts per channel.
     """
-    count, mean, variance = moments
-    return weigh(Moments(count, mean, None if variance is None else variance + tf.square(mean)))
+    return tf.concat([part for part in sums if part is not None], -1)
 
 
-def unpack(packed: tf.Tensor, like: Moments) -> Moments:
-    """Returns the moments, float64, that the (added up) `pack` of moments as ``like`` holds.
+def unpack(packed: tf.Tensor, like: Sums) -> Moments:
+    """Returns the moments, float64, that the (added up) `pack` of sums as ``like`` holds.
 
     Dimensions before the last stay.
     """
-    count, mean, second = unweigh(packed, like)
+    count, mean, second = average(packed, like)
     return Moments(count, mean, None if second is None else not_negative(second - tf.square(mean)))
 
 
-def weigh(moments: Moments) -> tf.Tensor:
-    """Returns ``[n, n m, n v]``: sums, so that moments are averaged, by their counts, by adding."""
+def weigh(moments: Moments) -> Sums:
+    """Returns the moments times their counts, so that adding up averages them by their counts."""
     count, *values = moments
-    return tf.concat([count, *(count * value for value in values if value is not None)], -1)
+    return Sums(count, *(None if value is None else count * value for value in values))
 
 
-def unweigh(weighed: tf.Tensor, like: Moments) -> Moments:
-    """Returns the average, by counts, of the moments whose `weigh` was added up."""
+def average(packed: tf.Tensor, like: Sums) -> Moments:
+    """Returns the average, by counts, of moments that `weigh` made ``like`` and `pack` packed."""
     sizes = [part.shape.as_list()[-1] for part in like if part is not None]
-    count, *sums = tf.split(weighed, sizes, -1)
+    count, *sums = tf.split(packed, sizes, -1)
     mean, *variance = (tf.math.divide_no_nan(total, count) for total in sums)
     return Moments(count, mean, variance[0] if variance else None)
-
-
-def average(moments: Moments) -> Moments:
-    """Returns the average, by counts, of moments that are the rows of these."""
-    return unweigh(tf.reduce_sum(weigh(moments), 0), moments)
 
 
 def unbiased(moments: Moments) -> Moments:
@@ -158,5 +170,5 @@ def unbiased(moments: Moments) -> Moments:
 
 def not_negative(variance: tf.Tensor) -> tf.Tensor:
     """Returns ``variance`` with zero for what rounding has made negative."""
-    # A comparison, not `maximum`: a NaN that came with the input has to stay visible.
-    return tf.where(variance < 0, tf.zeros_like(variance), variance)
+    # A NaN that came with the input stays visible: TensorFlow's `maximum` passes it on.
+    return tf.maximum(variance, tf.zeros([], variance.dtype))

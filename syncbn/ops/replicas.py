@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from syncbn.ops.moments import Moments, pack, unbiased, unpack
+from syncbn.ops.moments import Moments, Sums, pack, unbiased, unpack
 
 
 class Replicas:
@@ -20,12 +20,12 @@ class Replicas:
     def __init__(self, all_reduce_sum: Callable[[tf.Tensor, str], tf.Tensor]):
         self.all_reduce_sum = all_reduce_sum
 
-    def merge(self, moments: Moments, bessel: bool = False) -> tuple[Moments, Moments]:
+    def merge(self, sums: Sums, bessel: bool = False) -> tuple[Moments, Moments]:
         """Returns the moments to normalize with, and those that the moving statistics take up.
 
         Args:
-            moments: This replica's own.
+            sums: This replica's own.
             bessel: Whether the latter have the unbiased variance.
         """
-        merged = unpack(self.all_reduce_sum(pack(moments), "statistics"), moments)
+        merged = unpack(self.all_reduce_sum(pack(sums), "statistics"), sums)
         return merged, unbiased(merged) if bessel else merged

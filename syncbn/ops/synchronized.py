@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from syncbn.ops.channels import broadcast, statistics_dtype, sum_to_channels, where
 from syncbn.ops.kernels import fused_is_faster, gradient_terms, scale_and_offset
-from syncbn.ops.moments import Moments, count_elements, local_moments
+from syncbn.ops.moments import Moments, Sums, count_elements, local_sums
 from syncbn.ops.replicas import Replicas
 
 Correction = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -63,11 +64,9 @@ def batch_normalize(
 
     @tf.custom_gradient
     def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Any]:
-        merged, taken_up = replicas.merge(local_moments(x, axes, mask), bessel)
-        count = merged.count
+        merged, taken_up = replicas.merge(local_sums(x, axes, mask), bessel)
         mean, variance = tf.cast(merged.mean, dtype), tf.cast(merged.variance, dtype)
-        # Zero where there is nothing to divide by, which epsilon=0 allows: no NaN comes of it.
-        inverse_deviation = tf.math.divide_no_nan(tf.ones([], dtype), tf.sqrt(variance + epsilon))
+        inverse_deviation = _inverse_deviation(variance, epsilon)
         scale, offset = gamma * inverse_deviation, beta
         if correction is not None:
             r, d = map(tf.stop_gradient, correction(mean, variance))
@@ -81,19 +80,20 @@ def batch_normalize(
             # statistics; the two corrections go to the elements that made the statistics.
             wide_x = tf.cast(x, dtype)
             terms = gradient_terms(tf.cast(dy, dtype), wide_x, mean, scale, axes, fused, mask)
-            sum_dy, sum_dy_x = terms.sum, terms.centered_sum * inverse_deviation
-            dgamma, dbeta = sum_dy_x, sum_dy
+            sums = tf.stack([terms.sum, terms.centered_sum])
+            dbeta, dgamma = tf.unstack(tf.cast(sums, dtype))
+            dgamma *= inverse_deviation
             if correction is not None:
-                dgamma = r * sum_dy_x + d * sum_dy
-            sums = replicas.all_reduce_sum(tf.concat([sum_dy, sum_dy_x], 0), "gradient")
-            sum_dy, sum_dy_x = (
-                tf.math.divide_no_nan(total, tf.cast(count, dtype)) for total in tf.split(sums, 2)
+                dgamma = r * dgamma + d * dbeta
+            total = replicas.all_reduce_sum(sums, "gradient")
+            mean_dy, mean_dy_x = tf.unstack(
+                tf.cast(tf.math.divide_no_nan(total, merged.count), dtype)
             )
             shift = scale_and_offset(
                 where(mask, wide_x),
                 mean,
-                scale * inverse_deviation * sum_dy_x,
-                scale * sum_dy,
+                scale * tf.square(inverse_deviation) * mean_dy_x,
+                scale * mean_dy,
                 axes,
                 fused,
             )
@@ -127,7 +127,7 @@ def center(
 
     @tf.custom_gradient
     def subtract_mean(x: tf.Tensor) -> tuple[Any, Any]:
-        merged, taken_up = replicas.merge(_local_mean(tf.cast(x, dtype), axes, mask))
+        merged, taken_up = replicas.merge(_first_sums(tf.cast(x, dtype), axes, mask))
         y = tf.cast(x, dtype) - broadcast(tf.cast(merged.mean, dtype), x, axes)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tf.Tensor:
@@ -143,7 +143,13 @@ def center(
     return y, Moments(tf.stop_gradient(count), tf.stop_gradient(tf.cast(mean, dtype)), None)
 
 
-def _local_mean(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Moments:
+def _first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Sums:
     count = count_elements(x, axes, mask)
-    total = sum_to_channels(where(mask, x), axes)
-    return Moments(count, tf.math.divide_no_nan(total, count), None)
+    return Sums(count, sum_to_channels(where(mask, x), axes), None)
+
+
+def _inverse_deviation(variance: tf.Tensor, epsilon: float) -> tf.Tensor:
+    if epsilon > np.finfo(variance.dtype.as_numpy_dtype).tiny:
+        return tf.math.rsqrt(variance + epsilon)
+    # Zero where there is nothing to divide by: no NaN comes of it.
+    return tf.math.divide_no_nan(tf.ones([], variance.dtype), tf.sqrt(variance + epsilon))

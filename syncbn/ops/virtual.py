@@ -13,7 +13,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from syncbn.ops.channels import channel_count, reduction_axes, statistics_dtype, where
-from syncbn.ops.moments import Moments, not_negative, unbiased, unweigh, weigh
+from syncbn.ops.moments import Moments, average, not_negative, pack, unbiased, weigh
 from syncbn.ops.replicas import Replicas
 from syncbn.ops.synchronized import Correction
 
@@ -86,8 +86,9 @@ def _slices(x: tf.Tensor, axes: Sequence[int], size: int, mask: tf.Tensor | None
 
 
 def _average(moments: Moments, replicas: Replicas, dtype: tf.DType) -> Moments:
-    weighed = tf.stop_gradient(tf.reduce_sum(weigh(moments), 0))
-    count, *values = unweigh(replicas.all_reduce_sum(weighed, "moving"), moments)
+    weighed = weigh(moments)
+    total = tf.stop_gradient(tf.reduce_sum(pack(weighed), 0))
+    count, *values = average(replicas.all_reduce_sum(total, "moving"), weighed)
     return Moments(count, *(tf.cast(value, dtype) for value in values))
 
 

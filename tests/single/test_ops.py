@@ -6,7 +6,12 @@ import tensorflow as tf
 
 from syncbn.ops import kernels
 from syncbn.ops.channels import normalized_axes
-from syncbn.ops.moments import local_moments, pack, unpack
+from syncbn.ops.moments import local_sums, not_negative, pack, unpack
+
+
+def moments_of(x, axes):
+    sums = local_sums(x, axes)
+    return unpack(pack(sums), sums)
 
 
 @pytest.mark.parametrize(
@@ -16,7 +21,7 @@ from syncbn.ops.moments import local_moments, pack, unpack
 def test_local_moments_keep_their_digits_at_any_mean_and_size(mean, shape):
     x = np.random.default_rng(0).normal(mean, 1, size=(*shape, 4)).astype("float32")
     truth = x.astype("float64").reshape(-1, 4)
-    moments = local_moments(tf.constant(x), (len(shape),))
+    moments = moments_of(tf.constant(x), (len(shape),))
     assert moments.count.numpy() == [len(truth)]
     spacing = np.spacing(np.float32(max(abs(mean), 1)))
     np.testing.assert_allclose(moments.mean, truth.mean(0), atol=spacing)
@@ -39,7 +44,7 @@ def test_local_moments_keep_their_digits_at_any_mean_and_size(mean, shape):
 def test_local_moments_keep_their_digits_wherever_the_channels_are(shape, axes):
     x = np.random.default_rng(0).normal(1e4, 1, size=shape).astype("float32")
     reduced = tuple(a for a in range(len(shape)) if a not in axes)
-    moments = local_moments(tf.constant(x), axes)
+    moments = moments_of(tf.constant(x), axes)
     truth = x.astype("float64")
     np.testing.assert_allclose(moments.mean, truth.mean(reduced).reshape(-1), atol=1e-3)
     np.testing.assert_allclose(moments.variance, truth.var(reduced).reshape(-1), rtol=2e-5)
@@ -49,7 +54,7 @@ def test_a_jump_in_the_data_does_not_spoil_the_variance():
     # A pivot taken from the first elements would be 1e4 standard deviations off here.
     x = np.random.default_rng(0).normal(1e4, 1, size=(50_000, 2)).astype("float32")
     x[:3] = 0
-    variance = local_moments(tf.constant(x), (1,)).variance
+    variance = moments_of(tf.constant(x), (1,)).variance
     np.testing.assert_allclose(variance, x.astype("float64").var(0), rtol=1e-5)
 
 
@@ -57,21 +62,26 @@ def test_packed_moments_of_parts_add_up_to_those_of_the_whole():
     rng = np.random.default_rng(0)
     x = rng.normal(1e5, 1, size=(40, 3)) + np.arange(40)[:, None]
     parts = [x[:0], x[:1], x[1:7], x[7:]]
-    moments = [local_moments(tf.constant(part), (1,)) for part in parts]
-    packed = sum(map(pack, moments))
+    sums = [local_sums(tf.constant(part), (1,)) for part in parts]
+    packed = sum(map(pack, sums))
     assert packed.dtype == tf.float64
     assert packed.shape == (2 * 3 + 1,)
-    whole = unpack(packed, moments[0])
+    whole = unpack(packed, sums[0])
     assert whole.count.numpy() == [40]
     np.testing.assert_allclose(whole.mean, x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(whole.variance, x.var(0), rtol=1e-6)
 
 
 def test_nothing_has_moments_zero():
-    moments = local_moments(tf.zeros([0, 5, 3]), (2,))
-    whole = unpack(pack(moments), moments)
-    for part in whole:
+    for part in moments_of(tf.zeros([0, 5, 3]), (2,)):
         np.testing.assert_array_equal(part, np.zeros(part.shape))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 64, 1001])  # the last of them not in whole packets
+def test_a_nan_stays_visible_in_a_variance(channels):
+    for function in (not_negative, tf.function(not_negative)):
+        assert np.isnan(function(tf.fill([channels], tf.constant(np.nan, tf.float64)))).all()
+        assert (function(tf.fill([channels], tf.constant(-1e-9, tf.float64))).numpy() == 0).all()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 700])
