@@ -40,7 +40,7 @@ class ReplicaGroups:
         size = communicator.size
         # One replica has nobody to be grouped with, and a model made for a job stays usable in one.
         if size == 1 or not self.grouping.is_given():
-            return Replicas(all_reduce_sum)
+            return Replicas(all_reduce_sum, alone=size == 1)
         if (communicator, size) not in self._split:
             groups = self.grouping.choose(communicator, batch)
             self._split[communicator, size] = _split(communicator, groups)

@@ -1,11 +1,13 @@
-"""Which kernels to use where: TensorFlow's fused batch norm, or plain operations.
+"""Which kernels to use where: plain operations, TensorFlow's fused batch norm, or compiled ones.
 
-Both give the same answer. TensorFlow's fused kernels read and write memory fewer times but cost
-more to start, and exist for float32 with the channels last only. Here they stand for three things:
+All give the same answer. TensorFlow's fused kernels read and write memory fewer times than plain
+operations but cost more to start, and exist for float32 with the channels last only. Here they
+stand for:
 
 - the forward kernel in its inference form maps ``x`` to ``(x - mean) * scale + offset``;
 - the gradient kernel in its inference form returns ``dy * scale`` and two sums over ``dy``;
-- the forward kernel in its training form returns moments, with an error that is known.
+- the forward kernel in its training form returns moments, with an error that is known;
+- both in their training form are all that one replica alone needs.
 """
 
 from __future__ import annotations
@@ -16,29 +18,45 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from syncbn.ops.channels import broadcast, channel_count, sum_to_channels
+from syncbn.ops.channels import broadcast, channel_count, sum_to_channels, where
 
-# From how many elements on the fused kernels win. Measured on two CPU cores, TensorFlow 2.21,
-# medians in one run: normalizing (98, 512) takes 368 us fused and 280 us plain, (392, 1024)
-# 558 and 777, (25088, 64) 677 and 1232. `benchmarks/kernels.py` prints the table anew.
+# From how many elements on the fused kernels win, on CPUs. `benchmarks/kernels.py` prints the table
+# that this comes from; docs/design.md shows it.
 FUSED_FROM_ELEMENTS = 1 << 17
 
 # Beyond, the kernels' float32 sums over all rows lose more than the fifth digit.
 MOST_FUSED_ROWS = 1 << 17
 
 # The fused kernels multiply by rsqrt(variance + epsilon). With these two that factor is exactly
-# one, so the scale is ours alone, and cuDNN's lower bound for epsilon (1e-5) is kept.
+# one, so the scale is ours alone.
 _EPSILON = 2.0**-10
 _UNIT_VARIANCE = 1.0 - _EPSILON
 
 
-def fused_is_faster(x: tf.Tensor, axes: Sequence[int]) -> bool:
-    """Says whether the fused kernels serve ``x`` and are the faster choice for its static shape."""
+class Kernels(NamedTuple):
+    """The kernels chosen for an input."""
+
+    fused: bool
+    """TensorFlow's fused batch norm, where it serves."""
+    compiled: bool
+    """One that XLA compiles, for the input's gradient."""
+
+
+def choose(x: tf.Tensor, axes: Sequence[int]) -> Kernels:
+    """Returns the fastest kernels that serve ``x``, by its static shape."""
+    # On GPUs nothing was measured. There plain operations serve any number of rows and are
+    # deterministic where that is asked for; cuDNN's inference form is neither.
+    if tf.config.get_visible_devices("GPU"):
+        return Kernels(fused=False, compiled=False)
     if x.dtype == tf.float64 or tuple(axes) != (x.shape.rank - 1,):
-        return False
+        return Kernels(fused=False, compiled=False)
     # An unknown size, that of the batch mostly, counts as one.
     elements = math.prod(size or 1 for size in x.shape)
-    return elements >= FUSED_FROM_ELEMENTS and elements <= MOST_FUSED_ROWS * x.shape[-1]
+    fused = elements >= FUSED_FROM_ELEMENTS and elements <= MOST_FUSED_ROWS * x.shape[-1]
+    # XLA compiles anew for each shape that comes; and a session's graph is no place for it.
+    once = x.shape.is_fully_defined() and not tf.executing_eagerly()
+    in_function = tf.compat.v1.executing_eagerly_outside_functions()
+    return Kernels(fused, compiled=fused and once and in_function)
 
 
 def scale_and_offset(
@@ -130,32 +148,141 @@ def gradient_terms(
     return GradientTerms(*plain(*inputs))
 
 
+def input_gradient(
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    scale: tf.Tensor,
+    terms: GradientTerms,
+    slope: tf.Tensor,
+    offset: tf.Tensor,
+    axes: Sequence[int],
+    kernels: Kernels,
+    mask: tf.Tensor | None = None,
+) -> tf.Tensor:
+    """Returns ``dy * scale - ((x - mean) * slope + offset)``, shape and dtype of ``x``.
+
+    ``terms`` are the `gradient_terms` of the same. Where ``mask`` is false, it is ``dy * scale``.
+    """
+    if kernels.compiled and mask is None:
+
+        def plain(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
+            return _line(dy, x, *(broadcast(vector, x, axes) for vector in vectors))
+
+        def kernel(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
+            rows = (tf.reshape(part, [-1, channel_count(x, axes)]) for part in (dy, x))
+            return tf.reshape(_compiled_line(*rows, *vectors), x.shape)
+
+        return _with_gradient_of(plain, kernel, (dy, x, mean, scale, slope, offset))
+    shift = scale_and_offset(where(mask, x), mean, slope, offset, axes, kernels.fused)
+    return terms.scaled - where(mask, shift)
+
+
+def _line(
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    scale: tf.Tensor,
+    slope: tf.Tensor,
+    offset: tf.Tensor,
+) -> tf.Tensor:
+    return dy * scale - ((x - mean) * slope + offset)
+
+
+_ROWS, _VECTOR = tf.TensorSpec([None, None]), tf.TensorSpec([None])
+# Traced once; XLA compiles it for each shape when it comes.
+_compiled_line = tf.function(
+    _line, jit_compile=True, autograph=False, input_signature=[_ROWS] * 2 + [_VECTOR] * 4
+)
+
+
 def rough_moments(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns mean and biased variance of ``x`` by the fused kernel, ``(channels,)`` each.
 
     Two passes, but each adds up all rows in float32: after n of them the mean can be off by
     ``n * 2**-24`` of the mean magnitude, and the variance by the square of that. NaN for no rows.
     """
+    channels = channel_count(x, axes)
+    _, mean, variance = normalize_alone(
+        x, tf.ones([channels]), tf.zeros([channels]), _EPSILON, axes
+    )
+    return mean, variance
 
-    def plain(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.nn.moments(_rows(x, axes), [0, 1, 2])
 
-    def kernel(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        channels = channel_count(x, axes)
-        moments = tf.raw_ops.FusedBatchNormV3(
+def normalize_alone(
+    x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, axes: Sequence[int]
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns ``x`` normalized with its own moments, and these: those of `rough_moments`."""
+
+    def plain(
+        x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        mean, variance = tf.nn.moments(_rows(x, axes), [0, 1, 2])
+        return (x - mean) * (scale * tf.math.rsqrt(variance + epsilon)) + offset, mean, variance
+
+    def kernel(
+        x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        outputs = tf.raw_ops.FusedBatchNormV3(
             x=_rows(x, axes),
-            scale=tf.ones([channels]),
-            offset=tf.zeros([channels]),
+            scale=scale,
+            offset=offset,
             mean=tf.zeros([0]),
             variance=tf.zeros([0]),
-            epsilon=_EPSILON,
+            epsilon=epsilon,
             is_training=True,
         )
-        rows = tf.cast(tf.size(x, tf.int64) // channels, tf.float32)
+        rows = tf.cast(tf.size(x, tf.int64) // channel_count(x, axes), tf.float32)
         # The kernel returns the unbiased variance.
-        return moments.batch_mean, moments.batch_variance * (tf.maximum(rows - 1, 1) / rows)
+        variance = outputs.batch_variance * (tf.maximum(rows - 1, 1) / rows)
+        return tf.reshape(outputs.y, tf.shape(x)), outputs.batch_mean, variance
 
-    return _with_gradient_of(plain, kernel, (x,))
+    return _with_gradient_of(plain, kernel, (x, scale, offset))
+
+
+def gradient_alone(
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    scale: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    epsilon: float,
+    axes: Sequence[int],
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the gradients of `normalize_alone` for ``x``, ``scale`` and ``offset``.
+
+    ``mean`` and ``variance`` are those of ``x``.
+    """
+
+    def plain(
+        dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        inverse_deviation = tf.math.rsqrt(variance + epsilon)
+        rows = list(range(x.shape.rank - 1))
+        normalized = (x - mean) * inverse_deviation
+        product = dy * normalized
+        share = tf.reduce_mean(dy, rows) + normalized * tf.reduce_mean(product, rows)
+        dx = scale * inverse_deviation * (dy - share)
+        return dx, tf.reduce_sum(product, rows), tf.reduce_sum(dy, rows)
+
+    def kernel(
+        dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        # On CPUs, where alone this is called, the second reserve is the variance.
+        outputs = tf.raw_ops.FusedBatchNormGradV3(
+            y_backprop=_rows(dy, axes),
+            x=_rows(x, axes),
+            scale=scale,
+            reserve_space_1=mean,
+            reserve_space_2=variance,
+            reserve_space_3=tf.zeros([0]),
+            epsilon=epsilon,
+            is_training=True,
+        )
+        dx = tf.reshape(outputs.x_backprop, tf.shape(x))
+        return dx, outputs.scale_backprop, outputs.offset_backprop
+
+    return _with_gradient_of(plain, kernel, (dy, x, scale, mean, variance))
 
 
 def _with_gradient_of(plain: Callable, kernel: Callable, inputs: tuple[tf.Tensor, ...]) -> Any:

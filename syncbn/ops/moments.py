@@ -16,7 +16,7 @@ from syncbn.ops.channels import (
     sum_to_channels,
     where,
 )
-from syncbn.ops.kernels import MOST_FUSED_ROWS, fused_is_faster, rough_moments
+from syncbn.ops.kernels import MOST_FUSED_ROWS, choose, rough_moments
 
 
 class Sums(NamedTuple):
@@ -93,21 +93,29 @@ def local_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None)
         mask: From `expand_mask`; elements where it is false do not exist for the statistics.
     """
     x = tf.cast(x, statistics_dtype(x.dtype))
+    if mask is None and choose(x, axes).fused:
+        return checked_sums(x, *rough_moments(x, axes), axes)[0]
     count = count_elements(x, axes, mask)
-    if mask is not None or not fused_is_faster(x, axes):
-        return Sums(count, *two_pass_sums(x, count, axes, mask))
+    return Sums(count, *two_pass_sums(x, count, axes, mask))
 
-    mean, variance = (tf.cast(part, tf.float64) for part in rough_moments(x, axes))
+
+def checked_sums(
+    x: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, axes: Sequence[int]
+) -> tuple[Sums, tf.Tensor]:
+    """Returns the sums of ``x``, whose `rough_moments` may be good enough, and whether they are."""
+    count = count_elements(x, axes)
+    mean, variance = tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)
     # The kernel is to be believed where its mean is off by a hundredth of the standard deviation at
     # most, even in the worst case: then its variance is off by 1e-4. Not so where the mean is large
     # beside the deviation, or there are no rows, which makes NaN of both; NaN compares false.
     reliable = tf.square(count * 2.0**-24 * mean) <= 1e-4 * variance
+    reliable = tf.reduce_all(reliable & (count <= MOST_FUSED_ROWS))
     first, second = tf.cond(
-        tf.reduce_all(reliable & (count <= MOST_FUSED_ROWS)),
+        reliable,
         lambda: sums_of(Moments(count, mean, variance))[1:],
-        lambda: two_pass_sums(x, count, axes, mask),
+        lambda: two_pass_sums(x, count, axes, None),
     )
-    return Sums(count, first, second)
+    return Sums(count, first, second), reliable
 
 
 def two_pass_sums(

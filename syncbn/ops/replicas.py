@@ -15,10 +15,12 @@ class Replicas:
     Args:
         all_reduce_sum: Adds a tensor up over all replicas, differentiably; the name is the same on
             each of them for the same call.
+        alone: Whether there are no others.
     """
 
-    def __init__(self, all_reduce_sum: Callable[[tf.Tensor, str], tf.Tensor]):
+    def __init__(self, all_reduce_sum: Callable[[tf.Tensor, str], tf.Tensor], alone: bool = False):
         self.all_reduce_sum = all_reduce_sum
+        self.alone = alone
 
     def merge(self, sums: Sums, bessel: bool = False) -> tuple[Moments, Moments]:
         """Returns the moments to normalize with, and those that the moving statistics take up.

@@ -15,8 +15,15 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn.ops.channels import broadcast, statistics_dtype, sum_to_channels, where
-from syncbn.ops.kernels import fused_is_faster, gradient_terms, scale_and_offset
-from syncbn.ops.moments import Moments, Sums, count_elements, local_sums
+from syncbn.ops.kernels import (
+    choose,
+    gradient_alone,
+    gradient_terms,
+    input_gradient,
+    normalize_alone,
+    scale_and_offset,
+)
+from syncbn.ops.moments import Moments, Sums, checked_sums, count_elements, local_sums
 from syncbn.ops.replicas import Replicas
 
 Correction = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -60,51 +67,87 @@ def batch_normalize(
         ``x``, and this replica's own share in those of ``gamma`` and ``beta``.
     """
     dtype = statistics_dtype(x.dtype)
-    fused = fused_is_faster(x, axes)
+    kernels = choose(tf.TensorSpec(x.shape, dtype), axes)
+    plain = mask is None and correction is None and _is_positive(epsilon, dtype)
+    if replicas.alone and kernels.fused and plain:
+        return _batch_normalize_alone(x, gamma, beta, axes, epsilon, replicas, bessel)
 
     @tf.custom_gradient
     def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Any]:
-        merged, taken_up = replicas.merge(local_sums(x, axes, mask), bessel)
+        wide_x = tf.cast(x, dtype)
+        merged, taken_up = replicas.merge(local_sums(wide_x, axes, mask), bessel)
         mean, variance = tf.cast(merged.mean, dtype), tf.cast(merged.variance, dtype)
         inverse_deviation = _inverse_deviation(variance, epsilon)
         scale, offset = gamma * inverse_deviation, beta
         if correction is not None:
             r, d = map(tf.stop_gradient, correction(mean, variance))
             scale, offset = scale * r, beta + gamma * d
-        y = scale_and_offset(tf.cast(x, dtype), mean, scale, offset, axes, fused)
+        y = scale_and_offset(wide_x, mean, scale, offset, axes, kernels.fused)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             # With x^ the normalized input, n the count over all replicas, and both sums over all
             # replicas:  dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
             # The sums run over masked elements too, which also were normalized with the
             # statistics; the two corrections go to the elements that made the statistics.
-            wide_x = tf.cast(x, dtype)
-            terms = gradient_terms(tf.cast(dy, dtype), wide_x, mean, scale, axes, fused, mask)
+            wide_dy, wide_x = tf.cast(dy, dtype), tf.cast(x, dtype)
+            terms = gradient_terms(wide_dy, wide_x, mean, scale, axes, kernels.fused, mask)
             sums = tf.stack([terms.sum, terms.centered_sum])
             dbeta, dgamma = tf.unstack(tf.cast(sums, dtype))
             dgamma *= inverse_deviation
             if correction is not None:
                 dgamma = r * dgamma + d * dbeta
             total = replicas.all_reduce_sum(sums, "gradient")
-            mean_dy, mean_dy_x = tf.unstack(
-                tf.cast(tf.math.divide_no_nan(total, merged.count), dtype)
+            means = tf.cast(tf.math.divide_no_nan(total, merged.count), dtype)
+            mean_dy, mean_dy_x = tf.unstack(means)
+            slope = scale * tf.square(inverse_deviation) * mean_dy_x
+            dx = input_gradient(
+                wide_dy, wide_x, mean, scale, terms, slope, scale * mean_dy, axes, kernels, mask
             )
-            shift = scale_and_offset(
-                where(mask, wide_x),
-                mean,
-                scale * tf.square(inverse_deviation) * mean_dy_x,
-                scale * mean_dy,
-                axes,
-                fused,
-            )
-            dx = terms.scaled - where(mask, shift)
             return tf.cast(dx, x.dtype), dgamma, dbeta
 
         return (tf.cast(y, x.dtype), *taken_up), gradient
 
-    y, count, *moments = normalize(x, tf.cast(gamma, dtype), tf.cast(beta, dtype))
-    moments = (tf.cast(moment, dtype) for moment in moments)
-    return y, Moments(*map(tf.stop_gradient, (count, *moments)))
+    y, *taken_up = normalize(x, tf.cast(gamma, dtype), tf.cast(beta, dtype))
+    return y, _cut_off(dtype, *taken_up)
+
+
+def _batch_normalize_alone(
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    axes: Sequence[int],
+    epsilon: float,
+    replicas: Replicas,
+    bessel: bool,
+) -> tuple[tf.Tensor, Moments]:
+    """Is `batch_normalize` for one replica, which has nobody to wait for in the middle.
+
+    There are kernels for the whole of each pass.
+    """
+    dtype = statistics_dtype(x.dtype)
+
+    @tf.custom_gradient
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Any]:
+        wide_x = tf.cast(x, dtype)
+        rough_y, rough_mean, rough_variance = normalize_alone(wide_x, gamma, beta, epsilon, axes)
+        sums, reliable = checked_sums(wide_x, rough_mean, rough_variance, axes)
+        merged, taken_up = replicas.merge(sums, bessel)
+        mean, variance = tf.cast(merged.mean, dtype), tf.cast(merged.variance, dtype)
+
+        def again() -> tf.Tensor:
+            scale = gamma * _inverse_deviation(variance, epsilon)
+            return scale_and_offset(wide_x, mean, scale, beta, axes, fused=False)
+
+        def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            wide_dy, wide_x = tf.cast(dy, dtype), tf.cast(x, dtype)
+            dx, *rest = gradient_alone(wide_dy, wide_x, gamma, mean, variance, epsilon, axes)
+            return tf.cast(dx, x.dtype), *rest
+
+        y = tf.cond(reliable, lambda: rough_y, again)
+        return (tf.cast(y, x.dtype), *taken_up), gradient
+
+    y, *taken_up = normalize(x, tf.cast(gamma, dtype), tf.cast(beta, dtype))
+    return y, _cut_off(dtype, *taken_up)
 
 
 def center(
@@ -139,8 +182,16 @@ def center(
 
         return (tf.cast(y, x.dtype), taken_up.count, taken_up.mean), gradient
 
-    y, count, mean = subtract_mean(x)
-    return y, Moments(tf.stop_gradient(count), tf.stop_gradient(tf.cast(mean, dtype)), None)
+    y, *taken_up = subtract_mean(x)
+    return y, _cut_off(dtype, *taken_up)
+
+
+def _cut_off(
+    dtype: tf.DType, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor | None = None
+) -> Moments:
+    """Returns the moments in ``dtype``, without a gradient."""
+    parts = count, tf.cast(mean, dtype), None if variance is None else tf.cast(variance, dtype)
+    return Moments(*(None if part is None else tf.stop_gradient(part) for part in parts))
 
 
 def _first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Sums:
@@ -149,7 +200,11 @@ def _first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Su
 
 
 def _inverse_deviation(variance: tf.Tensor, epsilon: float) -> tf.Tensor:
-    if epsilon > np.finfo(variance.dtype.as_numpy_dtype).tiny:
+    if _is_positive(epsilon, variance.dtype):
         return tf.math.rsqrt(variance + epsilon)
     # Zero where there is nothing to divide by: no NaN comes of it.
     return tf.math.divide_no_nan(tf.ones([], variance.dtype), tf.sqrt(variance + epsilon))
+
+
+def _is_positive(epsilon: float, dtype: tf.DType) -> bool:
+    return epsilon >= np.finfo(dtype.as_numpy_dtype).tiny

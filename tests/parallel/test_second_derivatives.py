@@ -41,18 +41,25 @@ def center(x):
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("options", [{}, {"group_size": 1}], ids=["all", "groups"])
 @pytest.mark.parametrize(
-    ("layer", "plain"), [("SyncBatchNormalization", normalize), ("SyncCentering", center)]
+    ("layer", "plain", "sample"),
+    [
+        ("SyncBatchNormalization", normalize, (3, 4)),
+        ("SyncBatchNormalization", normalize, (2304, 64)),  # for the fused and compiled kernels
+        ("SyncCentering", center, (3, 4)),
+    ],
 )
-def test_the_penalty_of_replicas_is_that_of_the_whole_batch(replicas, layer, plain, options, graph):
+def test_the_penalty_of_replicas_is_that_of_the_whole_batch(
+    replicas, layer, plain, sample, options, graph
+):
     # One replica has nothing, and takes part nevertheless.
     sizes = [0, 5, *(1 + rank for rank in range(replicas.size))][: replicas.size]
-    x, weights = np.random.default_rng(6).normal(size=(2, sum(sizes), 3, 4))
+    x, weights = np.random.default_rng(6).normal(size=(2, sum(sizes), *sample))
     parts = np.split(np.arange(len(x)), np.cumsum(sizes)[:-1])
     truth = by_part(plain, x, weights, parts if options else [np.arange(len(x))])
     arguments = [
         (tf.constant(x[part], tf.float32), tf.constant(weights[part], tf.float32)) for part in parts
     ]
-    layers = replicas.build(lambda rank: getattr(syncbn, layer)(**options), (None, 3, 4))
+    layers = replicas.build(lambda rank: getattr(syncbn, layer)(**options), (None, *sample))
 
     def step(layer, x, weights):
         return penalty_gradient(lambda x: layer(x, training=True), x, weights)

@@ -85,26 +85,55 @@ def test_a_nan_stays_visible_in_a_variance(channels):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 700])
-def test_fused_and_plain_kernels_give_the_same_answer(rows):
+@pytest.mark.parametrize("chosen", [(False, False), (True, False), (True, True)], ids=str)
+def test_all_kernels_give_the_same_answer(chosen, rows):
     rng = np.random.default_rng(0)
     x, dy = (tf.constant(rng.normal(3, 2, size=(rows, 2, 8)), tf.float32) for _ in range(2))
     mean, scale, offset = (tf.constant(v, tf.float32) for v in rng.normal(size=(3, 8)))
-    axes = (2,)
-    for fused in (False, True):
-        y = kernels.scale_and_offset(x, mean, scale, offset, axes, fused)
-        truth = (x.numpy() - mean.numpy()) * scale.numpy() + offset.numpy()
-        np.testing.assert_allclose(y, truth, rtol=1e-5, atol=1e-5)
+    axes, chosen = (2,), kernels.Kernels(*chosen)
+    y = kernels.scale_and_offset(x, mean, scale, offset, axes, chosen.fused)
+    truth = (x.numpy() - mean.numpy()) * scale.numpy() + offset.numpy()
+    np.testing.assert_allclose(y, truth, rtol=1e-5, atol=1e-5)
 
-        terms = kernels.gradient_terms(dy, x, mean, scale, axes, fused)
-        np.testing.assert_allclose(terms.scaled, dy * scale, rtol=1e-6)
-        wide, centered = dy.numpy().astype("float64"), x.numpy().astype("float64") - mean.numpy()
-        np.testing.assert_allclose(terms.sum, wide.sum((0, 1)), rtol=1e-5)
-        np.testing.assert_allclose(terms.centered_sum, (wide * centered).sum((0, 1)), rtol=1e-4)
+    terms = kernels.gradient_terms(dy, x, mean, scale, axes, chosen.fused)
+    np.testing.assert_allclose(terms.scaled, dy * scale, rtol=1e-6)
+    wide, centered = dy.numpy().astype("float64"), x.numpy().astype("float64") - mean.numpy()
+    np.testing.assert_allclose(terms.sum, wide.sum((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(terms.centered_sum, (wide * centered).sum((0, 1)), rtol=1e-4)
+
+    def gradient():
+        vectors = mean, scale, terms, offset, 2.0 * offset
+        return kernels.input_gradient(dy, x, *vectors, axes, chosen)
+
+    truth = wide * scale.numpy() - (centered * offset.numpy() + 2 * offset.numpy())
+    np.testing.assert_allclose(tf.function(gradient)(), truth, rtol=1e-5, atol=1e-5)
 
 
-def test_fused_kernels_are_chosen_for_large_channels_last_inputs_only():
+@pytest.mark.parametrize("rows", [1, 700])
+def test_the_kernels_of_one_replica_alone_give_what_differentiation_does(rows):
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(3, 2, size=(2, rows, 2, 8))
+    scale, offset = rng.normal(size=(2, 8))
+    with tf.GradientTape() as tape:
+        sources = [tf.constant(value) for value in (x, scale, offset)]
+        tape.watch(sources)
+        wide_x, wide_scale, wide_offset = sources
+        mean, variance = tf.nn.moments(wide_x, [0, 1])
+        y = (wide_x - mean) / tf.sqrt(variance + 1e-3) * wide_scale + wide_offset
+    gradients = tape.gradient(y, sources, dy)
+
+    x, dy, scale, offset = (tf.constant(value, tf.float32) for value in (x, dy, scale, offset))
+    ours = kernels.normalize_alone(x, scale, offset, 1e-3, (2,))
+    for one, truth in zip(ours, (y, mean, variance), strict=True):
+        np.testing.assert_allclose(one, truth, rtol=1e-4, atol=1e-5)
+    ours = kernels.gradient_alone(dy, x, scale, *ours[1:], 1e-3, (2,))
+    for one, truth in zip(ours, gradients, strict=True):
+        np.testing.assert_allclose(one, truth, atol=5e-5 * np.abs(truth).max())
+
+
+def test_fused_kernels_are_chosen_for_large_channels_last_inputs_only(monkeypatch):
     def chosen(shape, axes, dtype=tf.float32):
-        return kernels.fused_is_faster(tf.TensorSpec(shape, dtype), axes)
+        return kernels.choose(tf.TensorSpec(shape, dtype), axes).fused
 
     assert chosen([8, 56, 56, 64], (3,))
     assert chosen([None, 56, 56, 64], (3,))
@@ -113,6 +142,21 @@ def test_fused_kernels_are_chosen_for_large_channels_last_inputs_only():
     assert not chosen([8, 56, 56, 64], (3,), tf.float64)
     # So many rows that float32 sums lose digits.
     assert not chosen([2, 64, 64, 64, 32], (4,))
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [kind])
+    assert not chosen([8, 56, 56, 64], (3,))
+
+
+def test_xla_compiles_in_functions_for_known_shapes_only():
+    def compiled():
+        shapes = (8, 56, 56, 64), (None, 56, 56, 64), (2, 7, 7, 512)
+        return [kernels.choose(tf.TensorSpec(shape), (3,)).compiled for shape in shapes]
+
+    assert compiled() == [False, False, False]
+    with tf.Graph().as_default():  # of a session
+        assert compiled() == [False, False, False]
+    traced = []
+    tf.function(lambda: traced.extend(compiled()))()
+    assert traced == [True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """The contract on drawn cases, with threads for replicas and a communicator of a user's making."""
 
+import dataclasses
+
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
 import syncbn
-from tests.cases import cases, drawn_cases
+from tests.cases import RENORM, cases, drawn_cases
 from tests.contract import Case, check
 from tests.keras import KERAS_3
 from tests.replicas import Threads
@@ -24,6 +26,23 @@ def test_any_case_that_can_be_drawn_holds(data):
 @pytest.mark.parametrize("case", cases(4), ids=str)
 def test_a_communicator_can_be_any_object(case):
     check(Threads(4), case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((3,), steps=2),
+        Case((0,)),
+        Case((3,), mean=1e4),  # where the kernel's own moments are too rough
+        Case((3,), dtype="bfloat16"),
+        Case((3,), options=(("center", False), ("unbiased_moving_variance", True))),
+        Case((3,), options=RENORM),
+        Case((3,), masked=True, poison=float("nan")),
+    ],
+    ids=str,
+)
+def test_one_replica_alone_with_a_large_input(case):
+    check(Threads(1), dataclasses.replace(case, sample=(48, 48, 64)))
 
 
 @pytest.mark.parametrize("masked", [False, True])
