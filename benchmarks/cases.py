@@ -71,7 +71,7 @@ def peers(engine: str) -> tuple[dict[str, Contestant], tuple[tuple[str, str], ..
         "tf_keras": Contestant("keras", engine, 2),
     }
     ratios = [("syncbn", "Keras 3"), ("syncbn on tf_keras", "tf_keras")]
-    if engine in ("mirrored", "multiworker"):
+    if engine in ("mirrored", "mirrored-gpu", "multiworker"):
         contestants["Keras 3 synchronized"] = Contestant("keras synchronized", engine)
         contestants["tf_keras synchronized"] = Contestant("keras synchronized", engine, 2)
         ratios += [

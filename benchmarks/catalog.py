@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.cases import LARGE, RESNET_50, Case, Point, peers
+from benchmarks.cases import LARGE, RESNET_50, Case, Contestant, Point, peers
 from benchmarks.targets import cases_with_targets
 
 SHAPES = (
@@ -78,6 +78,31 @@ def _with_traces() -> dict[str, Case]:
     return cases
 
 
+def _with_gpu() -> dict[str, Case]:
+    """Returns the cases of a GPU. Two replicas share it: it says what layers cost, not scaling."""
+    engine = "mirrored-gpu"
+    contestants, ratios = peers(engine)
+    dtypes = ("float32", "mixed_float16", "mixed_bfloat16")
+    return {
+        f"layer-{engine}-2": Case(
+            "one layer, forward and backward, 2 replicas on one GPU",
+            "stack",
+            2,
+            contestants,
+            tuple(Point(shape, dtype=dtype) for dtype in dtypes for shape in SHAPES),
+            ratios,
+        ),
+        f"layer-{engine}-1": Case(
+            "one replica on a GPU against TensorFlow's fused batch norm in training form",
+            "stack",
+            1,
+            {name: Contestant(name, engine) for name in ("syncbn", "fused op")},
+            tuple(Point(LARGE, layers, dtype) for dtype in dtypes for layers in (1, 4)),
+            (("syncbn", "fused op"),),
+        ),
+    }
+
+
 def _tiny() -> Case:
     contestants, ratios = peers("mirrored")
     keras_3 = {name: one for name, one in contestants.items() if one.keras == 3}
@@ -89,6 +114,7 @@ def _tiny() -> Case:
 CASES: dict[str, Case] = {
     **cases_with_targets(),
     **_with_engines(),
+    **_with_gpu(),
     **_with_traces(),
     "tiny": _tiny(),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -34,11 +35,17 @@ class Engine(NamedTuple):
     after: tuple[str, ...] = ()
     environment: dict[str, str] = {}  # noqa: RUF012  (never changed)
     packages: tuple[str, ...] = ()
+    gpu: bool = False
+    """Its replicas share the first GPU that TensorFlow sees."""
 
 
 ENGINES = {
     "alone": Engine(),
     "mirrored": Engine(),
+    # The only one that does not hide all GPUs.
+    "mirrored-gpu": Engine(
+        environment={"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}, gpu=True
+    ),
     "multiworker": Engine(MULTIWORKER, ("--",)),
     "horovod-gloo": Engine(HOROVOD, ("--gloo", "--"), packages=("horovod",)),
     # Horovod's own choice, where launch/horovod.sh makes another.
@@ -55,6 +62,10 @@ _ADVICE = {
     "mpi4py": "pip install 'syncbn[mpi]'",
     "tf_keras": "pip install tf_keras",
 }
+_NO_GPU = (
+    "TensorFlow sees no GPU: this needs one of NVIDIA's, its driver, and "
+    "pip install 'tensorflow[and-cuda]'"
+)
 
 
 class Job(NamedTuple):
@@ -73,9 +84,13 @@ class Job(NamedTuple):
 
     def missing(self) -> str:
         """Returns what has to be installed for it, or nothing."""
-        packages = [*ENGINES[self.engine].packages, *(["tf_keras"] if self.keras == 2 else [])]
+        engine = ENGINES[self.engine]
+        packages = [*engine.packages, *(["tf_keras"] if self.keras == 2 else [])]
         absent = [name for name in packages if importlib.util.find_spec(name) is None]
-        return "; ".join(f"{name} is not installed: {_ADVICE[name]}" for name in absent)
+        reasons = [f"{name} is not installed: {_ADVICE[name]}" for name in absent]
+        if engine.gpu and _without_gpu():
+            reasons.append(_NO_GPU)
+        return "; ".join(reasons)
 
 
 class JobError(Exception):
@@ -161,6 +176,21 @@ def environment(job: Job) -> dict[str, str]:
         **ENGINES[job.engine].environment,
         **_OF_WORKLOAD.get(job.workload, {}),
     }
+
+
+@functools.cache
+def _without_gpu() -> bool:
+    """Asks TensorFlow, which alone knows, in a process of its own."""
+    code = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
+    output = subprocess.run(  # noqa: S603  (no shell, and nobody else's words)
+        [sys.executable, "-c", code],
+        env=environment(Job("mirrored-gpu", 1, 3, "", {})),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    # Where TensorFlow gives no answer, the job will say why.
+    return output.stdout.strip() == "0"
 
 
 def mpi_version() -> str:

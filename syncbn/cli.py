@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from syncbn import bench
 from syncbn.doctor import examine
 from syncbn.models import equivalence
 
 _COMMANDS = {
+    "bench": (bench, "time the layers and their peers (in a checkout of the repository)"),
     "check": (equivalence, "run a model on several replicas and on one, and compare"),
     "doctor": (examine, "say what this machine has, and try every engine that it finds"),
 }
@@ -28,9 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("syncbn", description="Synchronized batch normalization.")
     parser.add_argument("--version", action="version", version=f"syncbn {version('syncbn')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    words = sys.argv[1:] if arguments is None else arguments
+    asked = next((word for word in words if not word.startswith("-")), None)
     for name, (module, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    given = parser.parse_args(arguments)
+        if name == asked:  # `bench` imports what the others do without
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    given = parser.parse_args(words)
     return given.run(given)

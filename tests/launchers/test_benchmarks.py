@@ -44,6 +44,56 @@ def test_a_case_gives_json_a_table_and_a_picture(tmp_path):
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_the_program_finds_them_whatever_the_path_leads_to(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").write_text("raise AssertionError('another one')")
+    program = [("syncbn", ["syncbn", "bench", "--list", "--case", "tiny"], {})]
+    finished = processes.run(program, limit=60, env={"PYTHONPATH": str(tmp_path)})
+    assert finished.code == 0, finished.output
+    assert "\ntiny " in finished.output
+
+
+def test_without_a_gpu_its_cases_are_left_out_and_say_what_they_need(tmp_path):
+    finished = bench("--engine", "mirrored-gpu", "--out", str(tmp_path), limit=90)
+    assert finished.code == 0, finished.output
+    left_out = "- Left out: syncbn, fused op (TensorFlow sees no GPU: this needs one of NVIDIA's"
+    assert left_out in (tmp_path / "benchmarks.md").read_text()
+    assert left_out in finished.output
+
+
+@pytest.mark.parametrize("name", ["layer-mirrored-gpu-1", "layer-mirrored-gpu-2"])
+def test_the_cases_of_a_gpu_run_on_a_cpu_in_its_place(name):
+    code = f"""
+import tensorflow as tf
+from benchmarks import replicas
+from benchmarks.cases import LARGE
+from benchmarks.catalog import CASES
+from benchmarks.workloads import WORKLOADS
+
+replicas.SHARED["mirrored-gpu"] = "CPU"
+case = CASES[{name!r}]
+job = replicas.Replicas("mirrored-gpu", case.workers)
+layers = {{name: one.layer for name, one in case.contestants.items() if one.keras == 3}}
+for point in {{point.dtype: point._replace(shape=LARGE) for point in case.points}}.values():
+    samples = WORKLOADS[case.workload].measure(job, layers, point, 1)
+    assert samples.keys() == layers.keys() and all(one[0] > 0 for one in samples.values()), samples
+
+# Each replica has its input with it, and waits for its own part of the device.
+(x,) = job.normal([(2, 3)], tf.float32, 1)
+graph = tf.function(lambda x: job.run(tf.square, x)).get_concrete_function(x).graph
+waits = [one for one in graph.get_operations() if one.type == "SyncDevice"]
+for devices in (
+    [one.device for one in job.strategy.experimental_local_results(x)],
+    [one.device for one in waits],
+):
+    indices = [tf.DeviceSpec.from_string(device).device_index for device in devices]
+    assert indices == list(range(case.workers)), devices
+assert all(one.control_inputs for one in waits)
+"""
+    finished = processes.python(code, limit=150, TF_USE_LEGACY_KERAS="0")
+    assert finished.code == 0, finished.output
+
+
 def test_an_unknown_case_is_an_error_that_names_it():
     finished = bench("--case", "tiny", "huge")
     assert finished.code == 2

@@ -9,7 +9,7 @@ import types
 import pytest
 
 import syncbn
-from syncbn import cli
+from syncbn import bench, cli
 from syncbn.doctor import engines, examine, processes
 from syncbn.doctor.examine import Result
 from syncbn.doctor.processes import Command
@@ -50,7 +50,7 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"syncbn {syncbn.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["doctor", "check"])
+@pytest.mark.parametrize("command", ["bench", "check", "doctor"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
@@ -74,6 +74,60 @@ def test_wrong_arguments_exit_with_2(arguments, message, capsys):
         cli.main(arguments)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_benchmarks(tmp_path, monkeypatch):
+    """As if the package were installed, beside another one's `benchmarks`."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "command.py").write_text("raise AssertionError('another one')")
+    monkeypatch.setattr(bench, "PACKAGE", tmp_path / "syncbn")
+
+
+def test_bench_has_the_options_of_the_benchmarks(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", "--help"])
+    assert end.value.code == 0
+    assert "--repeats N" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--help"], ["--list", "--case", "tiny"]], ids=str)
+def test_bench_without_the_benchmarks_says_where_they_are(options, no_benchmarks, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", *options])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "the benchmarks are part of the repository, not of the package" in error
+    assert "Clone the repository and run `python -m syncbn bench` from its root." in error
+
+
+def test_bench_is_listed_without_the_benchmarks(no_benchmarks, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    assert "bench     time the layers" in capsys.readouterr().out
+
+
+def test_bench_takes_the_benchmarks_of_its_checkout(tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").write_text("raise AssertionError('another one')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = list(sys.path)
+    assert cli.main(["bench", "--list"]) == 0
+    assert "target-mirrored " in capsys.readouterr().out
+    assert sys.path == path
+
+
+def test_only_bench_imports_the_benchmarks(monkeypatch):
+    for name in "benchmarks", "benchmarks.command":
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    with pytest.raises(SystemExit) as end:
+        cli.main(["doctor", "--help"])
+    assert end.value.code == 0
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["bench", "--help"])
 
 
 @pytest.mark.parametrize(
