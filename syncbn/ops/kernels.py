@@ -69,13 +69,13 @@ def scale_and_offset(
 ) -> tf.Tensor:
     """Returns ``(x - mean) * scale + offset``, shape and dtype of ``x``.
 
-    ``mean``, ``scale`` and ``offset`` are channel vectors of the dtype of ``x``. The mean is
+    ``mean``, ``scale`` and ``offset`` are channel vectors of the dtype of statistics. The mean is
     subtracted first: multiplying first would lose the digits of a large mean.
     """
 
     def plain(x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
         mean, scale, offset = (broadcast(vector, x, axes) for vector in vectors)
-        return (x - mean) * scale + offset
+        return tf.cast((tf.cast(x, mean.dtype) - mean) * scale + offset, x.dtype)
 
     def kernel(x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
         mean, scale, offset = vectors
@@ -88,43 +88,45 @@ def scale_and_offset(
             epsilon=_EPSILON,
             is_training=False,
         ).y
-        return tf.reshape(y, tf.shape(x))
+        return tf.cast(tf.reshape(y, tf.shape(x)), x.dtype)
 
     inputs = (x, mean, scale, offset)
     return _with_gradient_of(plain, kernel, inputs) if fused else plain(*inputs)
 
 
-class GradientTerms(NamedTuple):
-    """What the gradient kernel makes of ``dy`` and ``x``."""
+class GradientSums(NamedTuple):
+    """What replicas add up for the gradient of the input, float64 ``(channels,)`` each."""
 
-    scaled: tf.Tensor
-    """``dy * scale``, shape and dtype of ``dy``."""
-    sum: tf.Tensor
-    """The sum of ``dy``, float64 ``(channels,)``."""
-    centered_sum: tf.Tensor
-    """The sum of ``dy * (x - mean)``, float64 ``(channels,)``."""
+    first: tf.Tensor
+    """The sum of ``dy``."""
+    centered: tf.Tensor
+    """The sum of ``dy * (x - mean)``."""
 
 
-def gradient_terms(
+def gradient_sums(
     dy: tf.Tensor,
     x: tf.Tensor,
     mean: tf.Tensor,
     scale: tf.Tensor,
     axes: Sequence[int],
-    fused: bool,
+    kernels: Kernels,
     mask: tf.Tensor | None = None,
-) -> GradientTerms:
-    """Returns ``dy * scale`` and this replica's sums of ``dy`` and ``dy * (x - mean)``.
+) -> tuple[GradientSums, tf.Tensor]:
+    """Returns this replica's sums, and ``dy * scale``, which the kernel makes along with them.
 
-    ``mask`` only says that ``x`` may hold NaN or Inf where ``dy`` is zero.
+    The latter has the dtype of ``dy`` if `kernels.compiled` and is of no use then, else that of
+    ``scale``. ``mask`` only says that ``x`` may hold NaN or Inf where ``dy`` is zero.
     """
+    if not kernels.compiled:  # with which nothing but the sums is taken from here
+        dy, x = tf.cast(dy, scale.dtype), tf.cast(x, scale.dtype)
 
     def plain(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tuple[tf.Tensor, ...]:
         mean, scale = (broadcast(vector, x, axes) for vector in vectors)
-        centered = x - mean
+        wide_dy, centered = tf.cast(dy, scale.dtype), tf.cast(x, mean.dtype) - mean
         # Zero times NaN is NaN: what a mask hides must not come back through a zero gradient.
-        product = dy * centered if mask is None else tf.math.multiply_no_nan(centered, dy)
-        return dy * scale, sum_to_channels(dy, axes), sum_to_channels(product, axes)
+        multiply = tf.multiply if mask is None else tf.math.multiply_no_nan
+        sums = (sum_to_channels(part, axes) for part in (wide_dy, multiply(centered, wide_dy)))
+        return *sums, tf.cast(wide_dy * scale, dy.dtype)
 
     def kernel(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tuple[tf.Tensor, ...]:
         mean, scale = vectors
@@ -138,14 +140,16 @@ def gradient_terms(
             epsilon=_EPSILON,
             is_training=False,
         )
-        scaled = tf.reshape(terms.x_backprop, tf.shape(dy))
         sums = terms.offset_backprop, terms.scale_backprop
-        return scaled, *(tf.cast(part, tf.float64) for part in sums)
+        scaled = tf.cast(tf.reshape(terms.x_backprop, tf.shape(dy)), dy.dtype)
+        return *(tf.cast(part, tf.float64) for part in sums), scaled
 
     inputs = (dy, x, mean, scale)
-    if fused and mask is None:
-        return GradientTerms(*_with_gradient_of(plain, kernel, inputs))
-    return GradientTerms(*plain(*inputs))
+    if kernels.fused and mask is None:
+        *sums, scaled = _with_gradient_of(plain, kernel, inputs)
+    else:
+        *sums, scaled = plain(*inputs)
+    return GradientSums(*sums), scaled
 
 
 def input_gradient(
@@ -153,7 +157,7 @@ def input_gradient(
     x: tf.Tensor,
     mean: tf.Tensor,
     scale: tf.Tensor,
-    terms: GradientTerms,
+    scaled: tf.Tensor,
     slope: tf.Tensor,
     offset: tf.Tensor,
     axes: Sequence[int],
@@ -162,7 +166,8 @@ def input_gradient(
 ) -> tf.Tensor:
     """Returns ``dy * scale - ((x - mean) * slope + offset)``, shape and dtype of ``x``.
 
-    ``terms`` are the `gradient_terms` of the same. Where ``mask`` is false, it is ``dy * scale``.
+    ``scaled`` is what `gradient_sums` has returned of the same. Where ``mask`` is false, the result
+    is ``dy * scale``.
     """
     if kernels.compiled and mask is None:
 
@@ -171,11 +176,12 @@ def input_gradient(
 
         def kernel(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
             rows = (tf.reshape(part, [-1, channel_count(x, axes)]) for part in (dy, x))
-            return tf.reshape(_compiled_line(*rows, *vectors), x.shape)
+            return tf.reshape(_COMPILED_LINE[x.dtype](*rows, *vectors), x.shape)
 
         return _with_gradient_of(plain, kernel, (dy, x, mean, scale, slope, offset))
-    shift = scale_and_offset(where(mask, x), mean, slope, offset, axes, kernels.fused)
-    return terms.scaled - where(mask, shift)
+    wide_x = tf.cast(where(mask, x), mean.dtype)
+    shift = scale_and_offset(wide_x, mean, slope, offset, axes, kernels.fused)
+    return tf.cast(scaled - where(mask, shift), x.dtype)
 
 
 def _line(
@@ -186,14 +192,20 @@ def _line(
     slope: tf.Tensor,
     offset: tf.Tensor,
 ) -> tf.Tensor:
-    return dy * scale - ((x - mean) * slope + offset)
+    wide_dy, wide_x = tf.cast(dy, scale.dtype), tf.cast(x, mean.dtype)
+    return tf.cast(wide_dy * scale - ((wide_x - mean) * slope + offset), x.dtype)
 
 
-_ROWS, _VECTOR = tf.TensorSpec([None, None]), tf.TensorSpec([None])
-# Traced once; XLA compiles it for each shape when it comes.
-_compiled_line = tf.function(
-    _line, jit_compile=True, autograph=False, input_signature=[_ROWS] * 2 + [_VECTOR] * 4
-)
+# Traced once each; XLA compiles them for each shape when it comes.
+_COMPILED_LINE = {
+    dtype: tf.function(
+        _line,
+        jit_compile=True,
+        autograph=False,
+        input_signature=[tf.TensorSpec([None, None], dtype)] * 2 + [tf.TensorSpec([None])] * 4,
+    )
+    for dtype in (tf.float32, tf.bfloat16, tf.float16)
+}
 
 
 def rough_moments(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, tf.Tensor]:
@@ -217,8 +229,10 @@ def normalize_alone(
     def plain(
         x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        mean, variance = tf.nn.moments(_rows(x, axes), [0, 1, 2])
-        return (x - mean) * (scale * tf.math.rsqrt(variance + epsilon)) + offset, mean, variance
+        wide_x = tf.cast(x, scale.dtype)
+        mean, variance = tf.nn.moments(wide_x, _reduced(x))
+        y = (wide_x - mean) * (scale * tf.math.rsqrt(variance + epsilon)) + offset
+        return tf.cast(y, x.dtype), mean, variance
 
     def kernel(
         x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor
@@ -235,7 +249,8 @@ def normalize_alone(
         rows = tf.cast(tf.size(x, tf.int64) // channel_count(x, axes), tf.float32)
         # The kernel returns the unbiased variance.
         variance = outputs.batch_variance * (tf.maximum(rows - 1, 1) / rows)
-        return tf.reshape(outputs.y, tf.shape(x)), outputs.batch_mean, variance
+        y = tf.cast(tf.reshape(outputs.y, tf.shape(x)), x.dtype)
+        return y, outputs.batch_mean, variance
 
     return _with_gradient_of(plain, kernel, (x, scale, offset))
 
@@ -257,13 +272,12 @@ def gradient_alone(
     def plain(
         dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        inverse_deviation = tf.math.rsqrt(variance + epsilon)
-        rows = list(range(x.shape.rank - 1))
-        normalized = (x - mean) * inverse_deviation
-        product = dy * normalized
-        share = tf.reduce_mean(dy, rows) + normalized * tf.reduce_mean(product, rows)
-        dx = scale * inverse_deviation * (dy - share)
-        return dx, tf.reduce_sum(product, rows), tf.reduce_sum(dy, rows)
+        wide_dy, inverse_deviation = tf.cast(dy, scale.dtype), tf.math.rsqrt(variance + epsilon)
+        normalized = (tf.cast(x, scale.dtype) - mean) * inverse_deviation
+        product, rows = wide_dy * normalized, _reduced(x)
+        share = tf.reduce_mean(wide_dy, rows) + normalized * tf.reduce_mean(product, rows)
+        dx = tf.cast(scale * inverse_deviation * (wide_dy - share), x.dtype)
+        return dx, tf.reduce_sum(product, rows), tf.reduce_sum(wide_dy, rows)
 
     def kernel(
         dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor
@@ -279,7 +293,7 @@ def gradient_alone(
             epsilon=epsilon,
             is_training=True,
         )
-        dx = tf.reshape(outputs.x_backprop, tf.shape(x))
+        dx = tf.cast(tf.reshape(outputs.x_backprop, tf.shape(x)), x.dtype)
         return dx, outputs.scale_backprop, outputs.offset_backprop
 
     return _with_gradient_of(plain, kernel, (dy, x, scale, mean, variance))
@@ -306,5 +320,12 @@ def _with_gradient_of(plain: Callable, kernel: Callable, inputs: tuple[tf.Tensor
 
 
 def _rows(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
-    # The kernels want four dimensions; a reshape copies nothing.
+    # The kernels are slower in float16 than a cast and float32, in bfloat16 faster.
+    if x.dtype == tf.float16:
+        x = tf.cast(x, tf.float32)
+    # They want four dimensions; a reshape copies nothing.
     return tf.reshape(x, [-1, 1, 1, channel_count(x, axes)])
+
+
+def _reduced(x: tf.Tensor) -> list[int]:
+    return list(range(x.shape.rank - 1))

@@ -92,7 +92,6 @@ def local_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None)
         axes: The normalized axes, sorted and non-negative.
         mask: From `expand_mask`; elements where it is false do not exist for the statistics.
     """
-    x = tf.cast(x, statistics_dtype(x.dtype))
     if mask is None and choose(x, axes).fused:
         return checked_sums(x, *rough_moments(x, axes), axes)[0]
     count = count_elements(x, axes, mask)
@@ -127,6 +126,7 @@ def two_pass_sums(
     Variance" (1983), equation 1.7: the second pass runs about a pivot, the mean rounded to the
     dtype of the elements, and what the rounding took is put right.
     """
+    x = tf.cast(x, statistics_dtype(x.dtype))
     first = sum_to_channels(where(mask, x), axes)
     pivot = tf.cast(tf.math.divide_no_nan(first, count), x.dtype)
     about_pivot = sum_to_channels(tf.square(where(mask, x - broadcast(pivot, x, axes))), axes)

@@ -18,7 +18,7 @@ from syncbn.ops.channels import broadcast, statistics_dtype, sum_to_channels, wh
 from syncbn.ops.kernels import (
     choose,
     gradient_alone,
-    gradient_terms,
+    gradient_sums,
     input_gradient,
     normalize_alone,
     scale_and_offset,
@@ -67,31 +67,29 @@ def batch_normalize(
         ``x``, and this replica's own share in those of ``gamma`` and ``beta``.
     """
     dtype = statistics_dtype(x.dtype)
-    kernels = choose(tf.TensorSpec(x.shape, dtype), axes)
+    kernels = choose(x, axes)
     plain = mask is None and correction is None and _is_positive(epsilon, dtype)
     if replicas.alone and kernels.fused and plain:
         return _batch_normalize_alone(x, gamma, beta, axes, epsilon, replicas, bessel)
 
     @tf.custom_gradient
     def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Any]:
-        wide_x = tf.cast(x, dtype)
-        merged, taken_up = replicas.merge(local_sums(wide_x, axes, mask), bessel)
+        merged, taken_up = replicas.merge(local_sums(x, axes, mask), bessel)
         mean, variance = tf.cast(merged.mean, dtype), tf.cast(merged.variance, dtype)
         inverse_deviation = _inverse_deviation(variance, epsilon)
         scale, offset = gamma * inverse_deviation, beta
         if correction is not None:
             r, d = map(tf.stop_gradient, correction(mean, variance))
             scale, offset = scale * r, beta + gamma * d
-        y = scale_and_offset(wide_x, mean, scale, offset, axes, kernels.fused)
+        y = scale_and_offset(x, mean, scale, offset, axes, kernels.fused)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             # With x^ the normalized input, n the count over all replicas, and both sums over all
             # replicas:  dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
             # The sums run over masked elements too, which also were normalized with the
             # statistics; the two corrections go to the elements that made the statistics.
-            wide_dy, wide_x = tf.cast(dy, dtype), tf.cast(x, dtype)
-            terms = gradient_terms(wide_dy, wide_x, mean, scale, axes, kernels.fused, mask)
-            sums = tf.stack([terms.sum, terms.centered_sum])
+            own_sums, scaled = gradient_sums(dy, x, mean, scale, axes, kernels, mask)
+            sums = tf.stack(own_sums)
             dbeta, dgamma = tf.unstack(tf.cast(sums, dtype))
             dgamma *= inverse_deviation
             if correction is not None:
@@ -101,11 +99,11 @@ def batch_normalize(
             mean_dy, mean_dy_x = tf.unstack(means)
             slope = scale * tf.square(inverse_deviation) * mean_dy_x
             dx = input_gradient(
-                wide_dy, wide_x, mean, scale, terms, slope, scale * mean_dy, axes, kernels, mask
+                dy, x, mean, scale, scaled, slope, scale * mean_dy, axes, kernels, mask
             )
-            return tf.cast(dx, x.dtype), dgamma, dbeta
+            return dx, dgamma, dbeta
 
-        return (tf.cast(y, x.dtype), *taken_up), gradient
+        return (y, *taken_up), gradient
 
     y, *taken_up = normalize(x, tf.cast(gamma, dtype), tf.cast(beta, dtype))
     return y, _cut_off(dtype, *taken_up)
@@ -128,23 +126,19 @@ def _batch_normalize_alone(
 
     @tf.custom_gradient
     def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Any]:
-        wide_x = tf.cast(x, dtype)
-        rough_y, rough_mean, rough_variance = normalize_alone(wide_x, gamma, beta, epsilon, axes)
-        sums, reliable = checked_sums(wide_x, rough_mean, rough_variance, axes)
+        rough_y, rough_mean, rough_variance = normalize_alone(x, gamma, beta, epsilon, axes)
+        sums, reliable = checked_sums(x, rough_mean, rough_variance, axes)
         merged, taken_up = replicas.merge(sums, bessel)
         mean, variance = tf.cast(merged.mean, dtype), tf.cast(merged.variance, dtype)
 
         def again() -> tf.Tensor:
             scale = gamma * _inverse_deviation(variance, epsilon)
-            return scale_and_offset(wide_x, mean, scale, beta, axes, fused=False)
+            return scale_and_offset(x, mean, scale, beta, axes, fused=False)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            wide_dy, wide_x = tf.cast(dy, dtype), tf.cast(x, dtype)
-            dx, *rest = gradient_alone(wide_dy, wide_x, gamma, mean, variance, epsilon, axes)
-            return tf.cast(dx, x.dtype), *rest
+            return gradient_alone(dy, x, gamma, mean, variance, epsilon, axes)
 
-        y = tf.cond(reliable, lambda: rough_y, again)
-        return (tf.cast(y, x.dtype), *taken_up), gradient
+        return (tf.cond(reliable, lambda: rough_y, again), *taken_up), gradient
 
     y, *taken_up = normalize(x, tf.cast(gamma, dtype), tf.cast(beta, dtype))
     return y, _cut_off(dtype, *taken_up)

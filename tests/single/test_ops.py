@@ -85,28 +85,34 @@ def test_a_nan_stays_visible_in_a_variance(channels):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 700])
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16, tf.float16], ids=lambda d: d.name)
 @pytest.mark.parametrize("chosen", [(False, False), (True, False), (True, True)], ids=str)
-def test_all_kernels_give_the_same_answer(chosen, rows):
+def test_all_kernels_give_the_same_answer(chosen, dtype, rows):
     rng = np.random.default_rng(0)
-    x, dy = (tf.constant(rng.normal(3, 2, size=(rows, 2, 8)), tf.float32) for _ in range(2))
+    x, dy = (tf.cast(rng.normal(3, 2, size=(rows, 2, 8)), dtype) for _ in range(2))
     mean, scale, offset = (tf.constant(v, tf.float32) for v in rng.normal(size=(3, 8)))
     axes, chosen = (2,), kernels.Kernels(*chosen)
+    rtol = {"float32": 1e-5, "bfloat16": 2.0**-7, "float16": 2.0**-10}[dtype.name]
+    rounding = {"rtol": rtol, "atol": 1e-5}
+    wide_dy, wide_x = (part.numpy().astype("float64") for part in (dy, x))
+    centered = wide_x - mean.numpy()
     y = kernels.scale_and_offset(x, mean, scale, offset, axes, chosen.fused)
-    truth = (x.numpy() - mean.numpy()) * scale.numpy() + offset.numpy()
-    np.testing.assert_allclose(y, truth, rtol=1e-5, atol=1e-5)
+    assert y.dtype == dtype
+    truth = centered * scale.numpy() + offset.numpy()
+    np.testing.assert_allclose(y.numpy().astype("float64"), truth, **rounding)
 
-    terms = kernels.gradient_terms(dy, x, mean, scale, axes, chosen.fused)
-    np.testing.assert_allclose(terms.scaled, dy * scale, rtol=1e-6)
-    wide, centered = dy.numpy().astype("float64"), x.numpy().astype("float64") - mean.numpy()
-    np.testing.assert_allclose(terms.sum, wide.sum((0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(terms.centered_sum, (wide * centered).sum((0, 1)), rtol=1e-4)
+    sums, scaled = kernels.gradient_sums(dy, x, mean, scale, axes, chosen)
+    np.testing.assert_allclose(sums.first, wide_dy.sum((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(sums.centered, (wide_dy * centered).sum((0, 1)), rtol=1e-4)
 
     def gradient():
-        vectors = mean, scale, terms, offset, 2.0 * offset
+        vectors = mean, scale, scaled, offset, 2.0 * offset
         return kernels.input_gradient(dy, x, *vectors, axes, chosen)
 
-    truth = wide * scale.numpy() - (centered * offset.numpy() + 2 * offset.numpy())
-    np.testing.assert_allclose(tf.function(gradient)(), truth, rtol=1e-5, atol=1e-5)
+    dx = tf.function(gradient)()
+    assert dx.dtype == dtype
+    truth = wide_dy * scale.numpy() - (centered * offset.numpy() + 2 * offset.numpy())
+    np.testing.assert_allclose(dx.numpy().astype("float64"), truth, **rounding)
 
 
 @pytest.mark.parametrize("rows", [1, 700])
