@@ -162,8 +162,10 @@ def environment(job: Job) -> dict[str, str]:
     processes = job.workers if ENGINES[job.engine].before else 1
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(_INHERITED)}
+    share = str(max(1, len(os.sched_getaffinity(0)) // processes))
     return {
-        "TF_NUM_INTRAOP_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
+        "TF_NUM_INTRAOP_THREADS": share,
+        "TF_NUM_INTEROP_THREADS": share,
         **inherited,
         **(root if os.geteuid() == 0 else {}),
         "TF_CPP_MIN_LOG_LEVEL": "3",

@@ -19,6 +19,7 @@ def cases_with_targets() -> dict[str, Case]:
     among_keras_3 = tuple(pair for pair in ratios if pair[0] in keras_3)
     gloo, mpi = "horovod-gloo", "mpi"
     slow, own = "Horovod's own, its default cycle", "Horovod's own"
+    own_over_mpi = "Horovod's own, MPI"
     added, raw = "added by synchronization", "2 x (all-reduce + numpy_function)"
     return {
         "target-mirrored": Case(
@@ -53,9 +54,14 @@ def cases_with_targets() -> dict[str, Case]:
             "ResNet-50's chain, ours over Horovod against Horovod's own layer, one job",
             "chain",
             2,
-            {"syncbn": Contestant("syncbn", gloo, 2), own: Contestant("horovod", gloo, 2)},
-            (RESNET_50._replace(at_most={own: 0.7}),),
-            (("syncbn", own),),
+            {
+                "syncbn": Contestant("syncbn", gloo, 2),
+                own: Contestant("horovod", gloo, 2),
+                "syncbn, MPI": Contestant("syncbn", "horovod-mpi", 2),
+                own_over_mpi: Contestant("horovod", "horovod-mpi", 2),
+            },
+            (RESNET_50._replace(at_most={own: 0.7, own_over_mpi: 0.7}),),
+            (("syncbn", own), ("syncbn, MPI", own_over_mpi)),
         ),
         "target-latency": Case(
             "time per layer that synchronization over MPI adds, against the messages alone",

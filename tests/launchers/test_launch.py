@@ -45,7 +45,7 @@ def fake(folder, name, *, version="", code=0):
         f"""#!/bin/bash
         if [ "$1" = --version ]; then echo {shlex.quote(version)}; exit 0; fi
         printf '<%s>\\n' "$@"
-        env | grep ^HOROVOD_
+        env | grep -E '^(HOROVOD|TF_NUM)_'
         exit {code}
         """
     )
@@ -238,10 +238,13 @@ def test_horovod_gives_every_rank_its_arguments_over_gloo():
 
 
 def test_horovod_returns_the_code_of_a_rank_under_mpi():
-    show = 'echo "cycle $HOROVOD_CYCLE_TIME, stall $HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"; exit 7'
+    show = (
+        'echo "cycle $HOROVOD_CYCLE_TIME, stall $HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, '
+        'cache ${HOROVOD_CACHE_CAPACITY-as ever}"; exit 7'
+    )
     finished = launch("horovod.sh", "-np", "1", "--mpi", "--", "bash", "-c", show)
     assert finished.code == 7, finished.output
-    assert "[1,0]<stdout>:cycle 0.1, stall 600" in finished.output, finished.output
+    assert "[1,0]<stdout>:cycle 0.1, stall 600, cache as ever" in finished.output, finished.output
 
 
 def test_horovod_starts_horovodrun_with_the_users_environment_first(tmp_path):
@@ -256,6 +259,22 @@ def test_horovod_starts_horovodrun_with_the_users_environment_first(tmp_path):
     assert printed(finished.output)[-len(ARGUMENTS) :] == ARGUMENTS
     assert "HOROVOD_CYCLE_TIME=2.5\n" in finished.output
     assert "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=600\n" in finished.output
+    assert "HOROVOD_CACHE_CAPACITY=0\n" in finished.output
+    assert "TF_NUM_INTEROP_THREADS" not in finished.output  # nobody knows the cores of these hosts
+
+
+@pytest.mark.parametrize("script", ["horovod.sh", "mpi.sh"])
+def test_ranks_of_one_machine_share_its_cores(script, tmp_path):
+    fake(tmp_path, "horovodrun")
+    fake(tmp_path, "mpirun", version=VERSIONS["Open MPI 4"])
+    cores = len(os.sched_getaffinity(0))
+    for size, share in (("1", cores), (str(2 * cores), 1)):
+        finished = launch(
+            script, "-np", size, "true", PATH=path(tmp_path), TF_NUM_INTRAOP_THREADS="17"
+        )
+        assert finished.code == 0, finished.output
+        assert f"TF_NUM_INTEROP_THREADS={share}\n" in finished.output
+        assert "TF_NUM_INTRAOP_THREADS=17\n" in finished.output
 
 
 @pytest.mark.parametrize("vendor", ["Open MPI 5", "MPICH"])
