@@ -99,11 +99,11 @@ def run(algorithm: str, workers: int) -> list[float]:
             try:
                 process.wait(LIMIT)
             except subprocess.TimeoutExpired:
-                raise jobs.JobError(f"no end within {LIMIT:g} s\n{jobs._tail(log)}") from None
+                raise jobs.JobError(f"no end within {LIMIT:g} s\n{jobs.tail(log)}") from None
             finally:
-                jobs._end(process)
+                jobs.end(process)
         if process.returncode:
-            raise jobs.JobError(f"exit code {process.returncode}\n{jobs._tail(log)}")
+            raise jobs.JobError(f"exit code {process.returncode}\n{jobs.tail(log)}")
         return json.loads(results.read_text())
 
 

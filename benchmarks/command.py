@@ -133,6 +133,7 @@ def measure(label: str, case: Case, repeats: int, most_rounds: int) -> dict[str,
         missing = job.missing()
         if missing:
             left_out.append(f"{', '.join(job.layers)} ({missing})")
+            say(f"{label}: left out: {left_out[-1]}")
         else:
             able.append(job)
     job_of = {name: job for job in able for name in job.layers}

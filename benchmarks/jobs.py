@@ -146,13 +146,13 @@ def run(
             try:
                 _wait(process, results, limit, tell)
             except subprocess.TimeoutExpired:
-                raise JobError(f"no end within {limit:g} s\n{_tail(log)}") from None
+                raise JobError(f"no end within {limit:g} s\n{tail(log)}") from None
             finally:
-                _end(process)
+                end(process)
         lines = results.read_text().splitlines()
         if process.returncode or len(lines) != len(points):
             reason = f"exit code {process.returncode}, {len(lines)} of {len(points)} points"
-            raise JobError(f"{reason}\n{_tail(log)}")
+            raise JobError(f"{reason}\n{tail(log)}")
         return [json.loads(line) for line in lines]
 
 
@@ -219,7 +219,7 @@ def _wait(
             known = done
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """Ends a process and its group; launchers first, which end what they have started elsewhere."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
@@ -230,5 +230,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-25:])

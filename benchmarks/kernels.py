@@ -1,6 +1,6 @@
-"""Time of the fused and the plain kernels: where `kernels.fused_is_faster` draws its line.
+"""Time of every kernel in every variant: where `kernels.choose` draws its lines.
 
-usage: python benchmarks/kernels.py [--repeats 40]
+usage: python benchmarks/kernels.py [--repeats 40] [--dtype float32]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
 
 from syncbn.ops import kernels, moments
+from syncbn.ops.kernels import Kernels
 
 SHAPES = [
     (16, 64),
@@ -26,25 +28,62 @@ SHAPES = [
     (25088, 64),
     (100352, 64),
 ]
+PLAIN, FUSED, COMPILED = Kernels(False, False), Kernels(True, False), Kernels(True, True)
 
 
-def variants(shape: tuple[int, int]) -> dict[str, Callable[[], object]]:
-    """Returns each kernel on inputs of ``shape``, fused and plain."""
-    x, dy = (tf.random.stateless_normal(shape, [1, seed]) for seed in (1, 2))
+def variants(shape: tuple[int, int], dtype: str) -> dict[str, list[Callable[[], object]]]:
+    """Returns, by what they do, functions on inputs of ``shape``: plain, fused, compiled."""
+    x, dy = (tf.cast(tf.random.stateless_normal(shape, [1, seed]), dtype) for seed in (1, 2))
     vector = tf.random.stateless_normal(shape[1:], [1, 3])
     count = tf.constant(shape[0], tf.float64)
     axes = (1,)
-    functions: dict[str, Callable[[], object]] = {}
-    for fused, name in ((True, "fused"), (False, "plain")):
-        functions[f"normalize {name}"] = lambda fused=fused: kernels.scale_and_offset(
-            x, vector, vector, vector, axes, fused
-        )
-        functions[f"gradient {name}"] = lambda fused=fused: kernels.gradient_terms(
-            dy, x, vector, vector, axes, fused
-        )
-    functions["moments fused"] = lambda: kernels.rough_moments(x, axes)
-    functions["moments plain"] = lambda: moments.two_pass_moments(x, count, axes, None)
-    return {name: tf.function(function) for name, function in functions.items()}
+
+    def normalize(chosen: Kernels) -> object:
+        return kernels.scale_and_offset(x, vector, vector, vector, axes, chosen.fused)
+
+    def sums(chosen: Kernels) -> object:
+        return kernels.gradient_sums(dy, x, vector, vector, axes, chosen)[0]
+
+    def gradient(chosen: Kernels) -> object:
+        scaled = tf.cast(dy, tf.float32)  # another kernel has made it
+        return kernels.input_gradient(dy, x, *[vector] * 2, scaled, *[vector] * 2, axes, chosen)
+
+    def one_replica() -> object:
+        return kernels.normalize_alone(x, vector, vector, 1e-3, axes)
+
+    def one_replica_gradient() -> object:
+        return kernels.gradient_alone(dy, x, vector, vector, tf.square(vector), 1e-3, axes)
+
+    return {
+        "moments": [
+            lambda: moments.two_pass_sums(x, count, axes, None),
+            lambda: kernels.rough_moments(x, axes),
+        ],
+        "normalize": [lambda: normalize(PLAIN), lambda: normalize(FUSED)],
+        "gradient sums": [lambda: sums(PLAIN), lambda: sums(FUSED)],
+        "input gradient": [
+            lambda: gradient(PLAIN),
+            lambda: gradient(FUSED),
+            lambda: gradient(COMPILED),
+        ],
+        "alone, forward": [one_replica],
+        "alone, backward": [one_replica_gradient],
+    }
+
+
+def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Returns the median time of each in microseconds, less what calling nothing takes."""
+    compiled = [tf.function(function, autograph=False) for function in functions]
+    compiled.append(tf.function(lambda: tf.constant(0.0), autograph=False))
+    times: list[list[float]] = [[] for _ in compiled]
+    for repeat in range(repeats + 3):
+        for function, own in zip(compiled, times, strict=True):
+            begin = time.perf_counter()
+            function()
+            if repeat >= 3:
+                own.append(time.perf_counter() - begin)
+    *values, nothing = (1e6 * statistics.median(own) for own in times)
+    return [value - nothing for value in values]
 
 
 def main() -> None:
@@ -53,26 +92,22 @@ def main() -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=40, help="measured calls of each")
-    repeats = parser.parse_args().repeats
-    print(f"microseconds, fused / plain, {os.cpu_count()} cores, TensorFlow {tf.__version__}")
-    print(
-        f"{'shape':>14} {'elements':>9} {'moments':>15} {'normalize':>15} {'gradient':>15}  fused?"
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of inputs"
     )
+    given = parser.parse_args()
+    if tf.config.get_visible_devices("GPU"):
+        sys.exit("kernels.py reads the clock when a call returns: hide GPUs, CUDA_VISIBLE_DEVICES=")
+    print(f"Microseconds, {given.dtype}, TensorFlow {tf.__version__}; plain / fused / compiled.\n")
+    names = list(variants((1, 1), "float32"))
+    print(f"| rows, channels | chosen | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
     for shape in SHAPES:
-        functions = variants(shape)
-        times: dict[str, list[float]] = {name: [] for name in functions}
-        for repeat in range(repeats + 3):
-            for name, function in functions.items():
-                begin = time.perf_counter()
-                function()
-                if repeat >= 3:
-                    times[name].append(time.perf_counter() - begin)
-        cells = []
-        for kernel in ("moments", "normalize", "gradient"):
-            pair = (statistics.median(times[f"{kernel} {kind}"]) for kind in ("fused", "plain"))
-            cells.append("{:6.0f} / {:6.0f}".format(*(1e6 * value for value in pair)))
-        chosen = kernels.fused_is_faster(tf.TensorSpec(shape), (1,))
-        print(f"{shape!s:>14} {shape[0] * shape[1]:9} {'  '.join(cells)}  {chosen}", flush=True)
+        chosen = kernels.choose(tf.TensorSpec(shape), (1,)).fused
+        cells = [
+            " / ".join(f"{value:.0f}" for value in medians(functions, given.repeats))
+            for functions in variants(shape, given.dtype).values()
+        ]
+        print(f"| {shape} | {'fused' if chosen else 'plain'} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

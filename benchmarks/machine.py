@@ -16,6 +16,12 @@ def describe() -> dict[str, str]:
     """Returns what a reader needs to know of this machine, in words."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpus = [
+        line.partition(":")[2].strip()
+        for file in Path("/proc/driver/nvidia/gpus").glob("*/information")
+        for line in file.read_text().splitlines()
+        if line.startswith("Model")
+    ]
     versions = {}
     for name in PACKAGES:
         try:
@@ -24,6 +30,7 @@ def describe() -> dict[str, str]:
             versions[name] = "not installed"
     return {
         "CPU": models[0] if models else platform.machine(),
+        "GPU": ", ".join(gpus) or "none",
         "cores": str(len(os.sched_getaffinity(0))),
         "system": platform.platform(),
         "Python": platform.python_version(),

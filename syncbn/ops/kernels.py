@@ -90,8 +90,7 @@ def scale_and_offset(
         ).y
         return tf.cast(tf.reshape(y, tf.shape(x)), x.dtype)
 
-    inputs = (x, mean, scale, offset)
-    return _with_gradient_of(plain, kernel, inputs) if fused else plain(*inputs)
+    return run(plain, (x, mean, scale, offset), kernel if fused else None)
 
 
 class GradientSums(NamedTuple):
@@ -144,11 +143,8 @@ def gradient_sums(
         scaled = tf.cast(tf.reshape(terms.x_backprop, tf.shape(dy)), dy.dtype)
         return *(tf.cast(part, tf.float64) for part in sums), scaled
 
-    inputs = (dy, x, mean, scale)
-    if kernels.fused and mask is None:
-        *sums, scaled = _with_gradient_of(plain, kernel, inputs)
-    else:
-        *sums, scaled = plain(*inputs)
+    fused = kernels.fused and mask is None
+    *sums, scaled = run(plain, (dy, x, mean, scale), kernel if fused else None)
     return GradientSums(*sums), scaled
 
 
@@ -178,7 +174,7 @@ def input_gradient(
             rows = (tf.reshape(part, [-1, channel_count(x, axes)]) for part in (dy, x))
             return tf.reshape(_COMPILED_LINE[x.dtype](*rows, *vectors), x.shape)
 
-        return _with_gradient_of(plain, kernel, (dy, x, mean, scale, slope, offset))
+        return run(plain, (dy, x, mean, scale, slope, offset), kernel)
     wide_x = tf.cast(where(mask, x), mean.dtype)
     shift = scale_and_offset(wide_x, mean, slope, offset, axes, kernels.fused)
     return tf.cast(scaled - where(mask, shift), x.dtype)
@@ -214,11 +210,16 @@ def rough_moments(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, tf.Tens
     Two passes, but each adds up all rows in float32: after n of them the mean can be off by
     ``n * 2**-24`` of the mean magnitude, and the variance by the square of that. NaN for no rows.
     """
-    channels = channel_count(x, axes)
-    _, mean, variance = normalize_alone(
-        x, tf.ones([channels]), tf.zeros([channels]), _EPSILON, axes
-    )
-    return mean, variance
+
+    def plain(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.nn.moments(tf.cast(x, tf.float32), _reduced(x))
+
+    def kernel(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        channels = channel_count(x, axes)
+        # What is normalized goes no further than here, or an eager tape would keep it.
+        return _training_form(x, tf.ones([channels]), tf.zeros([channels]), _EPSILON, axes)[1:]
+
+    return run(plain, (x,), kernel)
 
 
 def normalize_alone(
@@ -237,22 +238,28 @@ def normalize_alone(
     def kernel(
         x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        outputs = tf.raw_ops.FusedBatchNormV3(
-            x=_rows(x, axes),
-            scale=scale,
-            offset=offset,
-            mean=tf.zeros([0]),
-            variance=tf.zeros([0]),
-            epsilon=epsilon,
-            is_training=True,
-        )
-        rows = tf.cast(tf.size(x, tf.int64) // channel_count(x, axes), tf.float32)
-        # The kernel returns the unbiased variance.
-        variance = outputs.batch_variance * (tf.maximum(rows - 1, 1) / rows)
-        y = tf.cast(tf.reshape(outputs.y, tf.shape(x)), x.dtype)
-        return y, outputs.batch_mean, variance
+        return _training_form(x, scale, offset, epsilon, axes)
 
-    return _with_gradient_of(plain, kernel, (x, scale, offset))
+    return run(plain, (x, scale, offset), kernel)
+
+
+def _training_form(
+    x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, axes: Sequence[int]
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    outputs = tf.raw_ops.FusedBatchNormV3(
+        x=_rows(x, axes),
+        scale=scale,
+        offset=offset,
+        mean=tf.zeros([0]),
+        variance=tf.zeros([0]),
+        epsilon=epsilon,
+        is_training=True,
+    )
+    rows = tf.cast(tf.size(x, tf.int64) // channel_count(x, axes), tf.float32)
+    # The kernel returns the unbiased variance.
+    variance = outputs.batch_variance * (tf.maximum(rows - 1, 1) / rows)
+    y = tf.cast(tf.reshape(outputs.y, tf.shape(x)), x.dtype)
+    return y, outputs.batch_mean, variance
 
 
 def gradient_alone(
@@ -296,15 +303,18 @@ def gradient_alone(
         dx = tf.cast(tf.reshape(outputs.x_backprop, tf.shape(x)), x.dtype)
         return dx, outputs.scale_backprop, outputs.offset_backprop
 
-    return _with_gradient_of(plain, kernel, (dy, x, scale, mean, variance))
+    return run(plain, (dy, x, scale, mean, variance), kernel)
 
 
-def _with_gradient_of(plain: Callable, kernel: Callable, inputs: tuple[tf.Tensor, ...]) -> Any:
-    """Runs ``kernel``, and differentiates ``plain``, which gives the same answer.
+def run(plain: Callable, inputs: tuple[tf.Tensor, ...], kernel: Callable | None = None) -> Any:
+    """Runs ``kernel``, or ``plain`` where there is none, and differentiates ``plain``.
 
-    TensorFlow's own gradients of these kernels leave out what moments and means contribute, which
-    only a second derivative asks for.
+    TensorFlow's own gradients of the fused kernels leave out what moments and means contribute,
+    which only a second derivative asks for. And an eager tape would keep every tensor between the
+    inputs and the outputs for that; instead ``plain`` is repeated when somebody asks.
     """
+    if kernel is None and not tf.executing_eagerly():
+        return plain(*inputs)
 
     @tf.custom_gradient
     def call(*inputs: tf.Tensor) -> tuple[Any, Callable]:
@@ -314,7 +324,8 @@ def _with_gradient_of(plain: Callable, kernel: Callable, inputs: tuple[tf.Tensor
                 outputs = tf.nest.flatten(plain(*inputs))
             return tape.gradient(outputs, inputs, upstream)
 
-        return kernel(*inputs), gradient
+        # Without a gradient: eager tapes record what is custom, and also what it consists of.
+        return (kernel or plain)(*map(tf.stop_gradient, inputs)), gradient
 
     return call(*inputs)
 

@@ -16,7 +16,7 @@ from syncbn.ops.channels import (
     sum_to_channels,
     where,
 )
-from syncbn.ops.kernels import MOST_FUSED_ROWS, choose, rough_moments
+from syncbn.ops.kernels import MOST_FUSED_ROWS, choose, rough_moments, run
 
 
 class Sums(NamedTuple):
@@ -126,12 +126,16 @@ def two_pass_sums(
     Variance" (1983), equation 1.7: the second pass runs about a pivot, the mean rounded to the
     dtype of the elements, and what the rounding took is put right.
     """
-    x = tf.cast(x, statistics_dtype(x.dtype))
-    first = sum_to_channels(where(mask, x), axes)
-    pivot = tf.cast(tf.math.divide_no_nan(first, count), x.dtype)
-    about_pivot = sum_to_channels(tf.square(where(mask, x - broadcast(pivot, x, axes))), axes)
-    pivot = tf.cast(pivot, tf.float64)
-    return first, about_pivot + pivot * (2.0 * first - count * pivot)
+
+    def plain(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        x = tf.cast(x, statistics_dtype(x.dtype))
+        first = sum_to_channels(where(mask, x), axes)
+        pivot = tf.cast(tf.math.divide_no_nan(first, count), x.dtype)
+        squares = tf.square(where(mask, x - broadcast(pivot, x, axes)))
+        pivot = tf.cast(pivot, tf.float64)
+        return first, sum_to_channels(squares, axes) + pivot * (2.0 * first - count * pivot)
+
+    return run(plain, (x,))
 
 
 def sums_of(moments: Moments) -> Sums:

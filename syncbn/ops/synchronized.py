@@ -21,6 +21,7 @@ from syncbn.ops.kernels import (
     gradient_sums,
     input_gradient,
     normalize_alone,
+    run,
     scale_and_offset,
 )
 from syncbn.ops.moments import Moments, Sums, checked_sums, count_elements, local_sums
@@ -162,10 +163,13 @@ def center(
     """
     dtype = statistics_dtype(x.dtype)
 
+    def subtract(x: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
+        return tf.cast(tf.cast(x, mean.dtype) - broadcast(mean, x, axes), x.dtype)
+
     @tf.custom_gradient
     def subtract_mean(x: tf.Tensor) -> tuple[Any, Any]:
-        merged, taken_up = replicas.merge(_first_sums(tf.cast(x, dtype), axes, mask))
-        y = tf.cast(x, dtype) - broadcast(tf.cast(merged.mean, dtype), x, axes)
+        merged, taken_up = replicas.merge(_first_sums(x, axes, mask))
+        y = run(subtract, (x, tf.cast(merged.mean, dtype)))
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tf.Tensor:
             wide_dy = tf.cast(dy, dtype)
@@ -174,7 +178,7 @@ def center(
             shift = tf.broadcast_to(broadcast(mean_dy, x, axes), tf.shape(x))
             return tf.cast(wide_dy - where(mask, shift), x.dtype)
 
-        return (tf.cast(y, x.dtype), taken_up.count, taken_up.mean), gradient
+        return (y, taken_up.count, taken_up.mean), gradient
 
     y, *taken_up = subtract_mean(x)
     return y, _cut_off(dtype, *taken_up)
@@ -189,8 +193,10 @@ def _cut_off(
 
 
 def _first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Sums:
-    count = count_elements(x, axes, mask)
-    return Sums(count, sum_to_channels(where(mask, x), axes), None)
+    def plain(x: tf.Tensor) -> tf.Tensor:
+        return sum_to_channels(where(mask, tf.cast(x, statistics_dtype(x.dtype))), axes)
+
+    return Sums(count_elements(x, axes, mask), run(plain, (x,)), None)
 
 
 def _inverse_deviation(variance: tf.Tensor, epsilon: float) -> tf.Tensor:
