@@ -42,7 +42,7 @@ class Kernels(NamedTuple):
     """One that XLA compiles, for the input's gradient."""
 
 
-def choose(x: tf.Tensor, axes: Sequence[int]) -> Kernels:
+def choose(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> Kernels:
     """Returns the fastest kernels that serve ``x``, by its static shape."""
     # On GPUs nothing was measured. There plain operations serve any number of rows and are
     # deterministic where that is asked for; cuDNN's inference form is neither.
@@ -56,7 +56,7 @@ def choose(x: tf.Tensor, axes: Sequence[int]) -> Kernels:
     # XLA compiles anew for each shape that comes; and a session's graph is no place for it.
     once = x.shape.is_fully_defined() and not tf.executing_eagerly()
     in_function = tf.compat.v1.executing_eagerly_outside_functions()
-    return Kernels(fused, compiled=fused and once and in_function)
+    return Kernels(fused, compiled=fused and once and in_function and not masked)
 
 
 def scale_and_offset(
@@ -165,7 +165,7 @@ def input_gradient(
     ``scaled`` is what `gradient_sums` has returned of the same. Where ``mask`` is false, the result
     is ``dy * scale``.
     """
-    if kernels.compiled and mask is None:
+    if kernels.compiled:
 
         def plain(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
             return _line(dy, x, *(broadcast(vector, x, axes) for vector in vectors))
@@ -212,7 +212,7 @@ def rough_moments(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, tf.Tens
     """
 
     def plain(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.nn.moments(tf.cast(x, tf.float32), _reduced(x))
+        return _plain_moments(tf.cast(x, tf.float32))
 
     def kernel(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         channels = channel_count(x, axes)
@@ -231,7 +231,7 @@ def normalize_alone(
         x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         wide_x = tf.cast(x, scale.dtype)
-        mean, variance = tf.nn.moments(wide_x, _reduced(x))
+        mean, variance = _plain_moments(wide_x)
         y = (wide_x - mean) * (scale * tf.math.rsqrt(variance + epsilon)) + offset
         return tf.cast(y, x.dtype), mean, variance
 
@@ -324,7 +324,9 @@ def run(plain: Callable, inputs: tuple[tf.Tensor, ...], kernel: Callable | None 
                 outputs = tf.nest.flatten(plain(*inputs))
             return tape.gradient(outputs, inputs, upstream)
 
-        # Without a gradient: eager tapes record what is custom, and also what it consists of.
+        # Without a gradient: eager tapes record what is custom, and also what it consists of. And
+        # TensorFlow cannot differentiate a branch of `tf.cond` from outside of which compiled code
+        # takes its inputs; these are inside.
         return (kernel or plain)(*map(tf.stop_gradient, inputs)), gradient
 
     return call(*inputs)
@@ -336,6 +338,12 @@ def _rows(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
         x = tf.cast(x, tf.float32)
     # They want four dimensions; a reshape copies nothing.
     return tf.reshape(x, [-1, 1, 1, channel_count(x, axes)])
+
+
+def _plain_moments(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    # `tf.nn.moments` stops a gradient, and is wrong from the second derivative on.
+    mean = tf.reduce_mean(x, _reduced(x))
+    return mean, tf.reduce_mean(tf.square(x - mean), _reduced(x))
 
 
 def _reduced(x: tf.Tensor) -> list[int]:

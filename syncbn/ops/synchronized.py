@@ -68,7 +68,7 @@ def batch_normalize(
         ``x``, and this replica's own share in those of ``gamma`` and ``beta``.
     """
     dtype = statistics_dtype(x.dtype)
-    kernels = choose(x, axes)
+    kernels = choose(x, axes, masked=mask is not None)
     plain = mask is None and correction is None and _is_positive(epsilon, dtype)
     if replicas.alone and kernels.fused and plain:
         return _batch_normalize_alone(x, gamma, beta, axes, epsilon, replicas, bessel)
@@ -98,7 +98,8 @@ def batch_normalize(
             total = replicas.all_reduce_sum(sums, "gradient")
             means = tf.cast(tf.math.divide_no_nan(total, merged.count), dtype)
             mean_dy, mean_dy_x = tf.unstack(means)
-            slope = scale * tf.square(inverse_deviation) * mean_dy_x
+            # In this order: the cube of a small deviation's inverse is beyond float32.
+            slope = scale * (inverse_deviation * (inverse_deviation * mean_dy_x))
             dx = input_gradient(
                 dy, x, mean, scale, scaled, slope, scale * mean_dy, axes, kernels, mask
             )
