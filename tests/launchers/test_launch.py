@@ -275,6 +275,8 @@ def test_ranks_of_one_machine_share_its_cores(script, tmp_path):
         assert finished.code == 0, finished.output
         assert f"TF_NUM_INTEROP_THREADS={share}\n" in finished.output
         assert "TF_NUM_INTRAOP_THREADS=17\n" in finished.output
+    finished = launch(script, "-np", "2", "true", PATH=path(tmp_path), PBS_NODEFILE="/nodes")
+    assert "TF_NUM_INTEROP_THREADS" not in finished.output  # the scheduler's machines are many
 
 
 @pytest.mark.parametrize("vendor", ["Open MPI 5", "MPICH"])
