@@ -1,6 +1,6 @@
 # make demo   train a real model on several replicas, with and without synchronized statistics
 # make test   lint, type-check and test, in real processes under every engine
-# make bench  time the layers and their peers under every engine (hours on two cores; BENCH=--quick: ten minutes)
+# make bench  time the layers and their peers under every engine (may take hours; BENCH=--quick: minutes)
 # make docker-test  build the CPU image and train across two containers (docker or podman)
 # make clean  remove what the others made
 #

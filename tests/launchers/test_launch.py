@@ -194,7 +194,7 @@ def test_each_mpi_gets_its_own_flags(vendor, hosts, expected, tmp_path):
     finished = launch("mpi.sh", *arguments, PATH=path(tmp_path), SYNCBN_CACHE="here", OTHER="here")
     assert finished.code == 7, finished.output
     flags = printed(finished.output)
-    command = [sys.executable, *ARGUMENTS]
+    command = [str(LAUNCH / "share_cores.sh"), sys.executable, *ARGUMENTS]
     assert flags[-len(command) :] == command
     expected = ["-np", "4", *expected.split()]
     forwarding = flags[len(expected) : -len(command)]
@@ -253,30 +253,39 @@ def test_horovod_starts_horovodrun_with_the_users_environment_first(tmp_path):
     arguments = ["-np", "3", "--hostfile", str(tmp_path / "hosts"), "--", "true", *ARGUMENTS]
     finished = launch("horovod.sh", *arguments, PATH=path(tmp_path), HOROVOD_CYCLE_TIME="2.5")
     assert finished.code == 7, finished.output
-    *flags, command = printed(finished.output)[: -len(ARGUMENTS)]
+    *flags, share, command = printed(finished.output)[: -len(ARGUMENTS)]
+    assert share == str(LAUNCH / "share_cores.sh")
     assert flags == ["-np", "3", "--gloo", "-H", "one:2,two.example:1"]
     assert os.path.isabs(command)
     assert printed(finished.output)[-len(ARGUMENTS) :] == ARGUMENTS
     assert "HOROVOD_CYCLE_TIME=2.5\n" in finished.output
     assert "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=600\n" in finished.output
     assert "HOROVOD_CACHE_CAPACITY=0\n" in finished.output
-    assert "TF_NUM_INTEROP_THREADS" not in finished.output  # nobody knows the cores of these hosts
 
 
-@pytest.mark.parametrize("script", ["horovod.sh", "mpi.sh"])
-def test_ranks_of_one_machine_share_its_cores(script, tmp_path):
-    fake(tmp_path, "horovodrun")
-    fake(tmp_path, "mpirun", version=VERSIONS["Open MPI 4"])
+@pytest.mark.parametrize("start", [["horovod.sh"], ["horovod.sh", "--mpi"], ["mpi.sh"]], ids=str)
+def test_ranks_of_one_machine_share_its_cores(start):
+    script, *arguments = start
+    # More ranks than cores, for Horovod too: two of them are on each core.
+    size = 2 * len(os.sched_getaffinity(0))
+    if script == "mpi.sh":
+        arguments = ["--oversubscribe"]
+    show = 'echo "threads $TF_NUM_INTRAOP_THREADS, $TF_NUM_INTEROP_THREADS"'
+    arguments += ["-np", str(size), "--", "bash", "-c", show]
+    finished = launch(script, *arguments, TF_NUM_INTRAOP_THREADS="17")
+    assert finished.code == 0, finished.output
+    assert finished.output.count("threads 17, 1") == size, finished.output
+
+
+@pytest.mark.parametrize(
+    "name", ["HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "NOBODY"]
+)
+def test_the_share_goes_by_the_ranks_of_the_machine_not_of_the_job(name):
     cores = len(os.sched_getaffinity(0))
-    for size, share in (("1", cores), (str(2 * cores), 1)):
-        finished = launch(
-            script, "-np", size, "true", PATH=path(tmp_path), TF_NUM_INTRAOP_THREADS="17"
-        )
-        assert finished.code == 0, finished.output
-        assert f"TF_NUM_INTEROP_THREADS={share}\n" in finished.output
-        assert "TF_NUM_INTRAOP_THREADS=17\n" in finished.output
-    finished = launch(script, "-np", "2", "true", PATH=path(tmp_path), PBS_NODEFILE="/nodes")
-    assert "TF_NUM_INTEROP_THREADS" not in finished.output  # the scheduler's machines are many
+    finished = launch("share_cores.sh", "env", **{name: str(cores), "OMPI_COMM_WORLD_SIZE": "64"})
+    assert finished.code == 0, finished.output
+    share = cores if name == "NOBODY" else 1
+    assert f"TF_NUM_INTEROP_THREADS={share}\n" in finished.output
 
 
 @pytest.mark.parametrize("vendor", ["Open MPI 5", "MPICH"])
