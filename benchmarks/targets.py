@@ -51,7 +51,7 @@ def cases_with_targets() -> dict[str, Case]:
             (("syncbn", own), ("syncbn", slow)),
         ),
         "target-chain-horovod": Case(
-            "ResNet-50's chain, ours over Horovod against Horovod's own layer, each pair in one job",
+            "ResNet-50's chain, ours over Horovod against Horovod's own layer, a job each pair",
             "chain",
             2,
             {
