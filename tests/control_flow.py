@@ -39,6 +39,11 @@ def each(call, x):
     return body(call, x) * body(call, x * x)
 
 
+def steps(call, x):
+    body(call, x)  # Keras calls a cell once more for the first step, to learn its outputs' shape
+    return twice(call, x)
+
+
 def true(x):
     return tf.reduce_all(x > -1e9)
 
@@ -169,7 +174,7 @@ SINGLE = {
     "recompute_grad": Construct(recompute_grad, once),
     "function": Construct(function, once),
     "training tensor": Construct(training_tensor, once),
-    "rnn": Construct(rnn, twice),
+    "rnn": Construct(rnn, steps),
 }
 
 # The inner first, as one says "cond in while_loop".

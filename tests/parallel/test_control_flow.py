@@ -95,6 +95,9 @@ def find(replicas, layer, name, kind, mode, **options):
         arguments = [tuple(map(tf.constant, part)) for part in zip(*data(replicas.size))]
         results = replicas.run(ask(name, kind), layers, arguments, graph=mode == "graph")
     except Exception as error:
+        # `tf.map_fn` and `tf.scan` set it, and leave it behind when their body raises.
+        with tf.compat.v1.get_default_graph().as_default():
+            tf.compat.v1.get_variable_scope().set_caching_device(None)
         return message(error)
     expected, moving = truth(replicas, name, kind, normalizes)
     if kind == "second derivatives":
