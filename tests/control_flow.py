@@ -138,6 +138,9 @@ def rnn(call, x):
 class Construct(NamedTuple):
     apply: Callable
     meaning: Callable
+    at_once: bool = False
+    """Whether all calls find the moving statistics as they were, so that the last one's move stays:
+    what TensorFlow makes of assignments in a vectorized loop, a plain layer's too."""
     delayed: bool = False
     """Whether the replicas come to a call at different times."""
 
@@ -145,7 +148,11 @@ class Construct(NamedTuple):
         def nest(outer, inner):
             return lambda call, x: outer(functools.partial(inner, call), x)
 
-        return Construct(nest(self.apply, inner.apply), nest(self.meaning, inner.meaning))
+        return self._replace(
+            apply=nest(self.apply, inner.apply),
+            meaning=nest(self.meaning, inner.meaning),
+            at_once=self.at_once or inner.at_once,
+        )
 
 
 SINGLE = {
@@ -160,7 +167,7 @@ SINGLE = {
     "tf.scan": Construct(scan, twice),
     "tf.map_fn": Construct(map_fn, each),
     "parallel tf.map_fn": Construct(parallel_map_fn, each),
-    "tf.vectorized_map": Construct(vectorized_map, each),
+    "tf.vectorized_map": Construct(vectorized_map, each, at_once=True),
     "tf.recompute_grad": Construct(recompute_grad, once),
     "tf.function": Construct(function, once),
     "training=tensor": Construct(training_tensor, once),

@@ -17,6 +17,7 @@ import tensorflow as tf
 
 import syncbn
 from tests.control_flow import CONSTRUCTS
+from tests.control_flow_table import refusal
 from tests.keras import keras
 
 SAMPLES, CHANNELS, EPSILON, MOMENTUM = 4, 3, 1e-3, 0.5
@@ -104,16 +105,18 @@ def _named(prefix, shares):
 class Plain:
     """The mathematics on a whole batch. Each sample has parameters of its own, for their shares."""
 
-    def __init__(self, size, normalizes):
-        self.normalizes = normalizes
+    def __init__(self, size, normalizes, at_once=False):
+        self.normalizes, self.at_once = normalizes, at_once
         self.parameters = [tf.Variable(np.tile(v, (size, 1))) for v in PARAMETERS.values()]
-        self.moving = {"moving_mean": np.zeros(CHANNELS), "moving_variance": np.ones(CHANNELS)}
+        self.before = {"moving_mean": np.zeros(CHANNELS), "moving_variance": np.ones(CHANNELS)}
+        self.moving = dict(self.before)
 
     def __call__(self, x, training=True):
         mean = tf.reduce_mean(x, 0)
         variance = tf.reduce_mean((x - mean) ** 2, 0)
         for name, value in ("moving_mean", mean), ("moving_variance", variance):
-            self.moving[name] = MOMENTUM * self.moving[name] + (1 - MOMENTUM) * value.numpy()
+            old = (self.before if self.at_once else self.moving)[name]
+            self.moving[name] = MOMENTUM * old + (1 - MOMENTUM) * value.numpy()
         if not self.normalizes:
             return x - mean
         gamma, beta = self.parameters
@@ -141,7 +144,7 @@ class Plain:
 
 def truth(size, construct, kind, normalizes):
     """Returns what each of ``size`` replicas must find, and the moving statistics."""
-    plain = Plain(size * SAMPLES, normalizes)
+    plain = Plain(size * SAMPLES, normalizes, CONSTRUCTS[construct].at_once)
     given = Given(*(tf.constant(v.reshape(-1, CHANNELS)) for v in _data(size)))
     whole = plain.derivatives(kind, CONSTRUCTS[construct].meaning, given)
     replicas = [{} for _ in range(size)]
@@ -164,9 +167,11 @@ def find(replicas, layer, construct, kind, graph, **options):
     """Returns "right", or what is wrong and by how much, or the error."""
     normalizes = layer != "SyncCentering"
     layers = replicas.build(
-        lambda rank: LAYERS[layer](momentum=MOMENTUM, epsilon=EPSILON, dtype="float64", **options)
-        if normalizes
-        else LAYERS[layer](momentum=MOMENTUM, dtype="float64", **options),
+        lambda rank: (
+            LAYERS[layer](momentum=MOMENTUM, epsilon=EPSILON, dtype="float64", **options)
+            if normalizes
+            else LAYERS[layer](momentum=MOMENTUM, dtype="float64", **options)
+        ),
         (None, CHANNELS),
     )
     if normalizes:
@@ -192,15 +197,29 @@ def find(replicas, layer, construct, kind, graph, **options):
     return "wrong: " + ", ".join(f"{k} {v}" for k, v in wrong.items()) if wrong else "right"
 
 
+def differences(replicas, engine, layer, construct, graph):
+    """Returns the cells of the table in which something else is found, and what."""
+    expected = {kind: refusal(engine, construct, kind, graph) for kind in KINDS}
+    asked = list(KINDS)
+    # Each of the first three contains the one before.
+    for less, more in itertools.pairwise(asked[:3]):
+        if expected[more] is None:
+            asked.remove(less)
+    found = {kind: find(replicas, layer, construct, kind, graph) for kind in asked}
+    return {
+        kind: text
+        for kind, text in found.items()
+        if (text != "right" if expected[kind] is None else expected[kind].sentence not in text)
+    }
+
+
 def _step(construct, kind, layer, *given):
     def call(x, training=True):
         return layer(x, training=training)
 
     if construct.delayed:
         call = _delayed(call, syncbn.resolve().rank)
-    found = kind(
-        functools.partial(construct.apply, call), Given(*given), layer.trainable_variables
-    )
+    found = kind(functools.partial(construct.apply, call), Given(*given), layer.trainable_variables)
     for key, value in found.items():
         if value is None:
             found[key] = tf.fill([], tf.constant(np.nan, tf.float64))

@@ -1,6 +1,6 @@
 """The suite that runs on every engine: a launcher runs it in each rank, with the same arguments.
 
-``SYNCBN_TEST_ENGINE`` names the engine: ``local`` (one replica), ``mirrored:N`` (in one process), ``multiworker``,
+``SYNCBN_TEST_ENGINE`` names the engine: ``mirrored:N`` (in one process), ``multiworker``,
 ``horovod`` or ``mpi``. `tests/launchers/test_suite.py` starts them all.
 """
 
@@ -28,8 +28,6 @@ def pytest_unconfigure(config):
 @pytest.fixture(scope="session")
 def replicas():
     """The replicas that the engine joins."""
-    if ENGINE == "local":
-        return kinds.Process(0, 1)
     if ENGINE == "mirrored":
         kinds.use_logical_devices(int(SIZE))
         return kinds.mirrored(int(SIZE))

@@ -1,0 +1,208 @@
+"""What constructs give for every derivative on every engine: right, or refused with a sentence.
+
+``python -m tests.control_flow_table`` writes it to docs/control-flow.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tests.control_flow import CONSTRUCTS, SINGLE
+from tests.processes import ROOT
+
+PAGE = ROOT / "docs" / "control-flow.md"
+KINDS = [
+    "outputs",
+    "gradients",
+    "second derivatives",
+    "forward mode",
+    "jacobian",
+    "batch_jacobian",
+]
+PROCESSES = ("horovod", "mpi")
+STRATEGIES = ("mirrored", "multiworker")
+BRANCHES = ("tf.cond", "tf.switch_case", "tf.case", "if", "training=tensor")
+WHILES = ("for", "while", "tf.while_loop", "tf.scan")
+MAPS = ("tf.map_fn", "parallel tf.map_fn", "RNN")
+# Eagerly, branches and loops are Python, and nothing new.
+EAGER = [
+    "none",
+    "tf.vectorized_map",
+    "tf.recompute_grad",
+    "tf.function",
+    "RNN",
+    "tf.cond in tf.function",
+    "tf.function in tf.function",
+]
+
+
+class Refusal(NamedTuple):
+    """Cells that raise an error; what is empty means all of its kind."""
+
+    sentence: str
+    """What the error's text contains."""
+    why: str
+    plain: bool = False
+    """Whether TensorFlow refuses the plain layer on one replica too."""
+    outermost: tuple[str, ...] = ()
+    """Constructs, or pairs whose outer one is of these."""
+    within: tuple[str, ...] = ()
+    """Constructs, or pairs with one of these."""
+    kinds: tuple[str, ...] = ()
+    engines: tuple[str, ...] = ()
+    graph: bool | None = None
+
+    def covers(self, engine: str, construct: str, kind: str, graph: bool) -> bool:
+        parts = construct.removesuffix(", replicas delayed").split(" in ")
+        return (
+            (not self.outermost or parts[-1] in self.outermost)
+            and (not self.within or any(part in self.within for part in parts))
+            and (not self.kinds or kind in self.kinds)
+            and (not self.engines or engine in self.engines)
+            and self.graph in (None, graph)
+        )
+
+
+# The first that covers a cell counts.
+REFUSALS = [
+    Refusal(
+        "`merge_call` called while defining a new graph",
+        "A strategy of tf.distribute lets replicas meet in the graph of `strategy.run` only, not "
+        "in those of branches, loops and functions inside of it.",
+        within=(*BRANCHES, *WHILES, *MAPS, "tf.function"),
+        engines=STRATEGIES,
+        graph=True,
+    ),
+    Refusal(
+        "recompute_grad tried to transpose grad of",
+        "`tf.recompute_grad` gives first derivatives in reverse mode only.",
+        plain=True,
+        within=("tf.recompute_grad",),
+        kinds=("second derivatives", "forward mode"),
+    ),
+    Refusal(
+        "Could not generate a generic TraceType",
+        "TensorFlow has no forward mode for `tf.switch_case` in a graph.",
+        plain=True,
+        outermost=("tf.switch_case",),
+        kinds=("forward mode",),
+        graph=True,
+    ),
+    Refusal(
+        "of a variable without handle data",
+        "TensorFlow has no forward mode for loops in a graph in which variables are assigned.",
+        plain=True,
+        outermost=WHILES,
+        kinds=("forward mode",),
+        graph=True,
+    ),
+    Refusal(
+        "`dtype` <dtype: 'variant'> is not compatible with",
+        "TensorFlow has no forward mode for loops in a graph that collect outputs.",
+        plain=True,
+        outermost=MAPS,
+        kinds=("forward mode",),
+        graph=True,
+    ),
+    Refusal(
+        "AssertionError",
+        "TensorFlow has no forward mode for branches of branches in a graph.",
+        plain=True,
+        outermost=("tf.case",),
+        kinds=("forward mode",),
+        graph=True,
+    ),
+]
+
+
+def refusal(engine: str, construct: str, kind: str, graph: bool) -> Refusal | None:
+    """Returns what is said of a cell, or None where it must be right."""
+    covering = (r for r in REFUSALS if r.covers(engine, construct, kind, graph))
+    return next(covering, None)
+
+
+def constructs(layer: str, graph: bool) -> list[str]:
+    """Returns those that are tested."""
+    if not graph:
+        return EAGER if layer == "SyncBatchNormalization" else EAGER[:-2]
+    return list(CONSTRUCTS if layer == "SyncBatchNormalization" else SINGLE)
+
+
+def page() -> str:
+    """Returns the page of the documents."""
+    shown = [r for r in REFUSALS if any(r is cell for cell in _all_cells())]
+    numbers = {r.sentence: f"[{n}](#{n})" for n, r in enumerate(shown, 1)}
+
+    def table(engine: str, names: list[str], graph: bool) -> list[str]:
+        lines = [f"| | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
+        for name in names:
+            cells = (refusal(engine, name, kind, graph) for kind in KINDS)
+            texts = ("right" if cell is None else numbers[cell.sentence] for cell in cells)
+            lines.append(f"| {name} | {' | '.join(texts)} |")
+        return [*lines, ""]
+
+    names = constructs("SyncBatchNormalization", True)
+    notes = [
+        f'{n}. <a id="{n}"></a>`{r.sentence}`. {r.why}'
+        + (" It refuses the plain layer too, on one replica." if r.plain else "")
+        for n, r in enumerate(shown, 1)
+    ]
+    return "\n".join(
+        [
+            INTRODUCTION,
+            "## In a graph: one replica, Horovod and MPI",
+            "",
+            *table("local", names, True),
+            "## In a graph: MirroredStrategy and MultiWorkerMirroredStrategy",
+            "",
+            *table("mirrored", names, True),
+            "## Eagerly: one replica, Horovod and MPI",
+            "",
+            "Branches and loops are Python then, and like no construct.",
+            "",
+            *table("local", EAGER, False),
+            "## Eagerly: MirroredStrategy and MultiWorkerMirroredStrategy",
+            "",
+            *table("mirrored", EAGER, False),
+            "## What the errors say",
+            "",
+            *notes,
+            "",
+        ]
+    )
+
+
+def _all_cells() -> list[Refusal | None]:
+    return [
+        refusal(engine, name, kind, graph)
+        for engine in ("local", "mirrored")
+        for graph in (True, False)
+        for name in constructs("SyncBatchNormalization", graph)
+        for kind in KINDS
+    ]
+
+
+INTRODUCTION = """\
+# Control flow and derivatives
+
+A training call in branches, loops, mapped and nested functions, and what can be asked of it. What is
+right is what plain mathematics in float64 gives for the whole batch in one process: the outputs, each
+replica's own share of the gradients, and the moving statistics afterwards. The rest raises an error,
+to which a number leads. Both layers give the same.
+
+`tests/control_flow_table.py` holds the tables and wrote this page; `tests/control_flow.py` has the
+code of each row. Each cell is tested on each engine (`tests/parallel/test_control_flow.py`,
+`tests/single/test_control_flow.py`), pairs of constructs with `SyncBatchNormalization` only. *A in B*
+is an A inside of a B. *training=tensor* is a call whose `training` the graph does not know. *Replicas
+delayed* come to their calls at different times.
+
+Three things hold for plain layers too. The calls of a vectorized loop all start from the same moving
+statistics, and the last one's stay. `tf.keras.layers.RNN` calls its cell once more for the first step,
+to learn what it returns, which moves the moving statistics once more. And others hold only for them: a
+plain layer's second derivatives are wrong, as `tf.nn.moments` stops a gradient, and inside of
+`tf.recompute_grad` its statistics move twice.
+"""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
