@@ -44,10 +44,10 @@ class Refusal(NamedTuple):
     why: str
     plain: bool = False
     """Whether TensorFlow refuses the plain layer on one replica too."""
-    outermost: tuple[str, ...] = ()
-    """Constructs, or pairs whose outer one is of these."""
-    within: tuple[str, ...] = ()
-    """Constructs, or pairs with one of these."""
+    constructs: tuple[str, ...] = ()
+    """They, or pairs with one of them."""
+    apart_from: tuple[str, ...] = ()
+    """Which outer constructs of pairs make a difference."""
     kinds: tuple[str, ...] = ()
     engines: tuple[str, ...] = ()
     graph: bool | None = None
@@ -55,52 +55,73 @@ class Refusal(NamedTuple):
     def covers(self, engine: str, construct: str, kind: str, graph: bool) -> bool:
         parts = construct.removesuffix(", replicas delayed").split(" in ")
         return (
-            (not self.outermost or parts[-1] in self.outermost)
-            and (not self.within or any(part in self.within for part in parts))
+            (not self.constructs or any(part in self.constructs for part in parts))
+            and parts[-1] not in self.apart_from
             and (not self.kinds or kind in self.kinds)
             and (not self.engines or engine in self.engines)
             and self.graph in (None, graph)
         )
 
 
-# The first that covers a cell counts.
+# The first that covers a cell counts. One without a reason is explained by an earlier one.
 REFUSALS = [
     Refusal(
-        "`merge_call` called while defining a new graph",
-        "A strategy of tf.distribute lets replicas meet in the graph of `strategy.run` only, not "
-        "in those of branches, loops and functions inside of it.",
-        within=(*BRANCHES, *WHILES, *MAPS, "tf.function"),
+        "TensorFlow cannot vectorize a collective of tf.distribute",
+        "A vectorized loop is made for each replica by itself, with the first iteration of others.",
+        constructs=("tf.vectorized_map",),
         engines=STRATEGIES,
-        graph=True,
     ),
     Refusal(
         "recompute_grad tried to transpose grad of",
         "`tf.recompute_grad` gives first derivatives in reverse mode only.",
         plain=True,
-        within=("tf.recompute_grad",),
+        constructs=("tf.recompute_grad",),
         kinds=("second derivatives", "forward mode"),
-    ),
-    Refusal(
-        "Could not generate a generic TraceType",
-        "TensorFlow has no forward mode for `tf.switch_case` in a graph.",
-        plain=True,
-        outermost=("tf.switch_case",),
-        kinds=("forward mode",),
-        graph=True,
-    ),
-    Refusal(
-        "of a variable without handle data",
-        "TensorFlow has no forward mode for loops in a graph in which variables are assigned.",
-        plain=True,
-        outermost=WHILES,
-        kinds=("forward mode",),
-        graph=True,
     ),
     Refusal(
         "`dtype` <dtype: 'variant'> is not compatible with",
         "TensorFlow has no forward mode for loops in a graph that collect outputs.",
         plain=True,
-        outermost=MAPS,
+        constructs=MAPS,
+        apart_from=("tf.function",),
+        kinds=("forward mode",),
+        graph=True,
+    ),
+    Refusal(
+        "`merge_call` called while defining a new graph",
+        "A strategy of tf.distribute lets replicas meet in the graph of `strategy.run` only, not "
+        "in those of branches, loops and functions inside of it.",
+        constructs=(*BRANCHES, *WHILES, *MAPS, "tf.function"),
+        engines=STRATEGIES,
+        graph=True,
+    ),
+    Refusal(
+        "`merge_call` called while defining a new graph",
+        "",
+        constructs=("tf.function",),
+        engines=STRATEGIES,
+        graph=False,
+    ),
+    Refusal(
+        "TensorFlow cannot vectorize a collective of tf.distribute",
+        "",
+        kinds=("jacobian", "batch_jacobian"),
+        engines=STRATEGIES,
+    ),
+    Refusal(
+        "of a variable without handle data",
+        "TensorFlow has no forward mode for loops in a graph in which variables are assigned.",
+        plain=True,
+        constructs=WHILES,
+        apart_from=("tf.function",),
+        kinds=("forward mode",),
+        graph=True,
+    ),
+    Refusal(
+        "Could not generate a generic TraceType",
+        "TensorFlow has no forward mode for `tf.switch_case` in a graph.",
+        plain=True,
+        constructs=("tf.switch_case",),
         kinds=("forward mode",),
         graph=True,
     ),
@@ -108,7 +129,7 @@ REFUSALS = [
         "AssertionError",
         "TensorFlow has no forward mode for branches of branches in a graph.",
         plain=True,
-        outermost=("tf.case",),
+        constructs=("tf.case",),
         kinds=("forward mode",),
         graph=True,
     ),
@@ -130,7 +151,7 @@ def constructs(layer: str, graph: bool) -> list[str]:
 
 def page() -> str:
     """Returns the page of the documents."""
-    shown = [r for r in REFUSALS if any(r is cell for cell in _all_cells())]
+    shown = [r for r in REFUSALS if r.why]
     numbers = {r.sentence: f"[{n}](#{n})" for n, r in enumerate(shown, 1)}
 
     def table(engine: str, names: list[str], graph: bool) -> list[str]:
@@ -143,7 +164,7 @@ def page() -> str:
 
     names = constructs("SyncBatchNormalization", True)
     notes = [
-        f'{n}. <a id="{n}"></a>`{r.sentence}`. {r.why}'
+        f'{n}. <a id="{n}"></a>`` {r.sentence} `` — {r.why}'
         + (" It refuses the plain layer too, on one replica." if r.plain else "")
         for n, r in enumerate(shown, 1)
     ]
@@ -170,16 +191,6 @@ def page() -> str:
             "",
         ]
     )
-
-
-def _all_cells() -> list[Refusal | None]:
-    return [
-        refusal(engine, name, kind, graph)
-        for engine in ("local", "mirrored")
-        for graph in (True, False)
-        for name in constructs("SyncBatchNormalization", graph)
-        for kind in KINDS
-    ]
 
 
 INTRODUCTION = """\

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from syncbn.communicators.tracing import refuse_xla
+from syncbn.communicators.tracing import in_vectorized_loop, refuse_xla
 
 
 class DistributeCommunicator:
@@ -43,6 +43,13 @@ class DistributeCommunicator:
         if context.num_replicas_in_sync == 1:
             return tensor
         refuse_xla("tf.distribute")
+        if in_vectorized_loop():
+            # It would be vectorized for this replica only, with the first iteration of the others.
+            raise NotImplementedError(
+                "TensorFlow cannot vectorize a collective of tf.distribute. Received: a training "
+                "call, or its gradient, inside of `tf.vectorized_map` or of a tape's `jacobian` or "
+                "`batch_jacobian`. Take gradients one by one, or use Horovod or MPI."
+            )
         with tf.name_scope(name):
             return _all_reduce_sum(tensor)
 

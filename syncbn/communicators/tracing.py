@@ -40,15 +40,27 @@ def in_branch_or_loop() -> bool:
     return graph is not None
 
 
+def in_vectorized_loop() -> bool:
+    """Says whether a vectorized loop is being traced: that of `tf.vectorized_map` or a jacobian.
+
+    Tried with TensorFlow 2.21; tests/parallel/test_control_flow.py holds it.
+    """
+    return _is_called_by("_pfor_impl", "tensorflow.python.ops.parallel_for.control_flow_ops")
+
+
 def repeats_forward() -> bool:
     """Says whether `tf.recompute_grad` is repeating a forward pass, to differentiate it.
 
-    TensorFlow tells nobody, so this looks for its function among the callers. Tried with TensorFlow
-    2.16 and 2.21; tests/single/test_recompute.py holds it.
+    Tried with TensorFlow 2.16 and 2.21; tests/single/test_recompute.py holds it.
     """
+    return _is_called_by("inner_recompute_grad", tf.recompute_grad.__module__)
+
+
+def _is_called_by(function: str, module: str) -> bool:
+    # TensorFlow tells nobody what it is doing, so this looks among the callers.
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "inner_recompute_grad":
-            return frame.f_globals.get("__name__") == tf.recompute_grad.__module__
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
+            return True
         frame = frame.f_back
     return False

@@ -73,3 +73,29 @@ def test_a_training_call_in_a_branch_works_or_is_refused(replicas):
         return
     for rank, y in replicas.run(branch, layers, inputs, graph=True).items():
         np.testing.assert_allclose(y, x[rank] - x.mean((0, 1)), atol=1e-5)
+
+
+def test_a_head_that_a_replica_does_not_use_takes_part_with_weight_zero(replicas):
+    """mmdetection#933: the others wait for its gradient."""
+    x = np.random.default_rng(0).normal(size=(replicas.size, 4, 3))
+    used = np.arange(replicas.size) > 0
+    whole = x.reshape(-1, 3)
+    ones, zeros = np.ones(3), np.zeros(3)
+    y = oracle.batch_normalization(whole, np.zeros_like(whole), ones, zeros).y
+    dy = 3 * y**2 * np.repeat(used, 4)[:, None]
+    truth = oracle.batch_normalization(whole, dy, ones, zeros).dx.reshape(x.shape)
+
+    def head(layer, x, used):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = used * tf.reduce_sum(layer(x, training=True) ** 3)
+        return tape.gradient(loss, x)
+
+    layers = replicas.build(lambda rank: syncbn.SyncBatchNormalization(), (None, 3))
+    inputs = [
+        (tf.constant(part, tf.float32), tf.constant(use, tf.float32))
+        for part, use in zip(x, used, strict=True)
+    ]
+    for graph in False, True:
+        for rank, dx in replicas.run(head, layers, inputs, graph=graph).items():
+            np.testing.assert_allclose(dx, truth[rank], atol=1e-5 * np.abs(truth).max())
