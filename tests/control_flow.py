@@ -139,8 +139,8 @@ class Construct(NamedTuple):
     apply: Callable
     meaning: Callable
     at_once: bool = False
-    """Whether all calls find the moving statistics as they were, so that the last one's move stays:
-    what TensorFlow makes of assignments in a vectorized loop, a plain layer's too."""
+    """Whether the moving statistics move once only, to the first call's: what TensorFlow makes of
+    assignments in a vectorized loop, a plain layer's too."""
     delayed: bool = False
     """Whether the replicas come to a call at different times."""
 

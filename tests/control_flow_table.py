@@ -55,7 +55,7 @@ class Refusal(NamedTuple):
     def covers(self, engine: str, construct: str, kind: str, graph: bool) -> bool:
         parts = construct.removesuffix(", replicas delayed").split(" in ")
         return (
-            (not self.constructs or any(part in self.constructs for part in parts))
+            (not self.constructs or any(part in self.constructs for part in (construct, *parts)))
             and parts[-1] not in self.apart_from
             and (not self.kinds or kind in self.kinds)
             and (not self.engines or engine in self.engines)
@@ -70,6 +70,12 @@ REFUSALS = [
         "A vectorized loop is made for each replica by itself, with the first iteration of others.",
         constructs=("tf.vectorized_map",),
         engines=STRATEGIES,
+    ),
+    Refusal(
+        "Attempting to slice scalar input",
+        "TensorFlow cannot vectorize an assignment in a branch.",
+        plain=True,
+        constructs=("tf.cond in tf.vectorized_map",),
     ),
     Refusal(
         "recompute_grad tried to transpose grad of",
@@ -107,6 +113,14 @@ REFUSALS = [
         "",
         kinds=("jacobian", "batch_jacobian"),
         engines=STRATEGIES,
+    ),
+    Refusal(
+        "Encountered an exception while vectorizing the",
+        "TensorFlow cannot vectorize the gradient of a branch with what it keeps of a loop.",
+        plain=True,
+        constructs=("tf.cond in tf.recompute_grad", "parallel tf.map_fn in tf.cond"),
+        kinds=("jacobian", "batch_jacobian"),
+        graph=True,
     ),
     Refusal(
         "of a variable without handle data",
@@ -208,7 +222,7 @@ is an A inside of a B. *training=tensor* is a call whose `training` the graph do
 delayed* come to their calls at different times.
 
 Three things hold for plain layers too. The calls of a vectorized loop all start from the same moving
-statistics, and the last one's stay. `tf.keras.layers.RNN` calls its cell once more for the first step,
+statistics, and the first one's stay. `tf.keras.layers.RNN` calls its cell once more for the first step,
 to learn what it returns, which moves the moving statistics once more. And others hold only for them: a
 plain layer's second derivatives are wrong, as `tf.nn.moments` stops a gradient, and inside of
 `tf.recompute_grad` its statistics move twice.

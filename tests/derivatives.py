@@ -108,15 +108,16 @@ class Plain:
     def __init__(self, size, normalizes, at_once=False):
         self.normalizes, self.at_once = normalizes, at_once
         self.parameters = [tf.Variable(np.tile(v, (size, 1))) for v in PARAMETERS.values()]
-        self.before = {"moving_mean": np.zeros(CHANNELS), "moving_variance": np.ones(CHANNELS)}
-        self.moving = dict(self.before)
+        self.moving = {"moving_mean": np.zeros(CHANNELS), "moving_variance": np.ones(CHANNELS)}
+        self.moves = True
 
     def __call__(self, x, training=True):
         mean = tf.reduce_mean(x, 0)
         variance = tf.reduce_mean((x - mean) ** 2, 0)
         for name, value in ("moving_mean", mean), ("moving_variance", variance):
-            old = (self.before if self.at_once else self.moving)[name]
-            self.moving[name] = MOMENTUM * old + (1 - MOMENTUM) * value.numpy()
+            if self.moves:
+                self.moving[name] = MOMENTUM * self.moving[name] + (1 - MOMENTUM) * value.numpy()
+        self.moves = not self.at_once
         if not self.normalizes:
             return x - mean
         gamma, beta = self.parameters

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from syncbn.communicators.tracing import in_vectorized_loop, refuse_xla
+from syncbn.communicators.tracing import in_vectorized_loop, refuse_forward_mode, refuse_xla
 
 
 class DistributeCommunicator:
@@ -43,6 +43,7 @@ class DistributeCommunicator:
         if context.num_replicas_in_sync == 1:
             return tensor
         refuse_xla("tf.distribute")
+        refuse_forward_mode("tf.distribute", tensor)
         if in_vectorized_loop():
             # It would be vectorized for this replica only, with the first iteration of the others.
             raise NotImplementedError(
