@@ -163,6 +163,13 @@ def constructs(layer: str, graph: bool) -> list[str]:
     return list(CONSTRUCTS if layer == "SyncBatchNormalization" else SINGLE)
 
 
+def kinds(construct: str, engine: str) -> list[str]:
+    """Returns what is tested: all with one replica, and of pairs with several what trains."""
+    if engine != "local" and " in " in construct:
+        return KINDS[:2]
+    return KINDS
+
+
 def page() -> str:
     """Returns the page of the documents."""
     shown = [r for r in REFUSALS if r.why]
@@ -216,8 +223,9 @@ replica's own share of the gradients, and the moving statistics afterwards. The 
 to which a number leads. Both layers give the same.
 
 `tests/control_flow_table.py` holds the tables and wrote this page; `tests/control_flow.py` has the
-code of each row. Each cell is tested on each engine (`tests/parallel/test_control_flow.py`,
-`tests/single/test_control_flow.py`), pairs of constructs with `SyncBatchNormalization` only. *A in B*
+code of each row. Cells are tested on each engine (`tests/parallel/test_control_flow.py`,
+`tests/single/test_control_flow.py`); pairs of constructs with `SyncBatchNormalization` only, and with
+several replicas the first two columns of them. *A in B*
 is an A inside of a B. *training=tensor* is a call whose `training` the graph does not know. *Replicas
 delayed* come to their calls at different times.
 

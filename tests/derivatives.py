@@ -17,7 +17,7 @@ import tensorflow as tf
 
 import syncbn
 from tests.control_flow import CONSTRUCTS
-from tests.control_flow_table import refusal
+from tests.control_flow_table import kinds, refusal
 from tests.keras import keras
 
 SAMPLES, CHANNELS, EPSILON, MOMENTUM = 4, 3, 1e-3, 0.5
@@ -200,12 +200,12 @@ def find(replicas, layer, construct, kind, graph, **options):
 
 def differences(replicas, engine, layer, construct, graph):
     """Returns the cells of the table in which something else is found, and what."""
-    expected = {kind: refusal(engine, construct, kind, graph) for kind in KINDS}
-    asked = list(KINDS)
+    asked = kinds(construct, engine)
+    expected = {kind: refusal(engine, construct, kind, graph) for kind in asked}
     # Each of the first three contains the one before.
     for less, more in itertools.pairwise(asked[:3]):
         if expected[more] is None:
-            asked.remove(less)
+            asked = [kind for kind in asked if kind != less]
     found = {kind: find(replicas, layer, construct, kind, graph) for kind in asked}
     return {
         kind: text
