@@ -66,6 +66,16 @@ class Refusal(NamedTuple):
 # The first that covers a cell counts. One without a reason is explained by an earlier one.
 REFUSALS = [
     Refusal(
+        "Forward-mode differentiation cannot follow a collective of",
+        "Inside of a graph TensorFlow would take its tangent for zero. An accumulator that is made "
+        "outside of the graph, around the call of the function, is right.",
+        constructs=("none", *BRANCHES, "tf.vectorized_map"),
+        apart_from=("tf.function", "tf.recompute_grad", *WHILES, *MAPS),
+        kinds=("forward mode",),
+        engines=(*PROCESSES, *STRATEGIES),
+        graph=True,
+    ),
+    Refusal(
         "TensorFlow cannot vectorize a collective of tf.distribute",
         "A vectorized loop is made for each replica by itself, with the first iteration of others.",
         constructs=("tf.vectorized_map",),
@@ -143,7 +153,16 @@ REFUSALS = [
         "AssertionError",
         "TensorFlow has no forward mode for branches of branches in a graph.",
         plain=True,
-        constructs=("tf.case",),
+        constructs=("tf.case", "tf.cond in tf.cond"),
+        apart_from=("tf.function",),
+        kinds=("forward mode",),
+        graph=True,
+    ),
+    Refusal(
+        "AssertionError",
+        "Nor, in a graph, for a branch with a custom gradient in it, as these layers have.",
+        constructs=BRANCHES,
+        apart_from=("tf.function",),
         kinds=("forward mode",),
         graph=True,
     ),
@@ -173,67 +192,77 @@ def kinds(construct: str, engine: str) -> list[str]:
 def page() -> str:
     """Returns the page of the documents."""
     shown = [r for r in REFUSALS if r.why]
-    numbers = {r.sentence: f"[{n}](#{n})" for n, r in enumerate(shown, 1)}
+    numbers = {id(r): f"[{n}](#{n})" for n, r in enumerate(shown, 1)}
+    first = {r.sentence: numbers[id(r)] for r in reversed(shown)}
 
     def table(engine: str, names: list[str], graph: bool) -> list[str]:
         lines = [f"| | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
         for name in names:
             cells = (refusal(engine, name, kind, graph) for kind in KINDS)
-            texts = ("right" if cell is None else numbers[cell.sentence] for cell in cells)
+            texts = (
+                "right" if cell is None else numbers.get(id(cell), first[cell.sentence])
+                for cell in cells
+            )
             lines.append(f"| {name} | {' | '.join(texts)} |")
         return [*lines, ""]
 
-    names = constructs("SyncBatchNormalization", True)
     notes = [
-        f'{n}. <a id="{n}"></a>`` {r.sentence} `` — {r.why}'
+        f'{n}. <a id="{n}"></a>`` {r.sentence} ``: {r.why}'
         + (" It refuses the plain layer too, on one replica." if r.plain else "")
         for n, r in enumerate(shown, 1)
     ]
-    return "\n".join(
-        [
-            INTRODUCTION,
-            "## In a graph: one replica, Horovod and MPI",
-            "",
-            *table("local", names, True),
-            "## In a graph: MirroredStrategy and MultiWorkerMirroredStrategy",
-            "",
-            *table("mirrored", names, True),
-            "## Eagerly: one replica, Horovod and MPI",
-            "",
-            "Branches and loops are Python then, and like no construct.",
-            "",
-            *table("local", EAGER, False),
-            "## Eagerly: MirroredStrategy and MultiWorkerMirroredStrategy",
-            "",
-            *table("mirrored", EAGER, False),
-            "## What the errors say",
-            "",
-            *notes,
-            "",
-        ]
-    )
+    alone = [name for name in CONSTRUCTS if " in " not in name]
+    lines = [
+        INTRODUCTION,
+        "## In a graph, one replica",
+        "",
+        *table("local", list(CONSTRUCTS), True),
+        "## In a graph, Horovod and MPI",
+        "",
+        "The outputs and gradients of pairs are right too.",
+        "",
+        *table("mpi", alone, True),
+        "## In a graph, MirroredStrategy and MultiWorkerMirroredStrategy",
+        "",
+        "Pairs are refused, as their parts are.",
+        "",
+        *table("mirrored", alone, True),
+        "## Eagerly, one replica, Horovod and MPI",
+        "",
+        "Branches and loops are Python then, and like no construct.",
+        "",
+        *table("local", EAGER, False),
+        "## Eagerly, MirroredStrategy and MultiWorkerMirroredStrategy",
+        "",
+        *table("mirrored", EAGER, False),
+        "## What the errors say",
+        "",
+        *notes,
+        "",
+    ]
+    return "\n".join(lines)
 
 
 INTRODUCTION = """\
 # Control flow and derivatives
 
-A training call in branches, loops, mapped and nested functions, and what can be asked of it. What is
-right is what plain mathematics in float64 gives for the whole batch in one process: the outputs, each
-replica's own share of the gradients, and the moving statistics afterwards. The rest raises an error,
-to which a number leads. Both layers give the same.
+A training call in branches, loops, mapped and nested functions, and what can be asked of it. What
+is right is what plain mathematics in float64 gives for the whole batch in one process: the
+outputs, each replica's own share of the gradients, and the moving statistics afterwards. The rest
+raises an error, to which a number leads. Both layers give the same.
 
-`tests/control_flow_table.py` holds the tables and wrote this page; `tests/control_flow.py` has the
-code of each row. Cells are tested on each engine (`tests/parallel/test_control_flow.py`,
-`tests/single/test_control_flow.py`); pairs of constructs with `SyncBatchNormalization` only, and with
-several replicas the first two columns of them. *A in B*
-is an A inside of a B. *training=tensor* is a call whose `training` the graph does not know. *Replicas
-delayed* come to their calls at different times.
+`tests/control_flow_table.py` holds the tables and wrote this page; `tests/control_flow.py` has
+the code of each row. Cells are tested on each engine (`tests/parallel/test_control_flow.py`,
+`tests/single/test_control_flow.py`); pairs of constructs with `SyncBatchNormalization` only, and
+with several replicas the first two columns of them. *A in B* is an A inside of a B.
+*training=tensor* is a call whose `training` the graph does not know. *Replicas delayed* come to
+their calls at different times.
 
-Three things hold for plain layers too. The calls of a vectorized loop all start from the same moving
-statistics, and the first one's stay. `tf.keras.layers.RNN` calls its cell once more for the first step,
-to learn what it returns, which moves the moving statistics once more. And others hold only for them: a
-plain layer's second derivatives are wrong, as `tf.nn.moments` stops a gradient, and inside of
-`tf.recompute_grad` its statistics move twice.
+Three things hold for plain layers too. The calls of a vectorized loop all start from the same
+moving statistics, and the first one's stay. `tf.keras.layers.RNN` calls its cell once more for
+the first step, to learn what it returns, which moves the moving statistics once more. And others
+hold only for them: a plain layer's second derivatives are wrong, as `tf.nn.moments` stops a
+gradient, and inside of `tf.recompute_grad` its statistics move twice.
 """
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn.communicators.launcher import require_whole_job
-from syncbn.communicators.order import AddUp, Order, Turn, vectorized
+from syncbn.communicators.order import AddUp, Order, Turn
 from syncbn.communicators.tracing import refuse_forward_mode, refuse_xla
 
 
@@ -124,9 +124,7 @@ class HorovodCommunicator:
         total = self._hvd.allreduce(
             tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
         )
-        if tf.executing_eagerly():
-            return total
-        return vectorized(total, lambda rows: self._add_up(rows, name))
+        return total
 
     def grouped_all_reduce_sum(self, tensors: list[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Returns the sums of tensors of one dtype over all replicas, negotiated as one.

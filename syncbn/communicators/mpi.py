@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn.communicators.launcher import require_whole_job
-from syncbn.communicators.order import AddUp, Order, Turn, vectorized
+from syncbn.communicators.order import AddUp, Order, Turn
 from syncbn.communicators.tracing import refuse_forward_mode, refuse_xla
 
 
@@ -123,7 +123,7 @@ class MPICommunicator:
             return tf.constant(self._all_reduce(tensor.numpy()))
         total = tf.numpy_function(self._all_reduce, [tensor], tensor.dtype, name=name)
         total.set_shape(tensor.shape)
-        return vectorized(total, lambda rows: self._add_up(rows, name))
+        return total
 
     def _all_reduce(self, value: np.ndarray) -> np.ndarray:
         total = np.empty_like(value)

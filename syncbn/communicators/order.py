@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import tensorflow as tf
+from tensorflow.python.ops import handle_data_util
 
 from syncbn.communicators.tracing import in_branch_or_loop
 from syncbn.ops.differentiation import local
@@ -27,6 +29,18 @@ class Order:
 
     def __init__(self) -> None:
         self._variable: tf.Tensor | None = None
+        self._last: WeakKeyDictionary[tf.Graph, str] = WeakKeyDictionary()
+
+    def last(self) -> list[tf.Operation]:
+        """Returns the operation of this graph, if any, that the next one has to follow."""
+        # Nothing else orders the backward function of a nested `tf.function`, which TensorFlow
+        # makes without automatic control dependencies.
+        graph = tf.compat.v1.get_default_graph()
+        return [graph.get_operation_by_name(self._last[graph])] if graph in self._last else []
+
+    def follow(self, operation: tf.Operation) -> None:
+        """Makes the next sum of this graph follow ``operation``."""
+        self._last[operation.graph] = operation.name
 
     def turn(self) -> Turn:
         """Returns what runs the sums of one call, and of its gradient."""
@@ -40,6 +54,8 @@ class Order:
                 handle = tf.raw_ops.VarHandleOp(
                     dtype=tf.int64, shape=[], shared_name=f"syncbn/order/{next(_numbers)}"
                 )
+                data = handle_data_util.create_handle_data(tf.TensorShape([]), tf.int64)
+                handle_data_util.set_handle_data(handle, data)
                 tf.raw_ops.AssignVariableOp(resource=handle, value=tf.zeros([], tf.int64))
             self._variable = handle
         return self._variable
@@ -52,24 +68,34 @@ class Turn:
         self._order = order
         self._handle: tf.Tensor | None = None
 
-    def all_reduce_sum(self, add_up: AddUp, tensor: tf.Tensor, name: str) -> tf.Tensor:
+    def all_reduce_sum(
+        self, add_up: AddUp, tensor: tf.Tensor, name: str, handle: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """Returns ``add_up(tensor, name)``, differentiable to any order."""
 
         @tf.custom_gradient
         def reduce(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+            own = None
+
             def gradient(upstream: tf.Tensor) -> tf.Tensor:
-                return self.all_reduce_sum(add_up, upstream, f"{name}/gradient")
+                return self.all_reduce_sum(add_up, upstream, f"{name}/gradient", own)
 
             if tf.executing_eagerly():
                 return add_up(tensor, name), gradient
-            begin = _touch(self._order.variable() if self._handle is None else self._handle)
+            known = self._handle if handle is None else handle
+            with tf.control_dependencies(self._order.last()):
+                begin = _touch(self._order.variable() if known is None else known)
             if in_branch_or_loop():
                 # The gradient may take the variable from here, and not from outside.
-                self._handle = begin.inputs[0]
+                own = begin.inputs[0]
+                if self._handle is None:
+                    self._handle = own
             with tf.control_dependencies([begin]):
                 total = add_up(tensor, name)
+            # In a turn of its own: what this one knows may be of another graph.
+            vectorized(total, lambda rows: self._order.turn().all_reduce_sum(add_up, rows, name))
             with tf.control_dependencies([total]):
-                _touch(begin.inputs[0])
+                self._order.follow(_touch(begin.inputs[0]))
             return total, gradient
 
         return reduce(local(tensor))
