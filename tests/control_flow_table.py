@@ -47,7 +47,7 @@ class Refusal(NamedTuple):
     constructs: tuple[str, ...] = ()
     """They, or pairs with one of them."""
     apart_from: tuple[str, ...] = ()
-    """Which outer constructs of pairs make a difference."""
+    """Pairs, or outer constructs of pairs, that make a difference."""
     kinds: tuple[str, ...] = ()
     engines: tuple[str, ...] = ()
     graph: bool | None = None
@@ -56,7 +56,7 @@ class Refusal(NamedTuple):
         parts = construct.removesuffix(", replicas delayed").split(" in ")
         return (
             (not self.constructs or any(part in self.constructs for part in (construct, *parts)))
-            and parts[-1] not in self.apart_from
+            and not {construct, parts[-1]} & {*self.apart_from}
             and (not self.kinds or kind in self.kinds)
             and (not self.engines or engine in self.engines)
             and self.graph in (None, graph)
@@ -76,6 +76,14 @@ REFUSALS = [
         graph=True,
     ),
     Refusal(
+        "Forward-mode differentiation cannot follow a collective of",
+        "",
+        constructs=("tf.vectorized_map",),
+        kinds=("forward mode",),
+        engines=(*PROCESSES, *STRATEGIES),
+        graph=False,
+    ),
+    Refusal(
         "TensorFlow cannot vectorize a collective of tf.distribute",
         "A vectorized loop is made for each replica by itself, with the first iteration of others.",
         constructs=("tf.vectorized_map",),
@@ -86,13 +94,28 @@ REFUSALS = [
         "TensorFlow cannot vectorize an assignment in a branch.",
         plain=True,
         constructs=("tf.cond in tf.vectorized_map",),
+        kinds=tuple(kind for kind in KINDS if kind != "forward mode"),
     ),
     Refusal(
         "recompute_grad tried to transpose grad of",
         "`tf.recompute_grad` gives first derivatives in reverse mode only.",
         plain=True,
         constructs=("tf.recompute_grad",),
-        kinds=("second derivatives", "forward mode"),
+        apart_from=("tf.recompute_grad in tf.cond",),
+        kinds=("second derivatives",),
+    ),
+    Refusal(
+        "recompute_grad tried to transpose grad of",
+        "",
+        constructs=("tf.recompute_grad",),
+        kinds=("forward mode",),
+    ),
+    Refusal(
+        "AssertionError",
+        "",
+        constructs=("tf.recompute_grad in tf.cond",),
+        kinds=("second derivatives",),
+        engines=("local",),
     ),
     Refusal(
         "`dtype` <dtype: 'variant'> is not compatible with",
@@ -125,6 +148,13 @@ REFUSALS = [
         engines=STRATEGIES,
     ),
     Refusal(
+        "Tensor.graph is undefined when eager execution is enabled",
+        "`tf.recompute_grad` in a branch reads variables that TensorFlow does not find there.",
+        plain=True,
+        constructs=("tf.recompute_grad in tf.cond",),
+        kinds=("gradients", "jacobian", "batch_jacobian"),
+    ),
+    Refusal(
         "Encountered an exception while vectorizing the",
         "TensorFlow cannot vectorize the gradient of a branch with what it keeps of a loop.",
         plain=True,
@@ -142,6 +172,15 @@ REFUSALS = [
         graph=True,
     ),
     Refusal(
+        "AssertionError",
+        "TensorFlow has no forward mode for branches of branches in a graph.",
+        plain=True,
+        constructs=("tf.case", "tf.cond in tf.cond", "tf.cond in tf.vectorized_map"),
+        apart_from=("tf.function",),
+        kinds=("forward mode",),
+        graph=True,
+    ),
+    Refusal(
         "Could not generate a generic TraceType",
         "TensorFlow has no forward mode for `tf.switch_case` in a graph.",
         plain=True,
@@ -151,18 +190,9 @@ REFUSALS = [
     ),
     Refusal(
         "AssertionError",
-        "TensorFlow has no forward mode for branches of branches in a graph.",
-        plain=True,
-        constructs=("tf.case", "tf.cond in tf.cond"),
-        apart_from=("tf.function",),
-        kinds=("forward mode",),
-        graph=True,
-    ),
-    Refusal(
-        "AssertionError",
         "Nor, in a graph, for a branch with a custom gradient in it, as these layers have.",
         constructs=BRANCHES,
-        apart_from=("tf.function",),
+        apart_from=("tf.function", "tf.function in tf.cond"),
         kinds=("forward mode",),
         graph=True,
     ),
@@ -183,9 +213,13 @@ def constructs(layer: str, graph: bool) -> list[str]:
 
 
 def kinds(construct: str, engine: str) -> list[str]:
-    """Returns what is tested: all with one replica, and of pairs with several what trains."""
-    if engine != "local" and " in " in construct:
+    """Returns what is tested: of pairs with several replicas, only what trains."""
+    inner, _, outer = construct.partition(" in ")
+    if outer and engine != "local":
         return KINDS[:2]
+    if outer in (*WHILES, *MAPS) and inner in BRANCHES and inner != "if":
+        # Second derivatives of branches in loops take seconds to trace; one such pair has them.
+        return [kind for kind in KINDS if kind != "second derivatives"]
     return KINDS
 
 
@@ -198,20 +232,19 @@ def page() -> str:
     def table(engine: str, names: list[str], graph: bool) -> list[str]:
         lines = [f"| | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
         for name in names:
-            cells = (refusal(engine, name, kind, graph) for kind in KINDS)
-            texts = (
-                "right" if cell is None else numbers.get(id(cell), first[cell.sentence])
-                for cell in cells
-            )
+            tested = kinds(name, engine)
+            texts = (text(refusal(engine, name, k, graph)) if k in tested else "" for k in KINDS)
             lines.append(f"| {name} | {' | '.join(texts)} |")
         return [*lines, ""]
+
+    def text(cell: Refusal | None) -> str:
+        return "right" if cell is None else numbers.get(id(cell), first[cell.sentence])
 
     notes = [
         f'{n}. <a id="{n}"></a>`` {r.sentence} ``: {r.why}'
         + (" It refuses the plain layer too, on one replica." if r.plain else "")
         for n, r in enumerate(shown, 1)
     ]
-    alone = [name for name in CONSTRUCTS if " in " not in name]
     lines = [
         INTRODUCTION,
         "## In a graph, one replica",
@@ -219,14 +252,10 @@ def page() -> str:
         *table("local", list(CONSTRUCTS), True),
         "## In a graph, Horovod and MPI",
         "",
-        "The outputs and gradients of pairs are right too.",
-        "",
-        *table("mpi", alone, True),
+        *table("mpi", list(CONSTRUCTS), True),
         "## In a graph, MirroredStrategy and MultiWorkerMirroredStrategy",
         "",
-        "Pairs are refused, as their parts are.",
-        "",
-        *table("mirrored", alone, True),
+        *table("mirrored", list(CONSTRUCTS), True),
         "## Eagerly, one replica, Horovod and MPI",
         "",
         "Branches and loops are Python then, and like no construct.",
@@ -251,16 +280,16 @@ is right is what plain mathematics in float64 gives for the whole batch in one p
 outputs, each replica's own share of the gradients, and the moving statistics afterwards. The rest
 raises an error, to which a number leads. Both layers give the same.
 
-`tests/control_flow_table.py` holds the tables and wrote this page; `tests/control_flow.py` has
-the code of each row. Cells are tested on each engine (`tests/parallel/test_control_flow.py`,
-`tests/single/test_control_flow.py`); pairs of constructs with `SyncBatchNormalization` only, and
-with several replicas the first two columns of them. *A in B* is an A inside of a B.
+`tests/control_flow_table.py` holds the tables and wrote this page; `tests/control_flow.py` has the
+code of each row. Each cell is tested, on each engine of its table
+(`tests/parallel/test_control_flow.py`, `tests/single/test_control_flow.py`); pairs of constructs
+with `SyncBatchNormalization` only. What is empty is not tested. *A in B* is an A inside of a B.
 *training=tensor* is a call whose `training` the graph does not know. *Replicas delayed* come to
 their calls at different times.
 
-Three things hold for plain layers too. The calls of a vectorized loop all start from the same
+Two things hold for plain layers too. The calls of a vectorized loop all start from the same
 moving statistics, and the first one's stay. `tf.keras.layers.RNN` calls its cell once more for
-the first step, to learn what it returns, which moves the moving statistics once more. And others
+the first step, to learn what it returns, which moves the moving statistics once more. And two
 hold only for them: a plain layer's second derivatives are wrong, as `tf.nn.moments` stops a
 gradient, and inside of `tf.recompute_grad` its statistics move twice.
 """
