@@ -15,6 +15,7 @@ SUITE = [*PYTEST, "tests/parallel"]
 OF_TWO = [
     "agreement",
     "collectives",
+    "control_flow",
     "distribute",
     "engines",
     "equivalence",
