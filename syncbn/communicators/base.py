@@ -42,3 +42,11 @@ class Communicator(Protocol):
             name: The same on all replicas for the same call, and another one for another call that
                 may be under way at the same time.
         """
+
+
+def processes(communicator: Communicator) -> Communicator:
+    """Returns what joins the processes, where a call is made outside of replicas.
+
+    That is the communicator itself, unless it joins replicas within processes too.
+    """
+    return getattr(communicator, "across", communicator)

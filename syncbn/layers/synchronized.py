@@ -9,10 +9,11 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn import keras_api
-from syncbn.communicators.base import Communicator
+from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.groups import Grouping
 from syncbn.communicators.local import LocalCommunicator
 from syncbn.communicators.resolve import check, resolve, supports_jit
+from syncbn.communicators.strategy import joined_processes
 from syncbn.communicators.tracing import repeats_forward
 from syncbn.layers.replicas import ReplicaGroups
 from syncbn.ops.channels import normalized_axes
@@ -205,10 +206,41 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         if keras_api.never_trains():
             communicator: Communicator = LocalCommunicator()
         else:
-            _require_replica_context()
+            _require_replicas_in_step()
             communicator = resolve(self._communicator)
+            if tf.distribute.in_cross_replica_context():
+                communicator = self._given_once(communicator)
         path = re.sub(r"[^\w.\-/]", "_", keras_api.layer_path(self))
         return self._groups.replicas(communicator, batch, f"syncbn/{path}")
+
+    def _given_once(self, communicator: Communicator) -> Communicator:
+        """Returns what joins batches that processes give once, outside of their replicas.
+
+        All copies of the moving statistics then move alike.
+
+        Raises:
+            RuntimeError: there is no such thing.
+        """
+        strategy = type(tf.distribute.get_strategy()).__name__
+        if joined_processes() > 1:
+            # Each worker would give a batch of its own, and tf.distribute adds up in replicas only.
+            raise RuntimeError(
+                "A synchronized layer must be called in a replica context when training with "
+                "several workers of tf.distribute. Received: a call in the cross-replica context "
+                f"of {strategy}. Call the model inside the function that is given to "
+                "`strategy.run(...)`, or train with `model.fit`."
+            )
+        if communicator.name == "tf.distribute":
+            return LocalCommunicator()
+        once = processes(communicator)
+        if once is not communicator and self._groups.grouping.is_given():
+            raise RuntimeError(
+                "Groups are of replicas, so a layer with groups must be called in a replica "
+                "context when training in several processes. Received: a call in the cross-replica "
+                f"context of {strategy}. Call the model inside the function that is given to "
+                "`strategy.run(...)`, or train with `model.fit`."
+            )
+        return once
 
     def _check_input_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Returns the shape as a tuple, and raises what `call` would for inputs of it."""
@@ -263,22 +295,15 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         return moved
 
 
-def _require_replica_context() -> None:
+def _require_replicas_in_step() -> None:
     """Raises where a training call cannot be synchronized, whatever the engine."""
-    strategy = tf.distribute.get_strategy()
     asynchronous = (
         tf.distribute.experimental.ParameterServerStrategy,
         tf.compat.v1.distribute.experimental.ParameterServerStrategy,
     )
-    if isinstance(strategy, asynchronous):
+    if isinstance(tf.distribute.get_strategy(), asynchronous):
         raise RuntimeError(
             "Statistics can be synchronized only over replicas that run in step. Received: a "
             "training call under ParameterServerStrategy, whose workers are asynchronous. Use "
             "MirroredStrategy or MultiWorkerMirroredStrategy, or plain BatchNormalization."
-        )
-    if tf.distribute.in_cross_replica_context() and strategy.num_replicas_in_sync > 1:
-        raise RuntimeError(
-            "A synchronized layer must be called in a replica context when training. Received: a "
-            f"call in the cross-replica context of {type(strategy).__name__}. Call the model "
-            "inside the function that is given to `strategy.run(...)`, or train with `model.fit`."
         )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from syncbn import keras_api
-from syncbn.communicators.base import Communicator
+from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.exchange import require_agreement, sum_arrays
 from syncbn.communicators.resolve import check, resolve
 from syncbn.layers.synchronized import SynchronizedLayer
@@ -25,7 +25,7 @@ class _WorkerCallback(keras_api.keras.callbacks.Callback):
     def _resolve(self) -> Communicator:
         # A model that was made under a strategy is trained under it, wherever `fit` is called.
         with self.model.distribute_strategy.scope():
-            return resolve(self._communicator)
+            return processes(resolve(self._communicator))
 
 
 class BroadcastVariables(_WorkerCallback):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from syncbn.communicators.base import Communicator
+from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.exchange import all_gather
 from syncbn.communicators.mpi import MPICommunicator
 from syncbn.communicators.resolve import resolve
@@ -70,7 +70,7 @@ def join(
             "`sample_weight` needs elements (x, y) or (x, y, sample_weight). "
             f"Received: elements {spec}."
         )
-    communicator = resolve(communicator)
+    communicator = processes(resolve(communicator))
     if communicator.name == "tf.distribute":
         return dataset
     number = next(_numbers)

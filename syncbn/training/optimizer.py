@@ -9,9 +9,10 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn import keras_api
-from syncbn.communicators.base import Communicator
+from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.exchange import require_agreement
 from syncbn.communicators.resolve import check, resolve
+from syncbn.communicators.strategy import local_replicas
 from syncbn.training.gradients import Gradient, average
 
 
@@ -107,16 +108,18 @@ class _Distributed:
     def _average(self, gradients: Iterable[Gradient]) -> list[Gradient]:
         gradients = list(gradients)
         communicator = resolve(self._syncbn_communicator)
-        # Under tf.distribute, Keras' optimizers add gradients up themselves.
+        if tf.distribute.in_cross_replica_context():
+            communicator = processes(communicator)
+        # Optimizers add gradients up over the replicas of a strategy themselves.
         if communicator.name == "tf.distribute" or communicator.size == 1:
             return gradients
         # Not in the graph of a session, which cannot compute while it is built.
         if not self._syncbn_compared and tf.compat.v1.executing_eagerly_outside_functions():
             with tf.init_scope():
                 require_agreement(
-                    communicator,
-                    [_description(gradient) for gradient in gradients],
-                    [f"gradient {number}" for number in range(len(gradients))],
+                    processes(communicator),
+                    [*map(_description, gradients), f"{local_replicas()} replicas"],
+                    [*(f"gradient {n}" for n in range(len(gradients))), "of a process"],
                     "gradients",
                 )
             self._syncbn_compared = True
