@@ -248,6 +248,8 @@ def mirrored(size):
 
 def nested(size, process):
     """The replicas of a MirroredStrategy in each process of a job."""
+    # Without the tuning of data pipelines, which has many threads and takes long to end.
+    tf.data.experimental.enable_debug_mode()
     return Nested(mirrored(size).strategy, process)
 
 

@@ -108,8 +108,6 @@ class _Distributed:
     def _average(self, gradients: Iterable[Gradient]) -> list[Gradient]:
         gradients = list(gradients)
         communicator = resolve(self._syncbn_communicator)
-        if tf.distribute.in_cross_replica_context():
-            communicator = processes(communicator)
         # Optimizers add gradients up over the replicas of a strategy themselves.
         if communicator.name == "tf.distribute" or communicator.size == 1:
             return gradients
