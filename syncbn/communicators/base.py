@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import tensorflow as tf
@@ -16,6 +17,10 @@ class Communicator(Protocol):
 
     A layer with groups also needs ``split(groups) -> Communicator``: called on all replicas with
     the ranks of each group, it returns one for the group of this replica.
+
+    One that runs its calls in an order of its own may have ``for_call(scope)``. It returns
+    ``all_reduce_sum`` for the calls of one layer that belong together: those of its forward pass,
+    and those of the gradient, which may be made in another graph. Names then begin with ``scope``.
     """
 
     name: str
@@ -50,3 +55,15 @@ def processes(communicator: Communicator) -> Communicator:
     That is the communicator itself, unless it joins replicas within processes too.
     """
     return getattr(communicator, "across", communicator)
+
+
+def sums_for_call(communicator: Communicator, scope: str) -> Callable[[tf.Tensor, str], tf.Tensor]:
+    """Returns `Communicator.all_reduce_sum` for one call of a layer and for its gradient.
+
+    Args:
+        communicator: What joins the replicas.
+        scope: The first part of the names.
+    """
+    if hasattr(communicator, "for_call"):
+        return communicator.for_call(scope)
+    return lambda tensor, name: communicator.all_reduce_sum(tensor, f"{scope}/{name}")

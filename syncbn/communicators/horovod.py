@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from syncbn.communicators.launcher import require_whole_job
+from syncbn.communicators.order import AddUp, Order, Turn, vectorized
 from syncbn.communicators.tracing import refuse_xla
 
 
@@ -45,6 +47,9 @@ class HorovodCommunicator:
             "Horovod", hvd.size(), "Start the job with horovodrun, or build Horovod with MPI."
         )
         self._hvd = hvd
+        # Horovod matches the processes' calls by the name of the operation, which must not run
+        # beside itself, as it would in the iterations of a loop. Others may run beside it.
+        self._orders: defaultdict[str, Order] = defaultdict(Order)
         self._process_set = hvd.global_process_set if process_set is None else process_set
         if not self._process_set.included():
             raise ValueError(
@@ -97,16 +102,30 @@ class HorovodCommunicator:
             ) from error
 
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        return self._all_reduce_sum(self._orders[name].turn(), tensor, name)
+
+    def for_call(self, scope: str) -> AddUp:
+        turn = self._orders[scope].turn()
+        return lambda tensor, name: self._all_reduce_sum(turn, tensor, f"{scope}/{name}")
+
+    def _all_reduce_sum(self, turn: Turn, tensor: tf.Tensor, name: str) -> tf.Tensor:
         refuse_xla("Horovod")
-        # Horovod matches the processes' calls by the name of the operation. A graph makes names
-        # unique by numbering them, in the order of the trace, which is the same everywhere.
+        tensor, dtype = tf.cast(tensor, _wire_dtype(tensor.dtype)), tensor.dtype
+        if tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions():
+            total = turn.all_reduce_sum(self._add_up, tensor, name)
+        else:  # the graph of a session has no program order
+            total = self._add_up(tensor, name)
+        return tf.cast(total, dtype)
+
+    def _add_up(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        # A graph makes names unique by numbering them, in the order of the trace, which is the same
+        # everywhere.
         total = self._hvd.allreduce(
-            tf.cast(tensor, _wire_dtype(tensor.dtype)),
-            op=self._hvd.Sum,
-            name=name,
-            process_set=self._process_set,
+            tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
         )
-        return tf.cast(total, tensor.dtype)
+        if tf.executing_eagerly():
+            return total
+        return vectorized(total, lambda rows: self._add_up(rows, name))
 
     def grouped_all_reduce_sum(self, tensors: list[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Returns the sums of tensors of one dtype over all replicas, negotiated as one.

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn.communicators.launcher import require_whole_job
+from syncbn.communicators.order import AddUp, Order, Turn, vectorized
 from syncbn.communicators.tracing import refuse_xla
 
 
@@ -56,7 +57,8 @@ class MPICommunicator:
         )
         self._mpi = MPI
         self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
-        self._turn: tf.Variable | None = None
+        # MPI matches calls by their order, so all processes need the same one.
+        self._order = Order()
 
     @property
     def size(self) -> int:
@@ -92,52 +94,37 @@ class MPICommunicator:
         part = self._comm.Split(color, self.rank)
         group = MPICommunicator(part)
         part.Free()  # `group` has a duplicate
-        group._turn = self._turn_variable()
+        group._order = self._order
         return group
 
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        return self._all_reduce_sum(self._order.turn(), tensor, name)
+
+    def for_call(self, scope: str) -> AddUp:
+        turn = self._order.turn()
+        return lambda tensor, name: self._all_reduce_sum(turn, tensor, f"{scope}/{name}")
+
+    def _all_reduce_sum(self, turn: Turn, tensor: tf.Tensor, name: str) -> tf.Tensor:
         refuse_xla("MPI")
-
-        @tf.custom_gradient
-        def reduce(tensor: tf.Tensor) -> tuple[tf.Tensor, Any]:
-            def gradient(upstream: tf.Tensor) -> tf.Tensor:
-                return self.all_reduce_sum(upstream, f"{name}/gradient")
-
-            return self._reduce(tensor, name), gradient
-
-        return reduce(tensor)
-
-    def _reduce(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        # MPI knows no 16-bit floats.
-        wire = tensor.dtype if tensor.dtype in (tf.float32, tf.float64) else tf.float32
-        value = tf.cast(tensor, wire)
-        if tf.executing_eagerly():
-            return tf.cast(tf.constant(self._all_reduce(value.numpy())), tensor.dtype)
-        if not tf.compat.v1.executing_eagerly_outside_functions():
+        if not (tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions()):
             raise NotImplementedError(
                 "MPI matches calls by their order, and the graph of a session has none. Received: "
                 "a training call with communicator='mpi' in such a graph. Use Horovod, which "
                 "matches them by name (communicator='horovod'), or eager execution."
             )
-        # MPI matches calls by their order, so all processes need the same one, while TensorFlow
-        # runs operations without a path between them in any. Touching one variable before and
-        # after each call orders them all, across nested functions, loops and branches too, since
-        # TensorFlow keeps accesses to a variable in program order wherever they are.
-        turn = self._turn_variable()
-        with tf.control_dependencies([value, turn.assign_add(1)]):
-            total = tf.numpy_function(self._all_reduce, [value], wire, name=name)
-        total.set_shape(tensor.shape)
-        with tf.control_dependencies([total]):
-            turn.assign_add(1)
+        # MPI knows no 16-bit floats.
+        wire = tensor.dtype if tensor.dtype in (tf.float32, tf.float64) else tf.float32
+        total = turn.all_reduce_sum(self._add_up, tf.cast(tensor, wire), name)
         return tf.cast(total, tensor.dtype)
+
+    def _add_up(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        if tf.executing_eagerly():
+            return tf.constant(self._all_reduce(tensor.numpy()))
+        total = tf.numpy_function(self._all_reduce, [tensor], tensor.dtype, name=name)
+        total.set_shape(tensor.shape)
+        return vectorized(total, lambda rows: self._add_up(rows, name))
 
     def _all_reduce(self, value: np.ndarray) -> np.ndarray:
         total = np.empty_like(value)
         self._comm.Allreduce(np.ascontiguousarray(value), total, op=self._mpi.SUM)
         return total
-
-    def _turn_variable(self) -> tf.Variable:
-        if self._turn is None:
-            with tf.init_scope(), tf.device("CPU:0"):
-                self._turn = tf.Variable(0, trainable=False, dtype=tf.int64, name="mpi_turn")
-        return self._turn

@@ -10,7 +10,7 @@ import tensorflow as tf
 # There is no public way to learn this while a function is traced; after the trace XLA's own
 # message names neither the layer nor the way out. Tried with TensorFlow 2.16 and 2.21;
 # tests/single/test_jit.py holds it.
-from tensorflow.python.ops import control_flow_util
+from tensorflow.python.ops import control_flow_util, control_flow_v2_func_graphs
 
 
 def refuse_xla(engine: str) -> None:
@@ -28,6 +28,21 @@ def refuse_xla(engine: str) -> None:
             "function that XLA compiles. Use jit_compile=False. (In `Model.compile`, 'auto' asks "
             "the layers, but not the optimizer.)"
         )
+
+
+def in_branch_or_loop() -> bool:
+    """Says whether what is being traced is inside of a branch or loop of a graph."""
+    # Nor is there a public way to learn this. Tried with TensorFlow 2.21;
+    # tests/parallel/test_control_flow.py holds it.
+    kinds = (
+        control_flow_v2_func_graphs.CondBranchFuncGraph,
+        control_flow_v2_func_graphs.WhileBodyFuncGraph,
+        control_flow_v2_func_graphs.WhileCondFuncGraph,
+    )
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None and not isinstance(graph, kinds):
+        graph = getattr(graph, "outer_graph", None)
+    return graph is not None
 
 
 def repeats_forward() -> bool:

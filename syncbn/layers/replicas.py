@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import tensorflow as tf
 
-from syncbn.communicators.base import Communicator
+from syncbn.communicators.base import Communicator, sums_for_call
 from syncbn.communicators.groups import Grouping, Groups
 from syncbn.communicators.strategy import GroupRows
 from syncbn.ops.moments import Moments, Sums, average, pack, unbiased, unpack, weigh
@@ -33,10 +33,7 @@ class ReplicaGroups:
             batch: How many samples this replica has, where that is known.
             scope: The first part of the names of the collectives.
         """
-
-        def all_reduce_sum(tensor: tf.Tensor, name: str) -> tf.Tensor:
-            return communicator.all_reduce_sum(tensor, f"{scope}/{name}")
-
+        all_reduce_sum = sums_for_call(communicator, scope)
         size = communicator.size
         # One replica has nobody to be grouped with, and a model made for a job stays usable in one.
         if size == 1 or not self.grouping.is_given():
@@ -49,9 +46,7 @@ class ReplicaGroups:
             return Replicas(all_reduce_sum)
         if isinstance(split, GroupRows):
             return _Rows(split, scope)
-        return _Parts(
-            lambda tensor, name: split.all_reduce_sum(tensor, f"{scope}/{name}"), all_reduce_sum
-        )
+        return _Parts(sums_for_call(split, scope), all_reduce_sum)
 
 
 # Of each communicator, by groups: layers with the same groups share them.
