@@ -57,6 +57,7 @@ class NestedCommunicator:
 
         Raises:
             ValueError: processes have different numbers of replicas.
+            NotImplementedError: the call is made in the graph of a session.
         """
         self.require_equal_processes()
         return GroupRows(self, groups)
@@ -66,8 +67,14 @@ class NestedCommunicator:
 
         Raises:
             ValueError: processes have different numbers of replicas.
+            NotImplementedError: the call is made in the graph of a session.
         """
         with tf.init_scope():
+            if not tf.executing_eagerly():
+                raise NotImplementedError(
+                    "Processes can only compare their numbers of replicas where TensorFlow runs "
+                    "eagerly. Received: the graph of a session. Use layers without groups there."
+                )
             require_agreement(
                 self.across, [str(local_replicas())], ["the number"], "numbers of replicas"
             )

@@ -10,6 +10,7 @@ from syncbn import keras_api
 from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.exchange import require_agreement, sum_arrays
 from syncbn.communicators.resolve import check, resolve
+from syncbn.communicators.strategy import local_replicas
 from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.training.broadcast import broadcast
 from syncbn.training.optimizer import averages_only_inside
@@ -82,6 +83,9 @@ class BroadcastVariables(_WorkerCallback):
         descriptions = [type(layer).__name__ for layer in layers]
         if communicator.name == "horovod":  # which matches calls by these names
             descriptions = [" ".join(pair) for pair in zip(descriptions, names, strict=True)]
+        with self.model.distribute_strategy.scope():
+            descriptions.append(f"{local_replicas()} replicas")
+        names.append("of a process")
         require_agreement(communicator, descriptions, names, "synchronized layers", self.root)
 
     def _broadcast(self, communicator: Communicator, with_optimizer: bool) -> None:

@@ -126,11 +126,20 @@ def test_gradients_of_one_dtype_cost_one_message_of_each_process(replicas):
     assert [message.inputs[0].shape.num_elements() for message in messages] == [15]
 
 
-def fitted(replicas, data, validation=None, **options):
+def frozen():
+    """A model that does not change, so that all batches are seen with the same weights."""
+    return compiled(
+        keras.layers.BatchNormalization(trainable=False),
+        optimizer=training.distribute(keras.optimizers.SGD(0.0)),
+        metrics=["accuracy", keras.metrics.AUC(name="auc")],
+    )
+
+
+def fitted(replicas, make, data, validation=None):
     """A model trained by all replicas, and its history."""
     keras.utils.set_random_seed(replicas.process.rank)  # each process with weights of its own
     with replicas.strategy.scope():
-        model = compiled(**options)
+        model = make()
     callbacks = [training.BroadcastVariables(root=1), training.AverageMetrics()]
     history = model.fit(
         data, validation_data=validation, epochs=2, verbose=0, shuffle=False, callbacks=callbacks
@@ -142,24 +151,15 @@ def test_fit_starts_equal_and_stays_so_and_reports_for_all_samples(replicas):
     x, y = samples(16 * replicas.processes)
     part = slice(16 * replicas.process.rank, 16 * (replicas.process.rank + 1))
     dataset = tf.data.Dataset.from_tensor_slices((x[part], y[part])).batch(8)
-    metrics = ["accuracy", keras.metrics.AUC(name="auc")]
-    still = training.distribute(keras.optimizers.SGD(0.0))
-    frozen = keras.layers.BatchNormalization(trainable=False)
-    model, history = fitted(
-        replicas, dataset, dataset, norm=frozen, optimizer=still, metrics=metrics
-    )
-    alone = compiled(
-        keras.layers.BatchNormalization(trainable=False),
-        optimizer=keras.optimizers.SGD(0.0),
-        metrics=["accuracy", keras.metrics.AUC(name="auc")],
-    )
+    model, history = fitted(replicas, frozen, dataset, dataset)
+    alone = frozen()
     alone.set_weights(model.get_weights())
     expected = alone.evaluate(x, y, verbose=0, return_dict=True)
     for name, value in expected.items():
         np.testing.assert_allclose(history[name], value, rtol=1e-5, err_msg=name)
         np.testing.assert_allclose(history[f"val_{name}"], value, rtol=1e-5, err_msg=name)
 
-    model, _ = fitted(replicas, dataset)
+    model, _ = fitted(replicas, compiled, dataset)
     syncbn.assert_synchronized(model, weights=True)
     for weight in model.get_weights():
         same_on_all_ranks(weight)

@@ -132,16 +132,6 @@ def test_a_broken_tf_config_says_nothing(text, monkeypatch):
     assert launched().processes == 1
 
 
-@BOTH
-def test_a_training_call_in_cross_replica_context(make, mirrored):
-    with mirrored(2).strategy.scope():
-        layer = make()
-        layer.build((None, 3))
-        with pytest.raises(RuntimeError, match=r"replica context.*MirroredStrategy.*strategy\.run"):
-            layer(np.ones((2, 3), "float32"), training=True)
-        layer(np.ones((2, 3), "float32"), training=False)
-
-
 def test_the_message_of_a_layer_reaches_the_user_of_fit(mirrored):
     class Model(keras.Model):
         def __init__(self):
