@@ -51,7 +51,8 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         scale: Whether to multiply by ``gamma``.
         communicator: What joins the replicas: ``"auto"`` (see `syncbn.resolve`),
             ``"tf.distribute"``, ``"horovod"``, ``"mpi"``, ``"local"``, or a `syncbn.Communicator`,
-            of which a saved or cloned layer keeps the name only.
+            of which a saved or cloned layer keeps the name only. Horovod and MPI also join the
+            replicas of a MirroredStrategy within each process.
         group_size: Share statistics among so many neighbouring replicas only (a divisor of their
             number), or among those of one machine: ``"node"``. The moving statistics take up the
             average of all groups' statistics, weighted by their counts. Over MPI and Horovod that

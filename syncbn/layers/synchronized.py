@@ -85,7 +85,9 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             inputs: Floating, rank 2 at least.
             training: Whether to use, and move towards, the statistics of the batch over all
                 replicas, rather than the moving ones. In that case every replica has to make the
-                call, with an empty batch if need be.
+                call, with an empty batch if need be. In the cross-replica context of a strategy a
+                batch is given once: its statistics are its own (over Horovod and MPI those of the
+                batches of all processes), and all copies move alike.
             mask: Booleans, one dimension less than ``inputs``: they cover all dimensions but the
                 last. The statistics are those of the elements where it is true, whatever the others
                 hold; all elements are normalized.
@@ -101,6 +103,9 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             TypeError: inputs that are not floating.
             ValueError: a mask of another rank, or an axis that the inputs do not have.
             NotImplementedError: with ``renorm``, in `tf.recompute_grad`.
+            RuntimeError: in the cross-replica context of a strategy that joins several workers,
+                each of which would give a batch of its own, or, over Horovod and MPI, of a layer
+                with groups, which are groups of replicas.
             ImportError, RuntimeError: see `syncbn.resolve`.
         """
         if not inputs.dtype.is_floating:

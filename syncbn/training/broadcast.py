@@ -18,7 +18,7 @@ def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = 
 
     All workers make the call, outside of graphs, with variables of the same shapes and dtypes in
     the same order, which is checked first. Under tf.distribute, where variables are created equal,
-    it does nothing.
+    it does nothing; where each process of a job has a strategy, all copies get the values.
 
     Args:
         variables: A variable of TensorFlow or Keras, or a nested structure of them.

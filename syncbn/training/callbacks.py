@@ -35,14 +35,16 @@ class BroadcastVariables(_WorkerCallback):
     Weights, moving statistics and the optimizer's state are those of worker ``root`` from the first
     step on: initial ones, or what it has loaded from a checkpoint. What a model that is not built
     before its first batch, or an optimizer of Keras 2, has not created by then, follows after that
-    batch. Under tf.distribute it does nothing, as variables are created equal there.
+    batch. Under tf.distribute it does nothing, as variables are created equal there; where each
+    process of a job has a strategy, all copies of all processes get the values.
 
     Args:
         root: The rank of the worker that has the values.
         communicator: As for `syncbn.SyncBatchNormalization`.
 
     Raises:
-        ValueError: when training begins: workers have different models, or ``root`` is no rank.
+        ValueError: when training begins: workers have different models, or numbers of replicas, or
+            ``root`` is no rank.
         RuntimeError: when training begins: Keras has wrapped a distributed optimizer in one that
             scales the loss (see `distribute`).
     """
@@ -105,7 +107,7 @@ class AverageMetrics(_WorkerCallback):
     ``train_step`` logs besides metrics is averaged. Put it before the callbacks that read the
     logs, such as `EarlyStopping`. Either all workers validate or none does. It is for `fit`: what
     `evaluate` returns stays each worker's own. Under tf.distribute it does nothing, as Keras does
-    this there.
+    this there; where each process of a job has a strategy, it adds up over the processes.
 
     Args:
         communicator: As for `syncbn.SyncBatchNormalization`.

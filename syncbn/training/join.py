@@ -37,7 +37,9 @@ def join(
     and losses that average over a batch (those of `tf.keras.losses`) need it. The loss that `fit`
     logs is weighted, too; the same function among the ``metrics`` is not.
 
-    Under tf.distribute, where strategies deal batches out, the dataset is returned as it is.
+    Under tf.distribute, where strategies deal batches out, the dataset is returned as it is. Where
+    each process of a job has a strategy, the datasets of the processes are joined, and each strategy
+    deals out what its process has.
 
     Args:
         dataset: Of batches: any structure of dense, ragged and sparse tensors whose first dimension

@@ -28,7 +28,10 @@ def distribute(optimizer: Any, communicator: str | Communicator = "auto") -> Any
     All workers need gradients for the same variables, in the same order; the first step compares
     them. The optimizer does not pickle: save the model, or the optimizer's config.
 
-    Under tf.distribute nothing is averaged here: Keras' optimizers do that themselves there.
+    Under tf.distribute nothing is averaged here: optimizers add gradients up over the replicas of a
+    strategy themselves. Where each process of a job over Horovod or MPI has a strategy, with as many
+    replicas as the others, it is these sums whose mean over the processes is applied, and each
+    process sends one message.
 
     With mixed precision, distribute the optimizer that scales the loss, not the one inside:
     ``distribute(tf.keras.mixed_precision.LossScaleOptimizer(optimizer))``. It skips steps with
@@ -45,7 +48,7 @@ def distribute(optimizer: Any, communicator: str | Communicator = "auto") -> Any
     Raises:
         TypeError: ``optimizer`` is none, or ``communicator`` is none.
         ValueError: it is distributed already, or the communicator's name is unknown. Later, in the
-            first step: workers have different gradients.
+            first step: workers have different gradients, or numbers of replicas.
     """
     check(communicator)
     if not isinstance(optimizer, (*keras_api.OPTIMIZERS, tf.compat.v1.train.Optimizer)):

@@ -1,7 +1,5 @@
 """A batch that is given once, in the cross-replica context of a strategy."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -81,16 +79,3 @@ def test_replicas_go_on_from_there(mirrored):
     for values in kind.moving([layer]).values():
         for value in values.values():
             np.testing.assert_allclose(value, 0.75 * X.mean((0, 1)), rtol=1e-5)
-
-
-def test_workers_of_a_strategy_would_each_give_another(monkeypatch, mirrored):
-    with mirrored(2).strategy.scope():
-        layer = syncbn.SyncCentering()
-        layer.build((None, 3))
-        # As if there were another worker, with as many replicas.
-        several = SimpleNamespace(
-            num_replicas_in_sync=4, extended=SimpleNamespace(worker_devices=["CPU:0", "CPU:1"])
-        )
-        monkeypatch.setattr(tf.distribute, "get_strategy", lambda: several)
-        with pytest.raises(RuntimeError, match=r"replica context.*several workers.*strategy\.run"):
-            layer._given_once(syncbn.DistributeCommunicator())
