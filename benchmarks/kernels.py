@@ -16,7 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf
 
-from syncbn.ops import kernels, moments
+from syncbn.ops import kernels, moments, training_kernels
 from syncbn.ops.kernels import Kernels
 
 SHAPES = [
@@ -49,15 +49,15 @@ def variants(shape: tuple[int, int], dtype: str) -> dict[str, list[Callable[[], 
         return kernels.input_gradient(dy, x, *[vector] * 2, scaled, *[vector] * 2, axes, chosen)
 
     def one_replica() -> object:
-        return kernels.normalize_alone(x, vector, vector, 1e-3, axes)
+        return training_kernels.normalize_alone(x, vector, vector, 1e-3, axes)
 
     def one_replica_gradient() -> object:
-        return kernels.gradient_alone(dy, x, vector, vector, tf.square(vector), 1e-3, axes)
+        return training_kernels.gradient_alone(dy, x, vector, vector, tf.square(vector), 1e-3, axes)
 
     return {
         "moments": [
             lambda: moments.two_pass_sums(x, count, axes, None),
-            lambda: kernels.rough_moments(x, axes),
+            lambda: training_kernels.rough_moments(x, axes),
         ],
         "normalize": [lambda: normalize(PLAIN), lambda: normalize(FUSED)],
         "gradient sums": [lambda: sums(PLAIN), lambda: sums(FUSED)],

@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn.communicators.tracing import in_branch_or_loop
+from syncbn.ops.differentiation import local
 
 AddUp = Callable[[tf.Tensor, str], tf.Tensor]
 """Adds a tensor up over processes, under a name; not differentiable."""
@@ -72,15 +73,6 @@ class Turn:
             return total, gradient
 
         return reduce(local(tensor))
-
-
-def local(tensor: tf.Tensor) -> tf.Tensor:
-    """Returns ``tensor`` as one of the graph that is being made.
-
-    TensorFlow fails to differentiate a custom gradient, in a branch of a branch or loop, whose
-    input is captured from outside.
-    """
-    return tensor if tf.executing_eagerly() else tf.identity(tensor)
 
 
 def vectorized(total: tf.Tensor, again: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:

@@ -6,11 +6,9 @@ import sys
 from types import FrameType
 
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_v2_func_graphs
 
-# There is no public way to learn this while a function is traced; after the trace XLA's own
-# message names neither the layer nor the way out. Tried with TensorFlow 2.16 and 2.21;
-# tests/single/test_jit.py holds it.
-from tensorflow.python.ops import control_flow_util, control_flow_v2_func_graphs
+from syncbn.ops import xla
 
 
 def refuse_xla(engine: str) -> None:
@@ -19,10 +17,7 @@ def refuse_xla(engine: str) -> None:
     Raises:
         NotImplementedError: ``engine`` leaves the graph, which compiled code cannot.
     """
-    if tf.executing_eagerly():
-        return
-    graph = tf.compat.v1.get_default_graph()
-    if control_flow_util.GraphOrParentsInXlaContext(graph):
+    if xla.compiles_everything():
         raise NotImplementedError(
             f"XLA cannot compile a collective of {engine}. Received: a training call inside a "
             "function that XLA compiles. Use jit_compile=False. (In `Model.compile`, 'auto' asks "
@@ -32,7 +27,7 @@ def refuse_xla(engine: str) -> None:
 
 def in_branch_or_loop() -> bool:
     """Says whether what is being traced is inside of a branch or loop of a graph."""
-    # Nor is there a public way to learn this. Tried with TensorFlow 2.21;
+    # There is no public way to learn this. Tried with TensorFlow 2.21;
     # tests/parallel/test_control_flow.py holds it.
     kinds = (
         control_flow_v2_func_graphs.CondBranchFuncGraph,

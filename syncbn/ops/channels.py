@@ -79,7 +79,7 @@ def sum_to_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     rank = x.shape.rank
     if tuple(axes) == tuple(range(rank - len(axes), rank)):
         channels = channel_count(x, axes)
-        return _sum_rows(tf.reshape(x, [-1, channels]), channels, _known_rows(x, axes))
+        return _sum_rows(tf.reshape(x, [-1, channels]), channels, known_rows(x, axes))
     # What lies behind the channels is contiguous, and TensorFlow itself adds that up pairwise.
     reduced = reduction_axes(rank, axes)
     behind = [axis for axis in reduced if axis > max(axes)]
@@ -92,15 +92,17 @@ def _sum_rows(x: tf.Tensor, channels: int, rows: int | None) -> tf.Tensor:
     """Sums ``(rows, channels)`` over the rows, whose number may be known."""
     if rows is not None and rows <= _BLOCK:
         return tf.cast(tf.reduce_sum(x, 0), tf.float64)
-    whole = (tf.shape(x)[0] if rows is None else rows) // _BLOCK * _BLOCK
-    blocks = tf.reduce_sum(tf.reshape(x[:whole], [-1, _BLOCK, channels]), 1)
+    number = (tf.shape(x, tf.int64)[0] if rows is None else rows) // _BLOCK
+    whole = number * _BLOCK
+    blocks = tf.reduce_sum(tf.reshape(x[:whole], [number, _BLOCK, channels]), 1)
     total = tf.reduce_sum(tf.cast(blocks, tf.float64), 0)
     if rows is not None and rows == whole:
         return total
     return total + tf.cast(tf.reduce_sum(x[whole:], 0), tf.float64)
 
 
-def _known_rows(x: tf.Tensor, axes: Sequence[int]) -> int | None:
+def known_rows(x: tf.Tensor, axes: Sequence[int]) -> int | None:
+    """Returns how many elements each channel of ``x`` has, where a trace knows."""
     shape = x.shape.as_list()
     sizes = [shape[axis] for axis in reduction_axes(len(shape), axes)]
     return None if None in sizes else math.prod(sizes)

@@ -12,13 +12,16 @@ stand for:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
 
-from syncbn.ops.channels import broadcast, channel_count, sum_to_channels, where
+from syncbn.ops import xla
+from syncbn.ops.channels import broadcast, channel_count, known_rows, sum_to_channels, where
+from syncbn.ops.differentiation import with_recomputed_gradient
 
 # From how many elements on the fused kernels win, on CPUs. `benchmarks/kernels.py` prints the table
 # that this comes from; docs/design.md shows it.
@@ -48,7 +51,7 @@ def choose(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> Kernels:
     # deterministic where that is asked for; cuDNN's inference form is neither.
     if tf.config.get_visible_devices("GPU"):
         return Kernels(fused=False, compiled=False)
-    if x.dtype == tf.float64 or tuple(axes) != (x.shape.rank - 1,):
+    if x.dtype == tf.float64 or tuple(axes) != (x.shape.rank - 1,) or xla.compiles_everything():
         return Kernels(fused=False, compiled=False)
     # An unknown size, that of the batch mostly, counts as one.
     elements = math.prod(size or 1 for size in x.shape)
@@ -72,15 +75,18 @@ def scale_and_offset(
     ``mean``, ``scale`` and ``offset`` are channel vectors of the dtype of statistics. The mean is
     subtracted first: multiplying first would lose the digits of a large mean.
     """
+    return _scale_and_offset(tuple(axes), fused)(x, mean, scale, offset)
 
+
+@functools.cache
+def _scale_and_offset(axes: tuple[int, ...], fused: bool) -> Callable[..., tf.Tensor]:
     def plain(x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
         mean, scale, offset = (broadcast(vector, x, axes) for vector in vectors)
         return tf.cast((tf.cast(x, mean.dtype) - mean) * scale + offset, x.dtype)
 
-    def kernel(x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
-        mean, scale, offset = vectors
+    def kernel(x: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
         y = tf.raw_ops.FusedBatchNormV3(
-            x=_rows(x, axes),
+            x=as_rows(x, axes),
             scale=scale,
             offset=offset,
             mean=mean,
@@ -88,9 +94,9 @@ def scale_and_offset(
             epsilon=_EPSILON,
             is_training=False,
         ).y
-        return tf.cast(tf.reshape(y, tf.shape(x)), x.dtype)
+        return tf.cast(shaped_like(x, y), x.dtype)
 
-    return run(plain, (x, mean, scale, offset), kernel if fused else None)
+    return with_recomputed_gradient(plain, kernel if fused else None)
 
 
 class GradientSums(NamedTuple):
@@ -119,33 +125,47 @@ def gradient_sums(
     if not kernels.compiled:  # with which nothing but the sums is taken from here
         dy, x = tf.cast(dy, scale.dtype), tf.cast(x, scale.dtype)
 
+    operation = _gradient_sums(tuple(axes), kernels.fused and mask is None, mask is not None)
+    *sums, scaled = operation(dy, x, mean, scale)
+    return GradientSums(*sums), scaled
+
+
+@functools.cache
+def _gradient_sums(
+    axes: tuple[int, ...], fused: bool, masked: bool
+) -> Callable[..., tuple[tf.Tensor, ...]]:
     def plain(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tuple[tf.Tensor, ...]:
         mean, scale = (broadcast(vector, x, axes) for vector in vectors)
         wide_dy, centered = tf.cast(dy, scale.dtype), tf.cast(x, mean.dtype) - mean
         # Zero times NaN is NaN: what a mask hides must not come back through a zero gradient.
-        multiply = tf.multiply if mask is None else tf.math.multiply_no_nan
+        multiply = tf.math.multiply_no_nan if masked else tf.multiply
         sums = (sum_to_channels(part, axes) for part in (wide_dy, multiply(centered, wide_dy)))
         return *sums, tf.cast(wide_dy * scale, dy.dtype)
 
-    def kernel(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        mean, scale = vectors
-        terms = tf.raw_ops.FusedBatchNormGradV3(
-            y_backprop=_rows(dy, axes),
-            x=_rows(x, axes),
-            scale=scale,
-            reserve_space_1=mean,
-            reserve_space_2=tf.fill([channel_count(x, axes)], _UNIT_VARIANCE),
-            reserve_space_3=tf.zeros([0]),
-            epsilon=_EPSILON,
-            is_training=False,
-        )
-        sums = terms.offset_backprop, terms.scale_backprop
-        scaled = tf.cast(tf.reshape(terms.x_backprop, tf.shape(dy)), dy.dtype)
-        return *(tf.cast(part, tf.float64) for part in sums), scaled
+    def kernel(
+        dy: tf.Tensor, x: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        def sums() -> tuple[tf.Tensor, ...]:
+            terms = tf.raw_ops.FusedBatchNormGradV3(
+                y_backprop=as_rows(dy, axes),
+                x=as_rows(x, axes),
+                scale=scale,
+                reserve_space_1=mean,
+                reserve_space_2=tf.fill([channel_count(x, axes)], _UNIT_VARIANCE),
+                reserve_space_3=tf.zeros([0]),
+                epsilon=_EPSILON,
+                is_training=False,
+            )
+            both = terms.offset_backprop, terms.scale_backprop
+            wide = (tf.cast(part, tf.float64) for part in both)
+            return *wide, tf.cast(shaped_like(dy, terms.x_backprop), dy.dtype)
 
-    fused = kernels.fused and mask is None
-    *sums, scaled = run(plain, (dy, x, mean, scale), kernel if fused else None)
-    return GradientSums(*sums), scaled
+        if known_rows(x, axes) is not None:
+            return sums()
+        few = tf.size(x, tf.int64) <= MOST_FUSED_ROWS * channel_count(x, axes)
+        return tf.cond(few, sums, lambda: plain(dy, x, mean, scale))
+
+    return with_recomputed_gradient(plain, kernel if fused else None)
 
 
 def input_gradient(
@@ -166,18 +186,22 @@ def input_gradient(
     is ``dy * scale``.
     """
     if kernels.compiled:
-
-        def plain(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
-            return _line(dy, x, *(broadcast(vector, x, axes) for vector in vectors))
-
-        def kernel(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
-            rows = (tf.reshape(part, [-1, channel_count(x, axes)]) for part in (dy, x))
-            return tf.reshape(_COMPILED_LINE[x.dtype](*rows, *vectors), x.shape)
-
-        return run(plain, (dy, x, mean, scale, slope, offset), kernel)
+        return _compiled_line(tuple(axes))(dy, x, mean, scale, slope, offset)
     wide_x = tf.cast(where(mask, x), mean.dtype)
     shift = scale_and_offset(wide_x, mean, slope, offset, axes, kernels.fused)
     return tf.cast(scaled - where(mask, shift), x.dtype)
+
+
+@functools.cache
+def _compiled_line(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
+    def plain(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
+        return _line(dy, x, *(broadcast(vector, x, axes) for vector in vectors))
+
+    def kernel(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
+        rows = (tf.reshape(part, [-1, channel_count(x, axes)]) for part in (dy, x))
+        return tf.reshape(_COMPILED_LINE[x.dtype](*rows, *vectors), x.shape)
+
+    return with_recomputed_gradient(plain, kernel)
 
 
 def _line(
@@ -204,147 +228,15 @@ _COMPILED_LINE = {
 }
 
 
-def rough_moments(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns mean and biased variance of ``x`` by the fused kernel, ``(channels,)`` each.
-
-    Two passes, but each adds up all rows in float32: after n of them the mean can be off by
-    ``n * 2**-24`` of the mean magnitude, and the variance by the square of that. NaN for no rows.
-    """
-
-    def plain(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return _plain_moments(tf.cast(x, tf.float32))
-
-    def kernel(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        channels = channel_count(x, axes)
-        # What is normalized goes no further than here, or an eager tape would keep it.
-        return _training_form(x, tf.ones([channels]), tf.zeros([channels]), _EPSILON, axes)[1:]
-
-    return run(plain, (x,), kernel)
-
-
-def normalize_alone(
-    x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, axes: Sequence[int]
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns ``x`` normalized with its own moments, and these: those of `rough_moments`."""
-
-    def plain(
-        x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        wide_x = tf.cast(x, scale.dtype)
-        mean, variance = _plain_moments(wide_x)
-        y = (wide_x - mean) * (scale * tf.math.rsqrt(variance + epsilon)) + offset
-        return tf.cast(y, x.dtype), mean, variance
-
-    def kernel(
-        x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        return _training_form(x, scale, offset, epsilon, axes)
-
-    return run(plain, (x, scale, offset), kernel)
-
-
-def _training_form(
-    x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, axes: Sequence[int]
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    outputs = tf.raw_ops.FusedBatchNormV3(
-        x=_rows(x, axes),
-        scale=scale,
-        offset=offset,
-        mean=tf.zeros([0]),
-        variance=tf.zeros([0]),
-        epsilon=epsilon,
-        is_training=True,
-    )
-    rows = tf.cast(tf.size(x, tf.int64) // channel_count(x, axes), tf.float32)
-    # The kernel returns the unbiased variance.
-    variance = outputs.batch_variance * (tf.maximum(rows - 1, 1) / rows)
-    y = tf.cast(tf.reshape(outputs.y, tf.shape(x)), x.dtype)
-    return y, outputs.batch_mean, variance
-
-
-def gradient_alone(
-    dy: tf.Tensor,
-    x: tf.Tensor,
-    scale: tf.Tensor,
-    mean: tf.Tensor,
-    variance: tf.Tensor,
-    epsilon: float,
-    axes: Sequence[int],
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns the gradients of `normalize_alone` for ``x``, ``scale`` and ``offset``.
-
-    ``mean`` and ``variance`` are those of ``x``.
-    """
-
-    def plain(
-        dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        wide_dy, inverse_deviation = tf.cast(dy, scale.dtype), tf.math.rsqrt(variance + epsilon)
-        normalized = (tf.cast(x, scale.dtype) - mean) * inverse_deviation
-        product, rows = wide_dy * normalized, _reduced(x)
-        share = tf.reduce_mean(wide_dy, rows) + normalized * tf.reduce_mean(product, rows)
-        dx = tf.cast(scale * inverse_deviation * (wide_dy - share), x.dtype)
-        return dx, tf.reduce_sum(product, rows), tf.reduce_sum(wide_dy, rows)
-
-    def kernel(
-        dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        # On CPUs, where alone this is called, the second reserve is the variance.
-        outputs = tf.raw_ops.FusedBatchNormGradV3(
-            y_backprop=_rows(dy, axes),
-            x=_rows(x, axes),
-            scale=scale,
-            reserve_space_1=mean,
-            reserve_space_2=variance,
-            reserve_space_3=tf.zeros([0]),
-            epsilon=epsilon,
-            is_training=True,
-        )
-        dx = tf.cast(tf.reshape(outputs.x_backprop, tf.shape(x)), x.dtype)
-        return dx, outputs.scale_backprop, outputs.offset_backprop
-
-    return run(plain, (dy, x, scale, mean, variance), kernel)
-
-
-def run(plain: Callable, inputs: tuple[tf.Tensor, ...], kernel: Callable | None = None) -> Any:
-    """Runs ``kernel``, or ``plain`` where there is none, and differentiates ``plain``.
-
-    TensorFlow's own gradients of the fused kernels leave out what moments and means contribute,
-    which only a second derivative asks for. And an eager tape would keep every tensor between the
-    inputs and the outputs for that; instead ``plain`` is repeated when somebody asks.
-    """
-    if kernel is None and not tf.executing_eagerly():
-        return plain(*inputs)
-
-    @tf.custom_gradient
-    def call(*inputs: tf.Tensor) -> tuple[Any, Callable]:
-        def gradient(*upstream: tf.Tensor) -> list[tf.Tensor]:
-            with tf.GradientTape() as tape:
-                tape.watch(inputs)
-                outputs = tf.nest.flatten(plain(*inputs))
-            return tape.gradient(outputs, inputs, upstream)
-
-        # Without a gradient: eager tapes record what is custom, and also what it consists of. And
-        # TensorFlow cannot differentiate a branch of `tf.cond` from outside of which compiled code
-        # takes its inputs; these are inside.
-        return (kernel or plain)(*map(tf.stop_gradient, inputs)), gradient
-
-    return call(*inputs)
-
-
-def _rows(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+def as_rows(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """Returns ``x`` as the fused kernels take it: ``(rows, 1, 1, channels)``."""
     # The kernels are slower in float16 than a cast and float32, in bfloat16 faster.
     if x.dtype == tf.float16:
         x = tf.cast(x, tf.float32)
-    # They want four dimensions; a reshape copies nothing.
+    # A reshape copies nothing.
     return tf.reshape(x, [-1, 1, 1, channel_count(x, axes)])
 
 
-def _plain_moments(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    # `tf.nn.moments` stops a gradient, and is wrong from the second derivative on.
-    mean = tf.reduce_mean(x, _reduced(x))
-    return mean, tf.reduce_mean(tf.square(x - mean), _reduced(x))
-
-
-def _reduced(x: tf.Tensor) -> list[int]:
-    return list(range(x.shape.rank - 1))
+def shaped_like(x: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """Returns what a kernel made of `as_rows`, in the shape of ``x``."""
+    return tf.reshape(rows, tf.shape(x, tf.int64))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -16,7 +17,9 @@ from syncbn.ops.channels import (
     sum_to_channels,
     where,
 )
-from syncbn.ops.kernels import MOST_FUSED_ROWS, choose, rough_moments, run
+from syncbn.ops.differentiation import with_recomputed_gradient
+from syncbn.ops.kernels import MOST_FUSED_ROWS, choose
+from syncbn.ops.training_kernels import rough_moments
 
 
 class Sums(NamedTuple):
@@ -70,7 +73,7 @@ def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = N
     differ from channel to channel there; without a mask too, since another replica may have one.
     """
     if tuple(axes) == (x.shape.rank - 1,):
-        shape = tf.shape(x)[:-1]
+        shape = tf.shape(x, tf.int64)[:-1]
         if mask is not None:
             seen = tf.cast(tf.broadcast_to(mask[..., 0], shape), tf.float64)
             return tf.reshape(tf.reduce_sum(seen), [1])
@@ -79,8 +82,10 @@ def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = N
             return tf.constant([math.prod(sizes)], tf.float64)
         return tf.reduce_prod(tf.cast(shape, tf.float64), keepdims=True)
     if mask is not None:
-        return sum_to_channels(tf.cast(tf.broadcast_to(mask, tf.shape(x)), tf.float64), axes)
-    reduced = tf.gather(tf.shape(x), reduction_axes(x.shape.rank, axes))
+        return sum_to_channels(
+            tf.cast(tf.broadcast_to(mask, tf.shape(x, tf.int64)), tf.float64), axes
+        )
+    reduced = tf.gather(tf.shape(x, tf.int64), reduction_axes(x.shape.rank, axes))
     return tf.fill([channel_count(x, axes)], tf.reduce_prod(tf.cast(reduced, tf.float64)))
 
 
@@ -92,29 +97,32 @@ def local_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None)
         axes: The normalized axes, sorted and non-negative.
         mask: From `expand_mask`; elements where it is false do not exist for the statistics.
     """
-    if mask is None and choose(x, axes).fused:
-        return checked_sums(x, *rough_moments(x, axes), axes)[0]
     count = count_elements(x, axes, mask)
-    return Sums(count, *two_pass_sums(x, count, axes, mask))
+    if mask is not None or not choose(x, axes).fused:
+        return Sums(count, *two_pass_sums(x, count, axes, mask))
+    return checked_sums(x, Moments(count, *rough_moments(x, axes)), axes)[0]
 
 
-def checked_sums(
-    x: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, axes: Sequence[int]
-) -> tuple[Sums, tf.Tensor]:
+def first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Sums:
+    """Returns this replica's sums without the squares; the arguments are those of `local_sums`."""
+    inputs = [x] if mask is None else [x, mask]
+    return Sums(count_elements(x, axes, mask), _first_sum(tuple(axes))(*inputs), None)
+
+
+def checked_sums(x: tf.Tensor, rough: Moments, axes: Sequence[int]) -> tuple[Sums, tf.Tensor]:
     """Returns the sums of ``x``, whose `rough_moments` may be good enough, and whether they are."""
-    count = count_elements(x, axes)
-    mean, variance = tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)
-    # The kernel is to be believed where its mean is off by a hundredth of the standard deviation at
-    # most, even in the worst case: then its variance is off by 1e-4. Not so where the mean is large
-    # beside the deviation, or there are no rows, which makes NaN of both; NaN compares false.
-    reliable = tf.square(count * 2.0**-24 * mean) <= 1e-4 * variance
-    reliable = tf.reduce_all(reliable & (count <= MOST_FUSED_ROWS))
+    mean, variance = (tf.cast(part, tf.float64) for part in rough[1:])
+    # Accept them only if the kernel's mean is off by a hundredth of the standard deviation at most,
+    # even in the worst case: then its variance is off by 1e-4. That excludes means that are large
+    # beside the deviation, and no rows, which make NaN of both; NaN compares false.
+    reliable = tf.square(rough.count * 2.0**-24 * mean) <= 1e-4 * variance
+    reliable = tf.reduce_all(reliable & (rough.count <= MOST_FUSED_ROWS))
     first, second = tf.cond(
         reliable,
-        lambda: sums_of(Moments(count, mean, variance))[1:],
-        lambda: two_pass_sums(x, count, axes, None),
+        lambda: sums_of(Moments(rough.count, mean, variance))[1:],
+        lambda: two_pass_sums(x, rough.count, axes, None),
     )
-    return Sums(count, first, second), reliable
+    return Sums(rough.count, first, second), reliable
 
 
 def two_pass_sums(
@@ -126,8 +134,15 @@ def two_pass_sums(
     Variance" (1983), equation 1.7: the second pass runs about a pivot, the mean rounded to the
     dtype of the elements, and what the rounding took is put right.
     """
+    inputs = [x, count] if mask is None else [x, count, mask]
+    return _two_pass_sums(tuple(axes))(*inputs)
 
-    def plain(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+
+@functools.cache
+def _two_pass_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+    def plain(
+        x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         x = tf.cast(x, statistics_dtype(x.dtype))
         first = sum_to_channels(where(mask, x), axes)
         pivot = tf.cast(tf.math.divide_no_nan(first, count), x.dtype)
@@ -135,7 +150,15 @@ def two_pass_sums(
         pivot = tf.cast(pivot, tf.float64)
         return first, sum_to_channels(squares, axes) + pivot * (2.0 * first - count * pivot)
 
-    return run(plain, (x,))
+    return with_recomputed_gradient(plain)
+
+
+@functools.cache
+def _first_sum(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
+    def plain(x: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
+        return sum_to_channels(where(mask, tf.cast(x, statistics_dtype(x.dtype))), axes)
+
+    return with_recomputed_gradient(plain)
 
 
 def sums_of(moments: Moments) -> Sums:
@@ -172,6 +195,15 @@ def average(packed: tf.Tensor, like: Sums) -> Moments:
     count, *sums = tf.split(packed, sizes, -1)
     mean, *variance = (tf.math.divide_no_nan(total, count) for total in sums)
     return Moments(count, mean, variance[0] if variance else None)
+
+
+def rounded(mean: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns ``mean`` in ``dtype``, and what the rounding took from it, in ``dtype`` too.
+
+    Of a mean of a million standard deviations float32 takes a thirtieth of a deviation.
+    """
+    result = tf.cast(mean, dtype)
+    return result, tf.cast(mean - tf.cast(result, mean.dtype), dtype)
 
 
 def unbiased(moments: Moments) -> Moments:

@@ -9,23 +9,24 @@ Between the passes only the input, in its own dtype, and channel vectors are kep
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from syncbn.ops.channels import broadcast, statistics_dtype, sum_to_channels, where
-from syncbn.ops.kernels import (
-    choose,
-    gradient_alone,
-    gradient_sums,
-    input_gradient,
-    normalize_alone,
-    run,
-    scale_and_offset,
+from syncbn.ops.differentiation import local
+from syncbn.ops.kernels import Kernels, choose, gradient_sums, input_gradient, scale_and_offset
+from syncbn.ops.moments import (
+    Moments,
+    checked_sums,
+    count_elements,
+    first_sums,
+    local_sums,
+    rounded,
 )
-from syncbn.ops.moments import Moments, Sums, checked_sums, count_elements, local_sums
 from syncbn.ops.replicas import Replicas
+from syncbn.ops.training_kernels import gradient_alone, normalize_alone
 
 Correction = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 """Returns ``r`` and ``d`` of batch renormalization for a mean and a variance."""
@@ -69,81 +70,132 @@ def batch_normalize(
     """
     dtype = statistics_dtype(x.dtype)
     kernels = choose(x, axes, masked=mask is not None)
-    plain = mask is None and correction is None and _is_positive(epsilon, dtype)
-    if replicas.alone and kernels.fused and plain:
-        return _batch_normalize_alone(x, gamma, beta, axes, epsilon, replicas, bessel)
+    x, gamma, beta = local(x), local(tf.cast(gamma, dtype)), local(tf.cast(beta, dtype))
+    normalization = _Normalization(axes, epsilon, kernels, mask, correction)
+    if (
+        replicas.alone
+        and kernels.fused
+        and mask is None
+        and correction is None
+        and _is_positive(epsilon, dtype)
+    ):
+        normalize = _normalize_alone(normalization, replicas, bessel)
+    else:
+        normalize = _normalize(normalization, replicas, bessel)
+    y, *taken_up = tf.custom_gradient(normalize)(x, gamma, beta)
+    return y, _cut_off(dtype, *taken_up)
 
-    @tf.custom_gradient
-    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Any]:
-        merged, taken_up = replicas.merge(local_sums(x, axes, mask), bessel)
-        mean, variance = tf.cast(merged.mean, dtype), tf.cast(merged.variance, dtype)
-        inverse_deviation = _inverse_deviation(variance, epsilon)
-        scale, offset = gamma * inverse_deviation, beta
-        if correction is not None:
-            r, d = map(tf.stop_gradient, correction(mean, variance))
+
+class _Normalization(NamedTuple):
+    """How to normalize with given moments, and its gradient."""
+
+    axes: Sequence[int]
+    epsilon: float
+    kernels: Kernels
+    mask: tf.Tensor | None
+    correction: Correction | None
+
+    def prepared(self, moments: Moments, gamma: tf.Tensor, beta: tf.Tensor) -> _Factors:
+        """Returns the channel vectors that the batch's moments make."""
+        mean, rest = rounded(moments.mean, gamma.dtype)
+        variance = tf.cast(moments.variance, gamma.dtype)
+        inverse_deviation = _inverse_deviation(variance, self.epsilon)
+        scale, offset, r, d = gamma * inverse_deviation, beta, None, None
+        if self.correction is not None:
+            r, d = map(tf.stop_gradient, self.correction(mean, variance))
             scale, offset = scale * r, beta + gamma * d
-        y = scale_and_offset(x, mean, scale, offset, axes, kernels.fused)
+        return _Factors(moments.count, mean, rest, inverse_deviation, scale, offset, r, d)
+
+    def outputs(self, x: tf.Tensor, by: _Factors) -> tf.Tensor:
+        offset = by.offset - by.rest * by.scale
+        return scale_and_offset(x, by.mean, by.scale, offset, self.axes, self.kernels.fused)
+
+    def gradients(
+        self, dy: tf.Tensor, x: tf.Tensor, by: _Factors, replicas: Replicas
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns dx, dgamma and dbeta."""
+        # With x^ the normalized input, n the count over all replicas, and both sums over all
+        # replicas:  dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
+        # The sums run over masked elements too, which also were normalized with the
+        # statistics; the two corrections go to the elements that made the statistics.
+        dtype = by.scale.dtype
+        (first, centered), scaled = gradient_sums(
+            dy, x, by.mean, by.scale, self.axes, self.kernels, self.mask
+        )
+        sums = tf.stack([first, centered - tf.cast(by.rest, first.dtype) * first])
+        dbeta, dgamma = tf.unstack(tf.cast(sums, dtype))
+        dgamma *= by.inverse_deviation
+        if self.correction is not None:
+            dgamma = by.r * dgamma + by.d * dbeta
+        total = replicas.all_reduce_sum(sums, "gradient")
+        means = tf.cast(tf.math.divide_no_nan(total, by.count), dtype)
+        mean_dy, mean_dy_x = tf.unstack(means)
+        # In this order: the cube of a small deviation's inverse is beyond float32.
+        slope = by.scale * (by.inverse_deviation * (by.inverse_deviation * mean_dy_x))
+        offset = by.scale * mean_dy - by.rest * slope
+        dx = input_gradient(
+            dy, x, by.mean, by.scale, scaled, slope, offset, self.axes, self.kernels, self.mask
+        )
+        return dx, dgamma, dbeta
+
+
+class _Factors(NamedTuple):
+    """Channel vectors of the dtype of statistics, but for the count."""
+
+    count: tf.Tensor
+    mean: tf.Tensor
+    rest: tf.Tensor
+    """What is to be added to the mean, which is rounded."""
+    inverse_deviation: tf.Tensor
+    scale: tf.Tensor
+    offset: tf.Tensor
+    r: tf.Tensor | None
+    d: tf.Tensor | None
+
+
+def _normalize(
+    normalization: _Normalization, replicas: Replicas, bessel: bool
+) -> Callable[..., tuple[Any, Callable]]:
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Callable]:
+        sums = local_sums(x, normalization.axes, normalization.mask)
+        merged, taken_up = replicas.merge(sums, bessel)
+        factors = normalization.prepared(merged, gamma, beta)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            # With x^ the normalized input, n the count over all replicas, and both sums over all
-            # replicas:  dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
-            # The sums run over masked elements too, which also were normalized with the
-            # statistics; the two corrections go to the elements that made the statistics.
-            own_sums, scaled = gradient_sums(dy, x, mean, scale, axes, kernels, mask)
-            sums = tf.stack(own_sums)
-            dbeta, dgamma = tf.unstack(tf.cast(sums, dtype))
-            dgamma *= inverse_deviation
-            if correction is not None:
-                dgamma = r * dgamma + d * dbeta
-            total = replicas.all_reduce_sum(sums, "gradient")
-            means = tf.cast(tf.math.divide_no_nan(total, merged.count), dtype)
-            mean_dy, mean_dy_x = tf.unstack(means)
-            # In this order: the cube of a small deviation's inverse is beyond float32.
-            slope = scale * (inverse_deviation * (inverse_deviation * mean_dy_x))
-            dx = input_gradient(
-                dy, x, mean, scale, scaled, slope, scale * mean_dy, axes, kernels, mask
-            )
-            return dx, dgamma, dbeta
+            return normalization.gradients(dy, x, factors, replicas)
 
+        return (normalization.outputs(x, factors), *taken_up), gradient
+
+    return normalize
+
+
+def _normalize_alone(
+    normalization: _Normalization, replicas: Replicas, bessel: bool
+) -> Callable[..., tuple[Any, Callable]]:
+    """Is `_normalize` for a single replica: no collective between the passes.
+
+    There are kernels for the whole of a pass, unless their moments are too rough.
+    """
+    axes, epsilon = normalization.axes, normalization.epsilon
+
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Callable]:
+        rough_y, *rough = normalize_alone(x, gamma, beta, epsilon, axes)
+        sums, reliable = checked_sums(x, Moments(count_elements(x, axes), *rough), axes)
+        merged, taken_up = replicas.merge(sums, bessel)
+        factors = normalization.prepared(merged, gamma, beta)
+
+        def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            variance = tf.cast(merged.variance, gamma.dtype)
+            return tf.cond(
+                reliable,
+                lambda: gradient_alone(dy, x, gamma, factors.mean, variance, epsilon, axes),
+                lambda: normalization.gradients(dy, x, factors, replicas),
+            )
+
+        y = tf.cond(reliable, lambda: rough_y, lambda: normalization.outputs(x, factors))
         return (y, *taken_up), gradient
 
-    y, *taken_up = normalize(x, tf.cast(gamma, dtype), tf.cast(beta, dtype))
-    return y, _cut_off(dtype, *taken_up)
-
-
-def _batch_normalize_alone(
-    x: tf.Tensor,
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
-    axes: Sequence[int],
-    epsilon: float,
-    replicas: Replicas,
-    bessel: bool,
-) -> tuple[tf.Tensor, Moments]:
-    """Is `batch_normalize` for one replica, which has nobody to wait for in the middle.
-
-    There are kernels for the whole of each pass.
-    """
-    dtype = statistics_dtype(x.dtype)
-
-    @tf.custom_gradient
-    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Any]:
-        rough_y, rough_mean, rough_variance = normalize_alone(x, gamma, beta, epsilon, axes)
-        sums, reliable = checked_sums(x, rough_mean, rough_variance, axes)
-        merged, taken_up = replicas.merge(sums, bessel)
-        mean, variance = tf.cast(merged.mean, dtype), tf.cast(merged.variance, dtype)
-
-        def again() -> tf.Tensor:
-            scale = gamma * _inverse_deviation(variance, epsilon)
-            return scale_and_offset(x, mean, scale, beta, axes, fused=False)
-
-        def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            return gradient_alone(dy, x, gamma, mean, variance, epsilon, axes)
-
-        return (tf.cond(reliable, lambda: rough_y, again), *taken_up), gradient
-
-    y, *taken_up = normalize(x, tf.cast(gamma, dtype), tf.cast(beta, dtype))
-    return y, _cut_off(dtype, *taken_up)
+    return normalize
 
 
 def center(
@@ -164,24 +216,22 @@ def center(
     """
     dtype = statistics_dtype(x.dtype)
 
-    def subtract(x: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
-        return tf.cast(tf.cast(x, mean.dtype) - broadcast(mean, x, axes), x.dtype)
-
     @tf.custom_gradient
     def subtract_mean(x: tf.Tensor) -> tuple[Any, Any]:
-        merged, taken_up = replicas.merge(_first_sums(x, axes, mask))
-        y = run(subtract, (x, tf.cast(merged.mean, dtype)))
+        merged, taken_up = replicas.merge(first_sums(x, axes, mask))
+        mean, rest = rounded(merged.mean, dtype)
+        y = scale_and_offset(x, mean, tf.ones_like(mean), -rest, axes, choose(x, axes).fused)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tf.Tensor:
             wide_dy = tf.cast(dy, dtype)
             sum_dy = replicas.all_reduce_sum(sum_to_channels(wide_dy, axes), "gradient")
             mean_dy = tf.cast(tf.math.divide_no_nan(sum_dy, merged.count), dtype)
-            shift = tf.broadcast_to(broadcast(mean_dy, x, axes), tf.shape(x))
+            shift = tf.broadcast_to(broadcast(mean_dy, x, axes), tf.shape(x, tf.int64))
             return tf.cast(wide_dy - where(mask, shift), x.dtype)
 
         return (y, taken_up.count, taken_up.mean), gradient
 
-    y, *taken_up = subtract_mean(x)
+    y, *taken_up = subtract_mean(local(x))
     return y, _cut_off(dtype, *taken_up)
 
 
@@ -191,13 +241,6 @@ def _cut_off(
     """Returns the moments in ``dtype``, without a gradient."""
     parts = count, tf.cast(mean, dtype), None if variance is None else tf.cast(variance, dtype)
     return Moments(*(None if part is None else tf.stop_gradient(part) for part in parts))
-
-
-def _first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> Sums:
-    def plain(x: tf.Tensor) -> tf.Tensor:
-        return sum_to_channels(where(mask, tf.cast(x, statistics_dtype(x.dtype))), axes)
-
-    return Sums(count_elements(x, axes, mask), run(plain, (x,)), None)
 
 
 def _inverse_deviation(variance: tf.Tensor, epsilon: float) -> tf.Tensor:

@@ -62,12 +62,12 @@ def virtual_batch_normalize(
     )
     # Its gradient is zero where that of y is, even if x is NaN there: under a mask.
     multiply = tf.multiply if mask is None else tf.math.multiply_no_nan
-    y = multiply(wide_x - mean, tf.broadcast_to(scale, tf.shape(x))) + offset
+    y = multiply(wide_x - mean, tf.broadcast_to(scale, tf.shape(x, tf.int64))) + offset
     return tf.cast(y, x.dtype), taken_up
 
 
 def _slices(x: tf.Tensor, axes: Sequence[int], size: int, mask: tf.Tensor | None) -> Slices:
-    batch = tf.shape(x)[0]
+    batch = tf.shape(x, tf.int64)[0]
     number = -(-batch // size)
     of_samples = tf.range(batch) % tf.maximum(number, 1)
 
@@ -76,7 +76,7 @@ def _slices(x: tf.Tensor, axes: Sequence[int], size: int, mask: tf.Tensor | None
 
     count = per_slice(_sample_counts(x, axes, mask))
     mean = tf.math.divide_no_nan(per_slice(_sample_sums(where(mask, x), axes)), count)
-    # About a pivot, as in `two_pass_moments`. The variance does not depend on it.
+    # About a pivot, as in `two_pass_sums`. The variance does not depend on it.
     pivot = tf.stop_gradient(tf.cast(mean, x.dtype))
     centered = where(mask, x - _to_samples(tf.gather(pivot, of_samples), x, axes))
     squares = per_slice(_sample_sums(tf.square(centered), axes))
@@ -95,13 +95,13 @@ def _average(moments: Moments, replicas: Replicas, dtype: tf.DType) -> Moments:
 def _sample_counts(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> tf.Tensor:
     """Elements per channel of each sample, float64: ``(batch, 1)`` where the channels are last."""
     if mask is not None:
-        seen = tf.cast(tf.broadcast_to(mask, tf.shape(x)), tf.float64)
+        seen = tf.cast(tf.broadcast_to(mask, tf.shape(x, tf.int64)), tf.float64)
         counts = _sample_sums(seen, axes)
         return counts[:, :1] if tuple(axes) == (x.shape.rank - 1,) else counts
     columns = 1 if tuple(axes) == (x.shape.rank - 1,) else channel_count(x, axes)
     inner = tf.constant(reduction_axes(x.shape.rank, axes)[1:], tf.int32)  # none in rank 2
-    elements = tf.reduce_prod(tf.gather(tf.shape(x), inner))
-    return tf.fill([tf.shape(x)[0], columns], tf.cast(elements, tf.float64))
+    elements = tf.reduce_prod(tf.cast(tf.gather(tf.shape(x, tf.int64), inner), tf.float64))
+    return tf.fill([tf.shape(x, tf.int64)[0], columns], elements)
 
 
 def _sample_sums(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
@@ -114,4 +114,4 @@ def _to_samples(rows: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor
     """Reshapes ``(batch, channels)`` so that it broadcasts against ``x``."""
     shape = x.shape.as_list()
     sizes = [shape[axis] if axis in axes else 1 for axis in range(1, len(shape))]
-    return tf.reshape(rows, [tf.shape(x)[0], *sizes])
+    return tf.reshape(rows, [tf.shape(x, tf.int64)[0], *sizes])

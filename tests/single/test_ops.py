@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from syncbn.ops import kernels
+from syncbn.ops import kernels, training_kernels
 from syncbn.ops.channels import normalized_axes
 from syncbn.ops.moments import local_sums, not_negative, pack, unpack
 
@@ -129,10 +129,10 @@ def test_the_kernels_of_one_replica_alone_give_what_differentiation_does(rows):
     gradients = tape.gradient(y, sources, dy)
 
     x, dy, scale, offset = (tf.constant(value, tf.float32) for value in (x, dy, scale, offset))
-    ours = kernels.normalize_alone(x, scale, offset, 1e-3, (2,))
+    ours = training_kernels.normalize_alone(x, scale, offset, 1e-3, (2,))
     for one, truth in zip(ours, (y, mean, variance), strict=True):
         np.testing.assert_allclose(one, truth, rtol=1e-4, atol=1e-5)
-    ours = kernels.gradient_alone(dy, x, scale, *ours[1:], 1e-3, (2,))
+    ours = training_kernels.gradient_alone(dy, x, scale, *ours[1:], 1e-3, (2,))
     for one, truth in zip(ours, gradients, strict=True):
         np.testing.assert_allclose(one, truth, atol=5e-5 * np.abs(truth).max())
 

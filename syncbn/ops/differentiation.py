@@ -1,0 +1,58 @@
+"""Gradients of our own: exact to any order, backward and forward, and light on memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+
+def local(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns ``tensor`` as one of the graph that is being made.
+
+    TensorFlow fails to differentiate a custom gradient, in a branch of a branch or loop, whose
+    input is captured from outside.
+    """
+    return tensor if tf.executing_eagerly() else tf.identity(tensor)
+
+
+def with_recomputed_gradient(
+    plain: Callable[..., Any], kernel: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Returns an operation that runs ``kernel``, or ``plain``, and differentiates ``plain``.
+
+    TensorFlow's own gradients of the fused kernels leave out what moments and means contribute,
+    which only a second derivative asks for. And an eager tape would keep every tensor between the
+    inputs and the outputs for that; instead ``plain`` is repeated when somebody asks.
+
+    Make it once, not in each call: it has a `tf.function` for eager gradients.
+    """
+
+    def vector_jacobian_product(
+        inputs: Sequence[tf.Tensor], upstream: Sequence[tf.Tensor]
+    ) -> list[tf.Tensor | None]:
+        # Not by a tape: in a backward function that forward-mode differentiation (which transposes
+        # it) has called, tapes record nothing.
+        inputs = [tf.identity(one) for one in inputs]
+        return tf.gradients(tf.nest.flatten(plain(*inputs)), inputs, list(upstream))
+
+    eager_product = tf.function(vector_jacobian_product, autograph=False, reduce_retracing=True)
+
+    @tf.custom_gradient
+    def call(*inputs: tf.Tensor) -> tuple[Any, Callable]:
+        def gradient(*upstream: tf.Tensor) -> list[tf.Tensor | None]:
+            product = eager_product if tf.executing_eagerly() else vector_jacobian_product
+            return product(inputs, upstream)
+
+        # Without a gradient: eager tapes record what is custom, and also what it consists of. And
+        # TensorFlow cannot differentiate a branch of `tf.cond` from outside of which compiled code
+        # takes its inputs; these are inside.
+        return (kernel or plain)(*map(tf.stop_gradient, inputs)), gradient
+
+    def operation(*inputs: tf.Tensor) -> Any:
+        if kernel is None and not tf.executing_eagerly():
+            return plain(*inputs)
+        return call(*map(local, inputs))
+
+    return operation
