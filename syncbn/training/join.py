@@ -38,8 +38,8 @@ def join(
     logs is weighted, too; the same function among the ``metrics`` is not.
 
     Under tf.distribute, where strategies deal batches out, the dataset is returned as it is. Where
-    each process of a job has a strategy, the datasets of the processes are joined, and each strategy
-    deals out what its process has.
+    each process of a job has a strategy, the datasets of the processes are joined, and each
+    strategy deals out what its process has.
 
     Args:
         dataset: Of batches: any structure of dense, ragged and sparse tensors whose first dimension

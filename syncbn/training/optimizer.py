@@ -29,9 +29,9 @@ def distribute(optimizer: Any, communicator: str | Communicator = "auto") -> Any
     them. The optimizer does not pickle: save the model, or the optimizer's config.
 
     Under tf.distribute nothing is averaged here: optimizers add gradients up over the replicas of a
-    strategy themselves. Where each process of a job over Horovod or MPI has a strategy, with as many
-    replicas as the others, it is these sums whose mean over the processes is applied, and each
-    process sends one message.
+    strategy themselves. Where each process of a job over Horovod or MPI has a strategy, with as
+    many replicas as the others, it is these sums whose mean over the processes is applied, and
+    each process sends one message.
 
     With mixed precision, distribute the optimizer that scales the loss, not the one inside:
     ``distribute(tf.keras.mixed_precision.LossScaleOptimizer(optimizer))``. It skips steps with
