@@ -22,11 +22,10 @@ OF_TWO = [
     "user_reports",
     "worker_fit",
 ]
-# What communication, or the shape of the job, could make another on two levels. Where a test has
-# nothing to do with the number of replicas, one engine is enough.
+# On two levels: what depends on communication, each on one of the engines.
 NESTED = {
-    "mpi+mirrored": ["nested", "collectives", "contract", "groups"],
-    "horovod-gloo+mirrored": ["nested", "agreement", "same_job", "second_derivatives"],
+    "mpi+mirrored": ["nested", "agreement", "collectives", "same_job"],
+    "horovod-gloo+mirrored": ["nested", "contract", "groups", "second_derivatives"],
 }
 # Three ranks of MPI wait busily, on two cores; Horovod over Gloo runs the rest.
 FEW = ["groups", "join", "same_job"]
