@@ -105,8 +105,9 @@ def local_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None)
 
 def first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Sums:
     """Returns this replica's sums without the squares; the arguments are those of `local_sums`."""
-    inputs = [x] if mask is None else [x, mask]
-    return Sums(count_elements(x, axes, mask), _first_sum(tuple(axes))(*inputs), None)
+    count = count_elements(x, axes, mask)
+    inputs = [x, count] if mask is None else [x, count, mask]
+    return Sums(count, _first_sum(tuple(axes))(*inputs), None)
 
 
 def checked_sums(x: tf.Tensor, rough: Moments, axes: Sequence[int]) -> tuple[Sums, tf.Tensor]:
@@ -130,9 +131,9 @@ def two_pass_sums(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the sums of the elements and of their squares, float64, whatever their mean.
 
-    The corrected two-pass algorithm of Chan, Golub & LeVeque, "Algorithms for Computing the Sample
-    Variance" (1983), equation 1.7: the second pass runs about a pivot, the mean rounded to the
-    dtype of the elements, and what the rounding took is put right.
+    The second pass of the two runs about a pivot, the mean as the first pass has it, and what that
+    is off is put right: the corrected two-pass algorithm of Chan, Golub & LeVeque, "Algorithms for
+    Computing the Sample Variance" (1983), equation 1.7, and its counterpart for the mean.
     """
     inputs = [x, count] if mask is None else [x, count, mask]
     return _two_pass_sums(tuple(axes))(*inputs)
@@ -143,22 +144,34 @@ def _two_pass_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.T
     def plain(
         x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        x = tf.cast(x, statistics_dtype(x.dtype))
-        first = sum_to_channels(where(mask, x), axes)
-        pivot = tf.cast(tf.math.divide_no_nan(first, count), x.dtype)
-        squares = tf.square(where(mask, x - broadcast(pivot, x, axes)))
-        pivot = tf.cast(pivot, tf.float64)
-        return first, sum_to_channels(squares, axes) + pivot * (2.0 * first - count * pivot)
+        centered, pivot = _about_a_pivot(x, count, axes, mask)
+        off = sum_to_channels(centered, axes)
+        squares = sum_to_channels(tf.square(centered), axes)
+        first = count * pivot
+        return first + off, squares + pivot * (first + 2.0 * off)
 
     return with_recomputed_gradient(plain)
 
 
 @functools.cache
 def _first_sum(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
-    def plain(x: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
-        return sum_to_channels(where(mask, tf.cast(x, statistics_dtype(x.dtype))), axes)
+    def plain(x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
+        centered, pivot = _about_a_pivot(x, count, axes, mask)
+        return count * pivot + sum_to_channels(centered, axes)
 
     return with_recomputed_gradient(plain)
+
+
+def _about_a_pivot(
+    x: tf.Tensor, count: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns ``x`` less a pivot near its mean, and the pivot, float64."""
+    x = tf.cast(x, statistics_dtype(x.dtype))
+    first = sum_to_channels(where(mask, x), axes)
+    # No sum depends on it, so neither does a gradient.
+    pivot = tf.stop_gradient(tf.cast(tf.math.divide_no_nan(first, count), x.dtype))
+    centered = where(mask, x - broadcast(pivot, x, axes))
+    return centered, tf.cast(pivot, tf.float64)
 
 
 def sums_of(moments: Moments) -> Sums:

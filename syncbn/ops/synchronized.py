@@ -8,6 +8,7 @@ Between the passes only the input, in its own dtype, and channel vectors are kep
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn.ops.channels import broadcast, statistics_dtype, sum_to_channels, where
-from syncbn.ops.differentiation import local
+from syncbn.ops.differentiation import local, with_recomputed_gradient
 from syncbn.ops.kernels import Kernels, choose, gradient_sums, input_gradient, scale_and_offset
 from syncbn.ops.moments import (
     Moments,
@@ -220,7 +221,7 @@ def center(
     def subtract_mean(x: tf.Tensor) -> tuple[Any, Any]:
         merged, taken_up = replicas.merge(first_sums(x, axes, mask))
         mean, rest = rounded(merged.mean, dtype)
-        y = scale_and_offset(x, mean, tf.ones_like(mean), -rest, axes, choose(x, axes).fused)
+        y = _subtract(tuple(axes))(x, mean, rest)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tf.Tensor:
             wide_dy = tf.cast(dy, dtype)
@@ -233,6 +234,15 @@ def center(
 
     y, *taken_up = subtract_mean(local(x))
     return y, _cut_off(dtype, *taken_up)
+
+
+@functools.cache
+def _subtract(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
+    def plain(x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
+        mean, rest = (broadcast(vector, x, axes) for vector in vectors)
+        return tf.cast(tf.cast(x, mean.dtype) - mean - rest, x.dtype)
+
+    return with_recomputed_gradient(plain)
 
 
 def _cut_off(
