@@ -13,7 +13,7 @@ from syncbn.communicators.strategy import (
     replica_context,
     replica_number,
 )
-from syncbn.communicators.tracing import refuse_xla
+from syncbn.communicators.tracing import refuse_forward_mode, refuse_xla
 
 
 class DistributeCommunicator:
@@ -57,6 +57,7 @@ class DistributeCommunicator:
         if context.num_replicas_in_sync == 1:
             return tensor
         refuse_xla("tf.distribute")
+        refuse_forward_mode("tf.distribute", tensor)
         with tf.name_scope(name):
             return _all_reduce_sum(tensor)
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from syncbn.communicators.launcher import require_whole_job
 from syncbn.communicators.order import AddUp, Order, Turn, vectorized
-from syncbn.communicators.tracing import refuse_xla
+from syncbn.communicators.tracing import refuse_forward_mode, refuse_xla
 
 
 class HorovodCommunicator:
@@ -110,6 +110,7 @@ class HorovodCommunicator:
 
     def _all_reduce_sum(self, turn: Turn, tensor: tf.Tensor, name: str) -> tf.Tensor:
         refuse_xla("Horovod")
+        refuse_forward_mode("Horovod", tensor)
         tensor, dtype = tf.cast(tensor, _wire_dtype(tensor.dtype)), tensor.dtype
         if tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions():
             total = turn.all_reduce_sum(self._add_up, tensor, name)

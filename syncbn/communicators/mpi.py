@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from syncbn.communicators.launcher import require_whole_job
 from syncbn.communicators.order import AddUp, Order, Turn, vectorized
-from syncbn.communicators.tracing import refuse_xla
+from syncbn.communicators.tracing import refuse_forward_mode, refuse_xla
 
 
 class MPICommunicator:
@@ -106,6 +106,7 @@ class MPICommunicator:
 
     def _all_reduce_sum(self, turn: Turn, tensor: tf.Tensor, name: str) -> tf.Tensor:
         refuse_xla("MPI")
+        refuse_forward_mode("MPI", tensor)
         if not (tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions()):
             raise NotImplementedError(
                 "MPI matches calls by their order, and the graph of a session has none. Received: "

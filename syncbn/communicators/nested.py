@@ -10,7 +10,7 @@ import tensorflow as tf
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.exchange import require_agreement
 from syncbn.communicators.strategy import GroupRows, local_replicas, replica_context, replica_number
-from syncbn.communicators.tracing import refuse_xla
+from syncbn.communicators.tracing import refuse_forward_mode, refuse_xla
 
 
 class NestedCommunicator:
@@ -81,7 +81,9 @@ class NestedCommunicator:
 
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         context = replica_context()
-        refuse_xla(f"{self.name} and tf.distribute")
+        engines = f"{self.name} and tf.distribute"
+        refuse_xla(engines)
+        refuse_forward_mode(engines, tensor)
 
         def add_up(strategy: tf.distribute.Strategy, tensors: Any) -> tf.Tensor:
             with tf.device(strategy.extended.worker_devices[0]):

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_v2_func_graphs
 
 from syncbn.ops import xla
+from syncbn.ops.differentiation import has_tangent
 
 
 def refuse_xla(engine: str) -> None:
@@ -22,6 +23,20 @@ def refuse_xla(engine: str) -> None:
             f"XLA cannot compile a collective of {engine}. Received: a training call inside a "
             "function that XLA compiles. Use jit_compile=False. (In `Model.compile`, 'auto' asks "
             "the layers, but not the optimizer.)"
+        )
+
+
+def refuse_forward_mode(engine: str, tensor: tf.Tensor) -> None:
+    """Raises where a `tf.autodiff.ForwardAccumulator` inside of a graph follows ``tensor``.
+
+    Raises:
+        NotImplementedError: TensorFlow would take the tangent of a collective for zero.
+    """
+    if not tf.executing_eagerly() and has_tangent(tensor):
+        raise NotImplementedError(
+            f"Forward-mode differentiation cannot follow a collective of {engine} inside of a "
+            "graph. Received: a training call under a tf.autodiff.ForwardAccumulator that was made "
+            "inside of the tf.function. Make it outside, around the call of the function."
         )
 
 

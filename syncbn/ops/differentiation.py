@@ -7,6 +7,10 @@ from typing import Any
 
 import tensorflow as tf
 
+# There is no public way to learn whether a tensor has a tangent. Tried with TensorFlow 2.21;
+# tests/single/test_accuracy.py holds it.
+from tensorflow.python.eager import forwardprop_util
+
 
 def local(tensor: tf.Tensor) -> tf.Tensor:
     """Returns ``tensor`` as one of the graph that is being made.
@@ -15,6 +19,11 @@ def local(tensor: tf.Tensor) -> tf.Tensor:
     input is captured from outside.
     """
     return tensor if tf.executing_eagerly() else tf.identity(tensor)
+
+
+def has_tangent(*tensors: tf.Tensor) -> bool:
+    """Says whether a `tf.autodiff.ForwardAccumulator` follows one of ``tensors`` here."""
+    return bool(forwardprop_util.pack_tangents(list(tensors)).tangents)
 
 
 def with_recomputed_gradient(
@@ -35,7 +44,9 @@ def with_recomputed_gradient(
         # Not by a tape: in a backward function that forward-mode differentiation (which transposes
         # it) has called, tapes record nothing.
         inputs = [tf.identity(one) for one in inputs]
-        return tf.gradients(tf.nest.flatten(plain(*inputs)), inputs, list(upstream))
+        pairs = zip(tf.nest.flatten(plain(*inputs)), upstream, strict=True)
+        outputs, upstream = zip(*(pair for pair in pairs if pair[0].dtype.is_floating), strict=True)
+        return tf.gradients(outputs, inputs, upstream)
 
     eager_product = tf.function(vector_jacobian_product, autograph=False, reduce_retracing=True)
 
@@ -51,7 +62,8 @@ def with_recomputed_gradient(
         return (kernel or plain)(*map(tf.stop_gradient, inputs)), gradient
 
     def operation(*inputs: tf.Tensor) -> Any:
-        if kernel is None and not tf.executing_eagerly():
+        # In a graph, forward mode goes through what a custom gradient consists of.
+        if not tf.executing_eagerly() and (kernel is None or has_tangent(*inputs)):
             return plain(*inputs)
         return call(*map(local, inputs))
 

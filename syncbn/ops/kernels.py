@@ -85,15 +85,16 @@ def _scale_and_offset(axes: tuple[int, ...], fused: bool) -> Callable[..., tf.Te
         return tf.cast((tf.cast(x, mean.dtype) - mean) * scale + offset, x.dtype)
 
     def kernel(x: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
-        y = tf.raw_ops.FusedBatchNormV3(
-            x=as_rows(x, axes),
-            scale=scale,
-            offset=offset,
-            mean=mean,
-            variance=tf.fill([channel_count(x, axes)], _UNIT_VARIANCE),
-            epsilon=_EPSILON,
-            is_training=False,
-        ).y
+        with xla.kept_out_of(x):
+            y = tf.raw_ops.FusedBatchNormV3(
+                x=as_rows(x, axes),
+                scale=scale,
+                offset=offset,
+                mean=mean,
+                variance=tf.fill([channel_count(x, axes)], _UNIT_VARIANCE),
+                epsilon=_EPSILON,
+                is_training=False,
+            ).y
         return tf.cast(shaped_like(x, y), x.dtype)
 
     return with_recomputed_gradient(plain, kernel if fused else None)
@@ -146,16 +147,17 @@ def _gradient_sums(
         dy: tf.Tensor, x: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         def sums() -> tuple[tf.Tensor, ...]:
-            terms = tf.raw_ops.FusedBatchNormGradV3(
-                y_backprop=as_rows(dy, axes),
-                x=as_rows(x, axes),
-                scale=scale,
-                reserve_space_1=mean,
-                reserve_space_2=tf.fill([channel_count(x, axes)], _UNIT_VARIANCE),
-                reserve_space_3=tf.zeros([0]),
-                epsilon=_EPSILON,
-                is_training=False,
-            )
+            with xla.kept_out_of(x):
+                terms = tf.raw_ops.FusedBatchNormGradV3(
+                    y_backprop=as_rows(dy, axes),
+                    x=as_rows(x, axes),
+                    scale=scale,
+                    reserve_space_1=mean,
+                    reserve_space_2=tf.fill([channel_count(x, axes)], _UNIT_VARIANCE),
+                    reserve_space_3=tf.zeros([0]),
+                    epsilon=_EPSILON,
+                    is_training=False,
+                )
             both = terms.offset_backprop, terms.scale_backprop
             wide = (tf.cast(part, tf.float64) for part in both)
             return *wide, tf.cast(shaped_like(dy, terms.x_backprop), dy.dtype)

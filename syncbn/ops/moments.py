@@ -98,9 +98,9 @@ def local_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None)
         mask: From `expand_mask`; elements where it is false do not exist for the statistics.
     """
     count = count_elements(x, axes, mask)
-    if mask is not None or not choose(x, axes).fused:
-        return Sums(count, *two_pass_sums(x, count, axes, mask))
-    return checked_sums(x, Moments(count, *rough_moments(x, axes)), axes)[0]
+    if mask is None and choose(x, axes).fused:
+        return Sums(count, *_checked_sums(tuple(axes))(x, count))
+    return Sums(count, *two_pass_sums(x, count, axes, mask))
 
 
 def first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Sums:
@@ -110,8 +110,13 @@ def first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None)
     return Sums(count, _first_sum(tuple(axes))(*inputs), None)
 
 
-def checked_sums(x: tf.Tensor, rough: Moments, axes: Sequence[int]) -> tuple[Sums, tf.Tensor]:
-    """Returns the sums of ``x``, whose `rough_moments` may be good enough, and whether they are."""
+def checked_sums(
+    x: tf.Tensor, rough: Moments, axes: Sequence[int]
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the sums of ``x``, whose `rough_moments` may be good enough, and whether they are.
+
+    Not differentiable.
+    """
     mean, variance = (tf.cast(part, tf.float64) for part in rough[1:])
     # Accept them only if the kernel's mean is off by a hundredth of the standard deviation at most,
     # even in the worst case: then its variance is off by 1e-4. That excludes means that are large
@@ -123,7 +128,15 @@ def checked_sums(x: tf.Tensor, rough: Moments, axes: Sequence[int]) -> tuple[Sum
         lambda: sums_of(Moments(rough.count, mean, variance))[1:],
         lambda: two_pass_sums(x, rough.count, axes, None),
     )
-    return Sums(rough.count, first, second), reliable
+    return first, second, reliable
+
+
+@functools.cache
+def _checked_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+    def kernel(x: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return checked_sums(x, Moments(count, *rough_moments(x, axes)), axes)[:2]
+
+    return with_recomputed_gradient(_two_pass(axes), kernel)
 
 
 def two_pass_sums(
@@ -141,7 +154,11 @@ def two_pass_sums(
 
 @functools.cache
 def _two_pass_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
-    def plain(
+    return with_recomputed_gradient(_two_pass(axes))
+
+
+def _two_pass(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+    def sums(
         x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
         centered, pivot = _about_a_pivot(x, count, axes, mask)
@@ -150,7 +167,7 @@ def _two_pass_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.T
         first = count * pivot
         return first + off, squares + pivot * (first + 2.0 * off)
 
-    return with_recomputed_gradient(plain)
+    return sums
 
 
 @functools.cache

@@ -20,11 +20,13 @@ from syncbn.ops.differentiation import local, with_recomputed_gradient
 from syncbn.ops.kernels import Kernels, choose, gradient_sums, input_gradient, scale_and_offset
 from syncbn.ops.moments import (
     Moments,
+    Sums,
     checked_sums,
     count_elements,
     first_sums,
     local_sums,
     rounded,
+    two_pass_sums,
 )
 from syncbn.ops.replicas import Replicas
 from syncbn.ops.training_kernels import gradient_alone, normalize_alone
@@ -173,30 +175,79 @@ def _normalize(
 def _normalize_alone(
     normalization: _Normalization, replicas: Replicas, bessel: bool
 ) -> Callable[..., tuple[Any, Callable]]:
-    """Is `_normalize` for a single replica: no collective between the passes.
-
-    There are kernels for the whole of a pass, unless their moments are too rough.
-    """
-    axes, epsilon = normalization.axes, normalization.epsilon
+    """Is `_normalize` for a single replica: no collective between the passes."""
+    axes = tuple(normalization.axes)
+    kernels = _kernels_alone(axes, normalization.epsilon, normalization.kernels)
 
     def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Callable]:
-        rough_y, *rough = normalize_alone(x, gamma, beta, epsilon, axes)
-        sums, reliable = checked_sums(x, Moments(count_elements(x, axes), *rough), axes)
-        merged, taken_up = replicas.merge(sums, bessel)
-        factors = normalization.prepared(merged, gamma, beta)
+        y, first, second, reliable = kernels.forward(x, gamma, beta)
+        count = count_elements(x, axes)
+        _, taken_up = replicas.merge(Sums(count, first, second), bessel)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            variance = tf.cast(merged.variance, gamma.dtype)
-            return tf.cond(
-                reliable,
-                lambda: gradient_alone(dy, x, gamma, factors.mean, variance, epsilon, axes),
-                lambda: normalization.gradients(dy, x, factors, replicas),
-            )
+            return kernels.backward(dy, x, gamma, beta, first, second, reliable)
 
-        y = tf.cond(reliable, lambda: rough_y, lambda: normalization.outputs(x, factors))
         return (y, *taken_up), gradient
 
     return normalize
+
+
+class _KernelsAlone(NamedTuple):
+    """The passes of a single replica, by kernels for the whole of one where these are reliable."""
+
+    forward: Callable[..., tuple[tf.Tensor, ...]]
+    """Returns the outputs, the sums of the elements and of their squares, and whether the kernel
+    was reliable, for x, gamma and beta."""
+    backward: Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
+    """Returns dx, dgamma and dbeta for dy and all of these but the outputs."""
+
+
+@functools.cache
+def _kernels_alone(axes: tuple[int, ...], epsilon: float, kernels: Kernels) -> _KernelsAlone:
+    alone = Replicas(lambda tensor, name: tensor, alone=True)
+    rounding = _Normalization(axes, epsilon, kernels, None, None)
+    plain = rounding._replace(kernels=Kernels(fused=False, compiled=False))
+
+    def factors(
+        x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *sums: tf.Tensor
+    ) -> tuple[Moments, _Factors]:
+        moments, _ = alone.merge(Sums(count_elements(x, axes), *sums))
+        return moments, plain.prepared(moments, gamma, beta)
+
+    def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        sums = two_pass_sums(x, count_elements(x, axes), axes, None)
+        return plain.outputs(x, factors(x, gamma, beta, *sums)[1]), *sums, tf.constant(True)
+
+    def checked_forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        rough_y, *rough = normalize_alone(x, gamma, beta, epsilon, axes)
+        *sums, reliable = checked_sums(x, Moments(count_elements(x, axes), *rough), axes)
+
+        def outputs() -> tf.Tensor:
+            return rounding.outputs(x, factors(x, gamma, beta, *sums)[1])
+
+        return tf.cond(reliable, lambda: rough_y, outputs), *sums, reliable
+
+    def backward(
+        dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *sums: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        return plain.gradients(dy, x, factors(x, gamma, beta, *sums[:2])[1], alone)
+
+    def checked_backward(
+        dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *checked: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        *sums, reliable = checked
+        moments, by = factors(x, gamma, beta, *sums)
+        variance = tf.cast(moments.variance, gamma.dtype)
+        return tf.cond(
+            reliable,
+            lambda: gradient_alone(dy, x, gamma, by.mean, variance, epsilon, axes),
+            lambda: rounding.gradients(dy, x, by, alone),
+        )
+
+    return _KernelsAlone(
+        with_recomputed_gradient(forward, checked_forward),
+        with_recomputed_gradient(backward, checked_backward),
+    )
 
 
 def center(

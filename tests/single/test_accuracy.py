@@ -1,0 +1,140 @@
+"""Digits: large means, many rows, and operations that a compiler computes in its own way."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import syncbn
+from syncbn.ops import channels, kernels, moments, virtual
+from tests import oracle, processes
+
+AXES = (1,)
+MAKERS = [syncbn.SyncBatchNormalization, syncbn.SyncCentering]
+
+
+def outputs_and_gradients(layer, x, dy, **options):
+    @tf.function(**options)
+    def step(x, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+        return y, tape.gradient(y, x, dy)
+
+    return step(tf.constant(x), tf.constant(dy))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "XLA"])
+@pytest.mark.parametrize("rows", [48, 700, 4096])  # the last for the fused kernels
+@pytest.mark.parametrize(("mean", "tolerance"), [(1e4, 2e-6), (1e6, 1e-3)])
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_large_mean_is_subtracted_to_the_last_digit(make, mean, tolerance, rows, compiled):
+    rng = np.random.default_rng(0)
+    x = rng.normal(mean, 1, size=(rows, 64)).astype("float32")
+    dy = rng.normal(size=x.shape).astype("float32")
+    wide, wide_dy = x.astype("float64"), dy.astype("float64")
+    if make is syncbn.SyncCentering:
+        # Nothing but the mean is taken off, and there float32 has all digits.
+        y, dx, tolerance = wide - wide.mean(0), wide_dy - wide_dy.mean(0), 1e-6
+    else:
+        truth = oracle.batch_normalization(wide, wide_dy, np.ones(64), np.zeros(64))
+        y, dx = truth.y, truth.dx
+    ours = outputs_and_gradients(make(), x, dy, jit_compile=compiled)
+    np.testing.assert_allclose(ours[0], y, atol=tolerance)
+    np.testing.assert_allclose(ours[1], dx, atol=tolerance)
+
+
+@pytest.mark.parametrize(("rows", "mean"), [(2048, 60.0), (4096, 30.0)])
+def test_xla_takes_no_moments_from_a_kernel_that_it_computes_another_way(rows, mean):
+    x = np.random.default_rng(0).normal(mean, 1, size=(rows, 64)).astype("float32")
+    layer = syncbn.SyncBatchNormalization(momentum=0.0)
+    outputs_and_gradients(layer, x, np.ones_like(x), jit_compile=True)
+    np.testing.assert_allclose(layer.moving_variance, x.astype("float64").var(0), rtol=2e-6)
+
+
+def test_a_function_traced_for_tensorflows_kernels_is_not_compiled():
+    layer = syncbn.SyncBatchNormalization()
+    x = tf.random.stateless_normal([4096, 64], [1, 2], mean=30.0)
+    inner = tf.function(lambda x: layer(x, training=True))
+    inner(x)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not_for_xla"):
+        tf.function(inner, jit_compile=True)(x)
+
+
+CLUSTERED = """
+import numpy as np, tensorflow as tf
+import syncbn
+for mean, tolerance in ((60.0, 2e-6), (1e6, 2e-3)):
+    x = np.random.default_rng(0).normal(mean, 1, size=(4096, 64)).astype("float32")
+    layer = syncbn.SyncBatchNormalization(momentum=0.0)
+    y = tf.function(lambda x: tf.nn.relu(layer(tf.nn.relu(x), training=True)))(x)
+    truth = x.astype("float64")
+    np.testing.assert_allclose(layer.moving_variance, truth.var(0), rtol=tolerance)
+    truth = np.maximum((truth - truth.mean(0)) / np.sqrt(truth.var(0) + 1e-3), 0)
+    np.testing.assert_allclose(y, truth, atol=1e-3)
+"""
+
+
+def test_automatic_clustering_computes_what_is_computed_without():
+    finished = processes.python(
+        CLUSTERED, TF_XLA_FLAGS="--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
+    )
+    assert finished.code == 0, finished.output
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_sums_over_more_rows_than_float32_bears(known, monkeypatch):
+    # Fewer rows will do, where the limit is lower.
+    monkeypatch.setattr(kernels, "MOST_FUSED_ROWS", 1 << 12)
+    kernels._gradient_sums.cache_clear()
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, 1 << 18, 1)).astype("float32") + 3
+    with tf.GradientTape() as tape:
+        layer = syncbn.SyncBatchNormalization(epsilon=1e-6)
+        layer.build((None, 1))
+        signature = [tf.TensorSpec([len(x) if known else None, 1])]
+        y = tf.function(lambda x: layer(x, training=True), input_signature=signature)(x)
+    dgamma, dbeta = tape.gradient(y, layer.trainable_variables, dy)
+    wide = x.astype("float64")
+    normalized = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-6)
+    np.testing.assert_allclose(dbeta, dy.astype("float64").sum(0), rtol=2e-7)
+    np.testing.assert_allclose(dgamma, (dy * normalized).sum(0), rtol=1e-4)
+    kernels._gradient_sums.cache_clear()
+
+
+def test_counts_and_indices_beyond_32_bits():
+    # Tensors with so many elements, but for an axis that has none.
+    assert moments.count_elements(tf.zeros([1 << 17, 1 << 17, 0]), (2,)).numpy() == [1 << 34]
+    rows = (1 << 33) + 65
+    assert channels._sum_rows(tf.zeros([rows, 0]), 0, None).shape == [0]
+    assert moments.count_elements(tf.zeros([rows, 0]), AXES).numpy() == [rows]
+    x = tf.zeros([0, 1 << 17, 1 << 17, 3])
+    assert virtual._sample_counts(x, (3,), None).shape == [0, 1]
+    x = tf.zeros([2, 1 << 17, 1 << 17, 0])
+    np.testing.assert_array_equal(virtual._sample_counts(x, (3,), None), [[1 << 34]] * 2)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("shape", [(6, 5), (64, 48, 64)], ids=["plain", "fused"])
+@pytest.mark.parametrize("make", MAKERS)
+def test_forward_mode_differentiates_as_finite_differences_do(make, shape, graph):
+    rng = np.random.default_rng(0)
+    layer = make(dtype="float32")
+    layer.build((None, *shape[1:]))
+    x, tangent = (tf.constant(v, tf.float32) for v in rng.normal(size=(2, *shape)))
+
+    def product(x):
+        with tf.autodiff.ForwardAccumulator(x, tangent) as accumulator:
+            y = (x + layer(x, training=True)) ** 3
+        return accumulator.jvp(y)
+
+    def plain(x):
+        reduced = tuple(range(len(shape) - 1))
+        y = x - x.mean(reduced)
+        return (
+            x + (y if make is syncbn.SyncCentering else y / np.sqrt(x.var(reduced) + 1e-3))
+        ) ** 3
+
+    wide, step = x.numpy().astype("float64"), 1e-5 * tangent.numpy().astype("float64")
+    truth = (plain(wide + step) - plain(wide - step)) / 2e-5
+    ours = (tf.function(product) if graph else product)(x)
+    np.testing.assert_allclose(ours, truth, atol=2e-5 * np.abs(truth).max())
