@@ -14,6 +14,7 @@ from syncbn.communicators.strategy import (
     replica_number,
 )
 from syncbn.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn.communicators.vectorization import refused, vectorized
 
 
 class DistributeCommunicator:
@@ -78,14 +79,19 @@ def _shares_one_memory(strategy: tf.distribute.Strategy) -> bool:
 def _all_reduce_sum(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
     # What comes back has a custom gradient already. The custom gradient of a layer, which walks the
     # graph from its results to its inputs, must not walk on into the other replicas from here.
-    def add_up(strategy: tf.distribute.Strategy, tensors: Any) -> tf.Tensor:
-        total = tf.add_n(strategy.experimental_local_results(tensors), name="all_reduce_sum")
-        return tf.stop_gradient(total)
-
-    context = replica_context()
-    if _shares_one_memory(context.strategy):
-        return context.merge_call(add_up, args=[tensor]), _all_reduce_sum
+    if _shares_one_memory(replica_context().strategy):
+        return tf.stop_gradient(_add_up(tensor)), _all_reduce_sum
     # An argument of a function has no device, without which TensorFlow finds no destination; a copy
     # made here has the replica's.
-    total = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(tensor))
+    own = refused(tensor, "tf.distribute")
+    total = replica_context().all_reduce(tf.distribute.ReduceOp.SUM, own)
     return tf.stop_gradient(total), _all_reduce_sum
+
+
+def _add_up(tensor: tf.Tensor) -> tf.Tensor:
+    def add(strategy: tf.distribute.Strategy, tensors: Any) -> tf.Tensor:
+        return tf.add_n(strategy.experimental_local_results(tensors), name="all_reduce_sum")
+
+    total = replica_context().merge_call(add, args=[tensor])
+    # One operation of all replicas, each of which vectorizes a loop of its own.
+    return total if tf.executing_eagerly() else vectorized(total, _add_up, replica_number)

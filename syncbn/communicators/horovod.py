@@ -9,8 +9,9 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn.communicators.launcher import require_whole_job
-from syncbn.communicators.order import AddUp, Order, Turn, vectorized
+from syncbn.communicators.order import AddUp, Order, Turn
 from syncbn.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn.communicators.vectorization import vectorized
 
 
 class HorovodCommunicator:

@@ -11,6 +11,7 @@ from syncbn.communicators.base import Communicator
 from syncbn.communicators.exchange import require_agreement
 from syncbn.communicators.strategy import GroupRows, local_replicas, replica_context, replica_number
 from syncbn.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn.communicators.vectorization import refused
 
 
 class NestedCommunicator:
@@ -96,6 +97,6 @@ class NestedCommunicator:
             def gradient(upstream: tf.Tensor) -> tf.Tensor:
                 return self.all_reduce_sum(upstream, f"{name}/gradient")
 
-            return context.merge_call(add_up, args=[tensor]), gradient
+            return context.merge_call(add_up, args=[refused(tensor, engines)]), gradient
 
         return reduce(tensor)
