@@ -201,6 +201,10 @@ def _plain_config(layer: Any) -> dict[str, Any]:
     """Returns the config of a layer as that of a plain one, which is not synchronized."""
     config = keras.layers.BatchNormalization.get_config(layer)
     config.pop("synchronized", None)
+    if isinstance(layer, SyncBatchNormalization):
+        # Where a momentum is a variable, the plain layer gets its present value.
+        numbers = layer.get_config()
+        config |= {name: numbers[name] for name in layer.momenta if name in config}
     return config
 
 

@@ -12,6 +12,7 @@ from syncbn import keras_api
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.exchange import require_agreement
 from syncbn.communicators.resolve import check, resolve
+from syncbn.communicators.tracing import unconverted
 from syncbn.training.gradients import Gradient, average
 
 
@@ -126,7 +127,7 @@ class _Distributed:
 class _ByApply(_Distributed):
     """Optimizers of Keras 3."""
 
-    @tf.autograph.experimental.do_not_convert
+    @unconverted
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         return super().apply(self._average(grads), trainable_variables)  # type: ignore[misc]
 
@@ -134,7 +135,7 @@ class _ByApply(_Distributed):
 class _ByApplyGradients(_Distributed):
     """Optimizers of Keras 2 and of tf.compat.v1."""
 
-    @tf.autograph.experimental.do_not_convert
+    @unconverted
     def apply_gradients(self, grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
         grads_and_vars = list(grads_and_vars)
         gradients = self._average(gradient for gradient, _ in grads_and_vars)
