@@ -6,13 +6,14 @@ import functools
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import tensorflow as tf
 
 from syncbn import keras_api
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.groups import at_least_one, check_grouping
+from syncbn.layers.momentum import MomentumAttribute, momentum_of
 from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.ops.channels import channel_count, normalized_axes, statistics_dtype
 from syncbn.ops.replicas import Replicas
@@ -92,7 +93,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
     generalize better" (2017).
     """
 
-    momenta: ClassVar[Mapping[str, str]] = {**SynchronizedLayer.momenta, "renorm_momentum": ""}
+    renorm_momentum = MomentumAttribute()
 
     def __init__(
         self,
@@ -159,15 +160,10 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
             **kwargs,
         )
         self.unbiased_moving_variance = unbiased_moving_variance
-        self._renorm_momentum = self._checked_momentum("renorm_momentum", renorm_momentum)
+        self.renorm_momentum = renorm_momentum
         self.renorm = renorm  # a Keras 3 without renormalization has no such attribute
         # Keras 2 would give the weights two more dimensions, had it been told.
         self._virtual_batch_size = virtual_batch_size
-
-    @property
-    def renorm_momentum(self) -> Any:
-        """The momentum of batch renormalization: a float or a variable."""
-        return self._renorm_momentum.given
 
     def build(self, input_shape: Any) -> None:
         shape = self._check_input_shape(input_shape)
@@ -184,7 +180,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         config["unbiased_moving_variance"] = self.unbiased_moving_variance
         config["virtual_batch_size"] = self._virtual_batch_size
         if "renorm_momentum" in config:
-            config["renorm_momentum"] = self._renorm_momentum.value()
+            config["renorm_momentum"] = momentum_of(self, "renorm_momentum").value()
         return _without_host_synchronization(config)
 
     @classmethod
@@ -256,7 +252,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
             variance = tf.nn.relu(tf.square(moved[1]) - self.epsilon)
             variance = tf.where(count > 0, variance, before["moving_variance"])
             self.update_statistic(self.moving_variance, variance)
-            rate = self._rate(count, self._renorm_momentum)
+            rate = self._rate(count, "renorm_momentum")
             self._move_towards(before, _RENORM, targets, rate)
         return moved
 

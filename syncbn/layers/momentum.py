@@ -46,7 +46,7 @@ class Momentum:
 
     @property
     def given(self) -> Any:
-        """The number, or the variable of TensorFlow."""
+        """The number, the variable of TensorFlow, or ``None``."""
         return self._number if self._variable is None else self._variable
 
     def value(self) -> Any:
@@ -90,6 +90,31 @@ class Momentum:
             f"floats that Keras does not autocast. Received: {self._name}={given!r}. Use "
             "tf.Variable(0.99, trainable=False)."
         )
+
+
+class MomentumAttribute:
+    """An attribute of a layer that holds a momentum, and shows what was given."""
+
+    def __init__(self, or_none: str = "") -> None:
+        self._or_none = or_none
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: Any, owner: Any = None) -> Any:
+        return self if layer is None else momentum_of(layer, self._name).given
+
+    def __set__(self, layer: Any, given: Any) -> None:
+        # One that is made already is that of a layer which this one becomes.
+        made = isinstance(given, Momentum)
+        vars(layer)[self._name] = given if made else Momentum(self._name, given, self._or_none)
+
+
+def momentum_of(layer: Any, name: str) -> Momentum:
+    """Returns the momentum that a layer holds as attribute ``name``."""
+    if name not in vars(layer):
+        raise AttributeError(f"{type(layer).__name__} has no {name} yet.")
+    return vars(layer)[name]
 
 
 def _is_number(given: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import tensorflow as tf
 
@@ -14,7 +14,7 @@ from syncbn.communicators.groups import Grouping
 from syncbn.communicators.local import LocalCommunicator
 from syncbn.communicators.resolve import check, resolve, supports_jit
 from syncbn.communicators.tracing import repeats_forward, unconverted
-from syncbn.layers.momentum import Momentum
+from syncbn.layers.momentum import MomentumAttribute, momentum_of
 from syncbn.layers.replicas import ReplicaGroups
 from syncbn.ops.channels import normalized_axes, statistics_dtype
 from syncbn.ops.moments import expand_mask
@@ -28,8 +28,7 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
     `_statistics`, `_call_training` and `_call_inference`.
     """
 
-    momenta: ClassVar[Mapping[str, str]] = {"momentum": "the cumulative average"}
-    """The arguments that are momenta, and what ``None`` means for each, if it is allowed."""
+    momentum = MomentumAttribute(or_none="the cumulative average")
 
     def __init__(
         self,
@@ -41,24 +40,17 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         self._communicator = check(communicator)
         self._groups = ReplicaGroups(grouping)
         super().__init__(**kwargs)
-        self._momentum = self._checked_momentum("momentum", momentum)
+        self.momentum = momentum
         self.supports_masking = True
 
     _host_supports_jit = True
 
-    @property
-    def momentum(self) -> Any:
-        """The momentum that the layer was given: a float, a variable, or ``None``."""
-        return self._momentum.given
-
     def __setattr__(self, name: str, value: Any) -> None:
-        # Keras would make a variable that it sees one of the layer's weights.
-        if name in self.momenta:
-            name, value = f"_{name}", self._checked_momentum(name, value)
-        super().__setattr__(name, value)
-
-    def _checked_momentum(self, name: str, given: Any) -> Momentum:
-        return Momentum(name, given, self.momenta[name])
+        if isinstance(getattr(type(self), name, None), MomentumAttribute):
+            # Keras would make a variable that it sees one of the layer's weights.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def communicator(self) -> str | Communicator:
@@ -77,7 +69,7 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
     def get_config(self) -> dict[str, Any]:
         communicator = self._communicator
         name = communicator if isinstance(communicator, str) else communicator.name
-        own = {"momentum": self._momentum.value(), "communicator": name}
+        own = {"momentum": momentum_of(self, "momentum").value(), "communicator": name}
         return {**super().get_config(), **own, **self._groups.grouping._asdict()}
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -266,13 +258,12 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             rate = tf.math.divide_no_nan(count, total)
             self.update_statistic(self.moving_count, total)
         else:
-            rate = self._rate(count, self._momentum)
+            rate = self._rate(count, "momentum")
         return self._move_towards(before, self._statistics(), targets, rate)
 
-    @staticmethod
-    def _rate(count: tf.Tensor, momentum: Momentum) -> tf.Tensor:
+    def _rate(self, count: tf.Tensor, momentum: str) -> tf.Tensor:
         """Returns how far a moving average moves towards a batch."""
-        return tf.where(count > 0, momentum.rate(), 0.0)
+        return tf.where(count > 0, momentum_of(self, momentum).rate(), 0.0)
 
     def _move_towards(
         self,

@@ -203,8 +203,8 @@ def _plain_config(layer: Any) -> dict[str, Any]:
     config.pop("synchronized", None)
     if isinstance(layer, SyncBatchNormalization):
         # Where a momentum is a variable, the plain layer gets its present value.
-        numbers = layer.get_config()
-        config |= {name: numbers[name] for name in layer.momenta if name in config}
+        own = layer.get_config()
+        config |= {name: own[name] for name in config if name.endswith("momentum")}
     return config
 
 
