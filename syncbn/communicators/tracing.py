@@ -1,9 +1,12 @@
-"""What is being traced: whether XLA will compile it, and whether it is a forward pass again."""
+"""What is being traced: whether XLA compiles it, whether a forward pass repeats, who calls."""
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any, TypeVar
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_v2_func_graphs
@@ -61,9 +64,29 @@ def repeats_forward() -> bool:
     TensorFlow tells nobody, so this looks for its function among the callers. Tried with TensorFlow
     2.16 and 2.21; tests/single/test_recompute.py holds it.
     """
-    frame: FrameType | None = sys._getframe()
+    return (tf.recompute_grad.__module__, "inner_recompute_grad") in callers()
+
+
+def callers() -> Iterator[tuple[str, str]]:
+    """Yields the module and the name of each function that is running, innermost first.
+
+    Unlike the name of a graph, the module is nothing that a user's function has by accident.
+    """
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "inner_recompute_grad":
-            return frame.f_globals.get("__name__") == tf.recompute_grad.__module__
+        yield frame.f_globals.get("__name__", ""), frame.f_code.co_name
         frame = frame.f_back
-    return False
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def unconverted(function: _Function) -> _Function:
+    """Is `tf.autograph.experimental.do_not_convert`, and shows the signature of ``function``.
+
+    TensorFlow's wrapper has ``*args, **kwargs``, and `inspect.getfullargspec` says so. Wrappers ask
+    it whether a layer takes a mask, or whether it knows of training.
+    """
+    wrapper = tf.autograph.experimental.do_not_convert(function)
+    wrapper.__signature__ = inspect.signature(function)
+    return wrapper

@@ -13,6 +13,7 @@ from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.exchange import require_agreement
 from syncbn.communicators.resolve import check, resolve
 from syncbn.communicators.strategy import local_replicas
+from syncbn.communicators.tracing import unconverted
 from syncbn.training.gradients import Gradient, average
 
 
@@ -130,7 +131,7 @@ class _Distributed:
 class _ByApply(_Distributed):
     """Optimizers of Keras 3."""
 
-    @tf.autograph.experimental.do_not_convert
+    @unconverted
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         return super().apply(self._average(grads), trainable_variables)  # type: ignore[misc]
 
@@ -138,7 +139,7 @@ class _ByApply(_Distributed):
 class _ByApplyGradients(_Distributed):
     """Optimizers of Keras 2 and of tf.compat.v1."""
 
-    @tf.autograph.experimental.do_not_convert
+    @unconverted
     def apply_gradients(self, grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
         grads_and_vars = list(grads_and_vars)
         gradients = self._average(gradient for gradient, _ in grads_and_vars)
