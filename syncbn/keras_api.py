@@ -12,6 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from syncbn.communicators.tracing import callers
+
 keras = tf.keras
 
 KERAS_3 = hasattr(keras, "Variable")
@@ -22,6 +24,9 @@ if KERAS_3 and keras.config.backend() != "tensorflow":
         "syncbn needs Keras with the TensorFlow backend. Received: KERAS_BACKEND="
         f"{keras.config.backend()}. Set KERAS_BACKEND=tensorflow before importing Keras."
     )
+
+VARIABLES: tuple[type, ...] = (tf.Variable, keras.Variable) if KERAS_3 else (tf.Variable,)
+"""What a user can have as a variable."""
 
 register_keras_serializable = keras.utils.register_keras_serializable
 
@@ -44,7 +49,7 @@ class StatisticsLayer(keras.layers.Layer):  # type: ignore[name-defined]
 
     A moving statistic is a weight that is not trained, float32 at least, and synchronized
     ``ON_READ`` with aggregation ``MEAN``: each replica has and updates a copy of its own, and
-    whoever looks at it from outside of the replicas sees their mean.
+    whoever looks at it from outside of the replicas sees their mean, up to its rounding.
     """
 
     def add_statistic(self, name: str, shape: Any, initializer: Any, dtype: Any = None) -> Any:
@@ -237,22 +242,26 @@ def cond(predicate: tf.Tensor, true_fn: Callable[[], Any], false_fn: Callable[[]
         tf.compat.v1.enable_control_flow_v2()
 
 
-_NEVER_TRAINED = ("scratch_graph", "_layer_call_fn", "_layer_call_and_return_conditional_losses")
+# Keras 2 tells nobody what a graph is for, so its own functions are looked for among the callers.
+# Tried with tf_keras 2.21; tests/single/test_traces.py holds it.
+_INFERS_SHAPES = {
+    ("tf_keras.src.engine.base_layer", "_infer_output_signature"),
+    ("tf_keras.src.engine.base_layer", "compute_output_shape"),
+    ("tf_keras.src.engine.training", "build"),
+}
+_SAVES = "tf_keras.src.saving.legacy.saved_model.save_impl"
 
 
 def never_trains() -> bool:
     """Says whether Keras is tracing a layer into a graph that trains nothing.
 
-    Both Kerases call layers in a scratch graph, just to learn the shape and dtype of their outputs;
-    and Keras 2 traces them, training included, when it writes a SavedModel. Both happen outside of
-    replicas and maybe without the engine, so such a trace must not communicate. There is no public
-    way to learn of it: the graphs are known by their names.
+    Both Kerases call layers just to learn the shape and dtype of their outputs, and Keras 2 traces
+    them, training included, when it writes a SavedModel. Both happen outside of replicas and maybe
+    without the engine, so such a trace must not communicate.
     """
     if tf.executing_eagerly():
         return False
-    graph = tf.compat.v1.get_default_graph()
-    while graph is not None:
-        if any(name in getattr(graph, "name", "") for name in _NEVER_TRAINED):
-            return True
-        graph = getattr(graph, "outer_graph", None)
-    return False
+    if KERAS_3:
+        with keras.SymbolicScope() as scope:
+            return scope.original_scope is not None
+    return any(module == _SAVES or (module, name) in _INFERS_SHAPES for module, name in callers())

@@ -114,6 +114,10 @@ class Strategy:
     """The replicas of a tf.distribute strategy, in this process and maybe in others."""
 
     separate = False
+    first = 0
+    """The rank of what the strategy counts as its replica 0."""
+    processes = 1
+    """Over how many an optimizer averages what it has added up over a strategy."""
 
     def __init__(self, strategy):
         self.strategy = strategy
@@ -135,7 +139,7 @@ class Strategy:
         def distributed(index):
             return self.strategy.experimental_distribute_values_from_function(
                 lambda context: tf.convert_to_tensor(
-                    arguments[context.replica_id_in_sync_group][index]
+                    arguments[self.first + context.replica_id_in_sync_group][index]
                 )
             )
 
@@ -162,13 +166,13 @@ class Strategy:
         results = {}
         for flat in local:
             rank, result = tf.nest.pack_sequence_as(outputs, flat)
-            results[int(rank)] = _to_numpy(result)
+            results[self.first + int(rank)] = _to_numpy(result)
         return results
 
     def moving(self, layers):
         (layer,) = layers
         self._moving_values = {
-            name: dict(enumerate(_local_values(self.strategy, getattr(layer, name))))
+            name: dict(enumerate(_local_values(self.strategy, getattr(layer, name)), self.first))
             for name in _statistics(layer)
         }
         return self._moving_values
@@ -184,6 +188,23 @@ class Strategy:
             return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(value))
 
         return self.strategy.experimental_local_results(self.strategy.run(reduce))[0].numpy()
+
+
+class Nested(Strategy):
+    """The replicas of a strategy in each of several processes that an engine joins."""
+
+    def __init__(self, strategy, process):
+        super().__init__(strategy)
+        self.process, self.processes = process, process.size
+        self.size = self.local_size * process.size
+        self.first = self.local_size * process.rank
+
+    def total(self, value):
+        values = self._moving_values
+        assert all(
+            np.array_equal(values[n][self.first], v) for n in values for v in values[n].values()
+        )
+        return self.local_size * self.process.total(value)
 
 
 class Process:
@@ -223,6 +244,13 @@ class Process:
 
 def mirrored(size):
     return Strategy(tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(size)]))
+
+
+def nested(size, process):
+    """The replicas of a MirroredStrategy in each process of a job."""
+    # Without the tuning of data pipelines, which has many threads and takes long to end.
+    tf.data.experimental.enable_debug_mode()
+    return Nested(mirrored(size).strategy, process)
 
 
 def multiworker():

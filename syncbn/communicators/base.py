@@ -49,6 +49,14 @@ class Communicator(Protocol):
         """
 
 
+def processes(communicator: Communicator) -> Communicator:
+    """Returns what joins the processes, where a call is made outside of replicas.
+
+    That is the communicator itself, unless it joins replicas within processes too.
+    """
+    return getattr(communicator, "across", communicator)
+
+
 def sums_for_call(communicator: Communicator, scope: str) -> Callable[[tf.Tensor, str], tf.Tensor]:
     """Returns `Communicator.all_reduce_sum` for one call of a layer and for its gradient.
 

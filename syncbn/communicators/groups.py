@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from syncbn.communicators.base import Communicator
+from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.distribute import DistributeCommunicator
 from syncbn.communicators.exchange import all_gather
 
@@ -161,8 +161,9 @@ def _gather(communicator: Communicator, value: float, what: str) -> list[float]:
                 "eagerly. Received: the graph of a session. Use `groups`, or `group_size` with a "
                 "number."
             )
-        rows = all_gather(communicator, np.array([value]), f"syncbn/groups/{what}")
-    return rows.ravel().tolist()
+        rows = all_gather(processes(communicator), np.array([value]), f"syncbn/groups/{what}")
+    # Replicas of one process have the same.
+    return np.repeat(rows, communicator.size // len(rows)).tolist()
 
 
 def _by_host(hosts: Sequence[Any]) -> Groups:

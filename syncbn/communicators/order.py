@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import tensorflow as tf
 from tensorflow.python.ops import handle_data_util
 
 from syncbn.communicators.tracing import in_branch_or_loop
+from syncbn.communicators.vectorization import vectorized
 from syncbn.ops.differentiation import local
 
 AddUp = Callable[[tf.Tensor, str], tf.Tensor]
@@ -101,27 +101,8 @@ class Turn:
         return reduce(local(tensor))
 
 
-def vectorized(total: tf.Tensor, again: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
-    """Returns ``total``, which a vectorized loop (`tf.vectorized_map`, jacobians) makes at once.
-
-    Unasked, TensorFlow would make it in a loop of its own, in which nothing keeps the order. There
-    is no public way to ask. Tried with TensorFlow 2.21; tests/parallel/test_control_flow.py holds
-    it.
-
-    Args:
-        total: The output of an operation with one input.
-        again: Makes the outputs of all iterations, which are the rows of its argument.
-    """
-
-    def convert(loop: Any) -> list[Any]:
-        (wrapped,) = loop.inputs
-        return [wrapped._replace(t=again(wrapped.t))]
-
-    total.op.pfor_converter = convert
-    return total
-
-
 def _touch(handle: tf.Tensor) -> tf.Operation:
     operation = tf.raw_ops.AssignAddVariableOp(resource=handle, value=tf.ones([], tf.int64))
-    operation.pfor_converter = lambda loop: _touch(loop.unstacked_input(0))  # see `vectorized`
+    # A vectorized loop (see there) takes one turn for all iterations.
+    operation.pfor_converter = lambda loop: _touch(loop.unstacked_input(0))
     return operation

@@ -1,9 +1,12 @@
-"""What is being traced: whether XLA will compile it, and whether it is a forward pass again."""
+"""What is being traced: whether XLA compiles it, whether a forward pass repeats, who calls."""
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any, TypeVar
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_v2_func_graphs
@@ -55,27 +58,35 @@ def in_branch_or_loop() -> bool:
     return graph is not None
 
 
-def in_vectorized_loop() -> bool:
-    """Says whether a vectorized loop is being traced: that of `tf.vectorized_map` or a jacobian.
-
-    Tried with TensorFlow 2.21; tests/parallel/test_control_flow.py holds it.
-    """
-    return _is_called_by("_pfor_impl", "tensorflow.python.ops.parallel_for.control_flow_ops")
-
-
 def repeats_forward() -> bool:
     """Says whether `tf.recompute_grad` is repeating a forward pass, to differentiate it.
 
-    Tried with TensorFlow 2.16 and 2.21; tests/single/test_recompute.py holds it.
+    TensorFlow tells nobody, so this looks for its function among the callers. Tried with TensorFlow
+    2.16 and 2.21; tests/single/test_recompute.py holds it.
     """
-    return _is_called_by("inner_recompute_grad", tf.recompute_grad.__module__)
+    return (tf.recompute_grad.__module__, "inner_recompute_grad") in callers()
 
 
-def _is_called_by(function: str, module: str) -> bool:
-    # TensorFlow tells nobody what it is doing, so this looks among the callers.
-    frame: FrameType | None = sys._getframe()
+def callers() -> Iterator[tuple[str, str]]:
+    """Yields the module and the name of each function that is running, innermost first.
+
+    Unlike the name of a graph, the module is nothing that a user's function has by accident.
+    """
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
-            return True
+        yield frame.f_globals.get("__name__", ""), frame.f_code.co_name
         frame = frame.f_back
-    return False
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def unconverted(function: _Function) -> _Function:
+    """Is `tf.autograph.experimental.do_not_convert`, and shows the signature of ``function``.
+
+    TensorFlow's wrapper has ``*args, **kwargs``, and `inspect.getfullargspec` says so. Wrappers ask
+    it whether a layer takes a mask, or whether it knows of training.
+    """
+    wrapper = tf.autograph.experimental.do_not_convert(function)
+    wrapper.__signature__ = inspect.signature(function)
+    return wrapper

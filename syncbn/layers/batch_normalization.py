@@ -13,6 +13,7 @@ import tensorflow as tf
 from syncbn import keras_api
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.groups import at_least_one, check_grouping
+from syncbn.layers.momentum import MomentumAttribute, momentum_of
 from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.ops.channels import channel_count, normalized_axes, statistics_dtype
 from syncbn.ops.replicas import Replicas
@@ -44,14 +45,18 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
 
     Args:
         axis: The axis (or, in Keras 2, axes) that is normalized, typically that of the features.
-        momentum: Of the moving averages, in [0, 1]. ``None`` for the cumulative average, in which
-            every batch weighs as many elements as it has (it adds a weight, ``moving_count``).
+        momentum: Of the moving averages, in [0, 1]: a number, or a scalar variable of TensorFlow or
+            Keras. A variable is read at each training call, so that a callback can assign to it, on
+            all workers alike. It is no weight of the layer, and a config has its present value.
+            ``None`` for the cumulative average, in which every batch weighs as many elements as it
+            has (it adds a weight, ``moving_count``).
         epsilon: Added to the variance; not negative.
         center: Whether to add ``beta``.
         scale: Whether to multiply by ``gamma``.
         communicator: What joins the replicas: ``"auto"`` (see `syncbn.resolve`),
             ``"tf.distribute"``, ``"horovod"``, ``"mpi"``, ``"local"``, or a `syncbn.Communicator`,
-            of which a saved or cloned layer keeps the name only.
+            of which a saved or cloned layer keeps the name only. Horovod and MPI also join the
+            replicas of a MirroredStrategy within each process.
         group_size: Share statistics among so many neighbouring replicas only (a divisor of their
             number), or among those of one machine: ``"node"``. The moving statistics take up the
             average of all groups' statistics, weighted by their counts. Over MPI and Horovod that
@@ -70,7 +75,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
             two, and ``moving_stddev``, are more weights. Not inside of `tf.recompute_grad`, which
             would find them moved.
         renorm_clipping: Bounds for r and d: a dictionary of ``"rmin"``, ``"rmax"`` and ``"dmax"``.
-        renorm_momentum: Of ``renorm_mean`` and ``renorm_stddev``, in [0, 1].
+        renorm_momentum: Of ``renorm_mean`` and ``renorm_stddev``; a number or a variable in [0, 1].
         virtual_batch_size: Normalize slices of each replica's batch, of so many samples at most,
             with statistics of their own (ghost batch normalization). Of s slices, sample i is in
             slice ``i % s``. The moving statistics take up the average of all slices' statistics,
@@ -80,7 +85,8 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
 
     Raises:
         ValueError: an argument outside of its range, or one that is not supported.
-        TypeError: several axes in Keras 3, or a ``communicator`` that is none.
+        TypeError: several axes in Keras 3, a ``communicator`` that is none, a momentum that is
+            neither a number nor a scalar variable.
 
     Source: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift" (2015); synchronized: Peng et al., "MegDet" (2018); renormalization:
@@ -88,10 +94,12 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
     generalize better" (2017).
     """
 
+    renorm_momentum = MomentumAttribute()
+
     def __init__(
         self,
         axis: int | Sequence[int] = -1,
-        momentum: float | None = 0.99,
+        momentum: Any = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
@@ -103,7 +111,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         unbiased_moving_variance: bool = False,
         renorm: bool = False,
         renorm_clipping: Mapping[str, float | None] | None = None,
-        renorm_momentum: float = 0.99,
+        renorm_momentum: Any = 0.99,
         virtual_batch_size: int | None = None,
         synchronized: bool = True,
         **kwargs: Any,
@@ -114,11 +122,6 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
             raise ValueError(
                 "SyncBatchNormalization is always synchronized. Received: synchronized=False. Use "
                 "communicator='local' for the statistics of each replica alone."
-            )
-        if renorm_momentum is None or not 0.0 <= renorm_momentum <= 1.0:
-            raise ValueError(
-                "`renorm_momentum` must lie in [0, 1]. "
-                f"Received: renorm_momentum={renorm_momentum}."
             )
         if renorm and unbiased_moving_variance:
             raise ValueError(
@@ -137,7 +140,6 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
             kwargs |= keras_api.renorm_arguments(
                 renorm=True,
                 renorm_clipping=_checked_clipping(renorm_clipping or {}),
-                renorm_momentum=renorm_momentum,
             )
         if not isinstance(axis, Sequence):
             axis = operator.index(axis)
@@ -159,6 +161,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
             **kwargs,
         )
         self.unbiased_moving_variance = unbiased_moving_variance
+        self.renorm_momentum = renorm_momentum
         self.renorm = renorm  # a Keras 3 without renormalization has no such attribute
         # Keras 2 would give the weights two more dimensions, had it been told.
         self._virtual_batch_size = virtual_batch_size
@@ -177,6 +180,8 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         config = super().get_config()
         config["unbiased_moving_variance"] = self.unbiased_moving_variance
         config["virtual_batch_size"] = self._virtual_batch_size
+        if "renorm_momentum" in config:
+            config["renorm_momentum"] = momentum_of(self, "renorm_momentum").value()
         return _without_host_synchronization(config)
 
     @classmethod
@@ -248,14 +253,12 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
             variance = tf.nn.relu(tf.square(moved[1]) - self.epsilon)
             variance = tf.where(count > 0, variance, before["moving_variance"])
             self.update_statistic(self.moving_variance, variance)
-            rate = self._rate(count, self.renorm_momentum)
+            rate = self._rate(count, "renorm_momentum")
             self._move_towards(before, _RENORM, targets, rate)
         return moved
 
-    def _call_inference(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
-        return keras_api.keras.layers.BatchNormalization.call(
-            self, inputs, training=False, mask=mask
-        )
+    def _call_inference(self, inputs: tf.Tensor) -> tf.Tensor:
+        return keras_api.keras.layers.BatchNormalization.call(self, inputs, training=False)
 
 
 def _checked_clipping(given: Mapping[str, float | None]) -> dict[str, float]:

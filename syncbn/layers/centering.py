@@ -31,8 +31,7 @@ class SyncCentering(SynchronizedLayer):
 
     Args:
         axis: The axis (or axes) that keeps its means apart, typically that of the features.
-        momentum: Of the moving average, in [0, 1]. ``None`` for the cumulative average, in which
-            every batch weighs as many elements as it has (it adds a weight, ``moving_count``).
+        momentum: Of the moving average, as for `SyncBatchNormalization`.
         moving_mean_initializer: Of the moving mean.
         communicator, group_size, groups, target_batch: As for `SyncBatchNormalization`.
         **kwargs: Those of any layer.
@@ -40,13 +39,14 @@ class SyncCentering(SynchronizedLayer):
     Raises:
         ValueError: ``momentum`` outside of [0, 1], an unknown ``communicator``, groups that no job
             could have.
-        TypeError: a ``communicator`` that is none.
+        TypeError: a ``communicator`` that is none, a momentum that is neither a number nor a scalar
+            variable.
     """
 
     def __init__(
         self,
         axis: int | Sequence[int] = -1,
-        momentum: float | None = 0.99,
+        momentum: Any = 0.99,
         *,
         moving_mean_initializer: Any = "zeros",
         communicator: str | Communicator = "auto",
@@ -92,7 +92,7 @@ class SyncCentering(SynchronizedLayer):
         outputs, moments = center(inputs, axes=axes, replicas=replicas, mask=mask)
         return outputs, moments.count, moments.mean
 
-    def _call_inference(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
+    def _call_inference(self, inputs: tf.Tensor) -> tf.Tensor:
         mean = tf.reshape(tf.convert_to_tensor(self.moving_mean), [-1])
         axes = normalized_axes(self.axis, inputs.shape.as_list())
         wide = tf.cast(inputs, mean.dtype)

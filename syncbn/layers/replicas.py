@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 import tensorflow as tf
 
 from syncbn.communicators.base import Communicator, sums_for_call
-from syncbn.communicators.distribute import DistributeGroups
 from syncbn.communicators.groups import Grouping, Groups
+from syncbn.communicators.strategy import GroupRows
 from syncbn.ops.moments import Moments, Sums, average, pack, unbiased, unpack, weigh
 from syncbn.ops.replicas import Replicas
 
@@ -42,9 +42,9 @@ class ReplicaGroups:
             groups = self.grouping.choose(communicator, batch)
             self._split[communicator, size] = _split(communicator, groups)
         split = self._split[communicator, size]
-        if split is communicator:
+        if split == communicator:
             return Replicas(all_reduce_sum)
-        if isinstance(split, DistributeGroups):
+        if isinstance(split, GroupRows):
             return _Rows(split, scope)
         return _Parts(sums_for_call(split, scope), all_reduce_sum)
 
@@ -85,7 +85,7 @@ class _Parts(Replicas):
 class _Rows(Replicas):
     """Groups that learn of each other by one collective."""
 
-    def __init__(self, groups: DistributeGroups, scope: str):
+    def __init__(self, groups: GroupRows, scope: str):
         self._groups, self._scope = groups, scope
         super().__init__(lambda tensor, name: groups.own(self._rows(tensor, name)))
 

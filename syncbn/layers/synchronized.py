@@ -9,13 +9,15 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn import keras_api
-from syncbn.communicators.base import Communicator
+from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.groups import Grouping
 from syncbn.communicators.local import LocalCommunicator
 from syncbn.communicators.resolve import check, resolve, supports_jit
-from syncbn.communicators.tracing import repeats_forward
+from syncbn.communicators.strategy import joined_processes
+from syncbn.communicators.tracing import repeats_forward, unconverted
+from syncbn.layers.momentum import MomentumAttribute, momentum_of
 from syncbn.layers.replicas import ReplicaGroups
-from syncbn.ops.channels import normalized_axes
+from syncbn.ops.channels import normalized_axes, statistics_dtype
 from syncbn.ops.moments import expand_mask
 from syncbn.ops.replicas import Replicas
 
@@ -27,18 +29,15 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
     `_statistics`, `_call_training` and `_call_inference`.
     """
 
+    momentum = MomentumAttribute(or_none="the cumulative average")
+
     def __init__(
         self,
-        momentum: float | None,
+        momentum: Any,
         communicator: str | Communicator,
         grouping: Grouping,
         **kwargs: Any,
     ) -> None:
-        if momentum is not None and not 0.0 <= momentum <= 1.0:
-            raise ValueError(
-                "`momentum` must lie in [0, 1], or be None for the cumulative average. "
-                f"Received: momentum={momentum}."
-            )
         self._communicator = check(communicator)
         self._groups = ReplicaGroups(grouping)
         super().__init__(**kwargs)
@@ -46,6 +45,13 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         self.supports_masking = True
 
     _host_supports_jit = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), MomentumAttribute):
+            # Keras would make a variable that it sees one of the layer's weights.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def communicator(self) -> str | Communicator:
@@ -64,13 +70,13 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
     def get_config(self) -> dict[str, Any]:
         communicator = self._communicator
         name = communicator if isinstance(communicator, str) else communicator.name
-        own = {"momentum": self.momentum, "communicator": name}
+        own = {"momentum": momentum_of(self, "momentum").value(), "communicator": name}
         return {**super().get_config(), **own, **self._groups.grouping._asdict()}
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
-    @tf.autograph.experimental.do_not_convert
+    @unconverted
     def call(
         self,
         inputs: Any,
@@ -81,13 +87,15 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         """Applies the layer.
 
         Args:
-            inputs: Floating, rank 2 at least.
+            inputs: Rank 2 at least. Integers and booleans are taken as floats.
             training: Whether to use, and move towards, the statistics of the batch over all
                 replicas, rather than the moving ones. In that case every replica has to make the
-                call, with an empty batch if need be.
+                call, with an empty batch if need be. In the cross-replica context of a strategy a
+                batch is given once: its statistics are its own (over Horovod and MPI those of the
+                batches of all processes), and all copies move alike.
             mask: Booleans, one dimension less than ``inputs``: they cover all dimensions but the
-                last. The statistics are those of the elements where it is true, whatever the others
-                hold; all elements are normalized.
+                last. With fewer they cover the first ones. The statistics are those of the elements
+                where it is true, whatever the others hold; all elements are normalized.
             update_moving_statistics: Whether the moving statistics move in a training call. False
                 for a batch that is seen a second time. The forward pass that `tf.recompute_grad`
                 repeats for the gradient moves nothing by itself, unless it is that of a
@@ -97,20 +105,18 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             Shape of ``inputs``, the layer's compute dtype.
 
         Raises:
-            TypeError: inputs that are not floating.
-            ValueError: a mask of another rank, or an axis that the inputs do not have.
+            TypeError: inputs that are no numbers, such as complex ones or strings.
+            ValueError: a mask of more dimensions, or an axis that the inputs do not have.
             NotImplementedError: with ``renorm``, in `tf.recompute_grad`.
+            RuntimeError: in the cross-replica context of a strategy that joins several workers,
+                each of which would give a batch of its own, or, over Horovod and MPI, of a layer
+                with groups, which are groups of replicas.
             ImportError, RuntimeError: see `syncbn.resolve`.
         """
-        if not inputs.dtype.is_floating:
-            raise TypeError(
-                f"{type(self).__name__} needs floating inputs. "
-                f"Received: dtype {inputs.dtype.name}. Cast them, with tf.cast(x, tf.float32)."
-            )
-        inputs = self._with_known_channels(inputs)
+        inputs = self._with_known_channels(self._floating(inputs))
         training = keras_api.training_mode(self, training)
         if training is False:
-            return self._call_inference(inputs, mask)
+            return self._call_inference(inputs)
         # Read once: what is made of a statistic and what it becomes then cannot be out of order.
         # (TensorFlow 2.21 orders a second read before the assignment, and loses that on the way.)
         before = {name: tf.convert_to_tensor(getattr(self, name)) for name in self._moving()}
@@ -119,7 +125,7 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             outputs, *batch = keras_api.cond(
                 training,
                 lambda: self._with_counts(*self._train(inputs, mask, before)),
-                lambda: (self._call_inference(inputs, mask), *self._no_batch()),
+                lambda: (self._call_inference(inputs), *self._no_batch()),
             )
         else:
             outputs, *batch = self._train(inputs, mask, before)
@@ -138,9 +144,25 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         """Says whether the outputs in training depend on what the call moves."""
         return False
 
+    def _floating(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Gives integers and booleans the dtype in which their statistics are taken."""
+        if inputs.dtype.is_floating:
+            return inputs
+        if not (inputs.dtype.is_integer or inputs.dtype.is_bool):
+            raise TypeError(
+                f"{type(self).__name__} needs inputs that are floats, integers or booleans. "
+                f"Received: dtype {inputs.dtype.name}. Cast them, with tf.cast(x, tf.float32)."
+            )
+        # Not in 16 bits, to which Keras casts the outputs: they round integers from 257 on.
+        return tf.cast(inputs, statistics_dtype(tf.as_dtype(self.compute_dtype)))
+
     def _with_known_channels(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Gives the channels the size that the layer was built for, where a trace knows none."""
-        shape = inputs.shape.as_list()
+        """Gives the inputs the rank and channels that the layer was built for.
+
+        A trace may know neither.
+        """
+        rank = self.input_spec.ndim
+        shape = [None] * rank if inputs.shape.rank is None else inputs.shape.as_list()
         known = {axis % len(shape): size for axis, size in self.input_spec.axes.items()}
         if all(shape[axis] is not None for axis in known):
             return inputs
@@ -196,7 +218,7 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         """Returns the outputs, the batch's count, and its value for each of the statistics."""
         raise NotImplementedError
 
-    def _call_inference(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
+    def _call_inference(self, inputs: tf.Tensor) -> tf.Tensor:
         raise NotImplementedError
 
     def _replicas(self, batch: int | None) -> Replicas:
@@ -205,19 +227,52 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         if keras_api.never_trains():
             communicator: Communicator = LocalCommunicator()
         else:
-            _require_replica_context()
+            _require_replicas_in_step()
             communicator = resolve(self._communicator)
+            if tf.distribute.in_cross_replica_context():
+                communicator = self._given_once(communicator)
         path = re.sub(r"[^\w.\-/]", "_", keras_api.layer_path(self))
         return self._groups.replicas(communicator, batch, f"syncbn/{path}")
 
+    def _given_once(self, communicator: Communicator) -> Communicator:
+        """Returns what joins batches that processes give once, outside of their replicas.
+
+        All copies of the moving statistics then move alike.
+
+        Raises:
+            RuntimeError: there is no such thing.
+        """
+        strategy = type(tf.distribute.get_strategy()).__name__
+        if joined_processes() > 1:
+            # Each worker would give a batch of its own, and tf.distribute adds up in replicas only.
+            raise RuntimeError(
+                "A synchronized layer must be called in a replica context when training with "
+                "several workers of tf.distribute. Received: a call in the cross-replica context "
+                f"of {strategy}. Call the model inside the function that is given to "
+                "`strategy.run(...)`, or train with `model.fit`."
+            )
+        if communicator.name == "tf.distribute":
+            return LocalCommunicator()
+        once = processes(communicator)
+        if once is not communicator and self._groups.grouping.is_given():
+            raise RuntimeError(
+                "Groups are of replicas, so a layer with groups must be called in a replica "
+                "context when training in several processes. Received: a call in the cross-replica "
+                f"context of {strategy}. Call the model inside the function that is given to "
+                "`strategy.run(...)`, or train with `model.fit`."
+            )
+        return once
+
     def _check_input_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Returns the shape as a tuple, and raises what `call` would for inputs of it."""
-        shape = tuple(tf.TensorShape(input_shape).as_list())
-        if len(shape) < 2:
+        given = tf.TensorShape(input_shape)
+        if given.rank is None or given.rank < 2:
             raise ValueError(
                 f"{type(self).__name__} needs inputs of rank 2 at least: a batch and channels. "
-                f"Received: input shape {shape}."
+                f"Received: input shape {given}. Where a trace cannot know the rank, build the "
+                "layer before, with layer.build(shape)."
             )
+        shape = tuple(given.as_list())
         normalized_axes(self.axis, shape)
         return shape
 
@@ -240,13 +295,12 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             rate = tf.math.divide_no_nan(count, total)
             self.update_statistic(self.moving_count, total)
         else:
-            rate = self._rate(count, self.momentum)
+            rate = self._rate(count, "momentum")
         return self._move_towards(before, self._statistics(), targets, rate)
 
-    @staticmethod
-    def _rate(count: tf.Tensor, momentum: float) -> tf.Tensor:
+    def _rate(self, count: tf.Tensor, momentum: str) -> tf.Tensor:
         """Returns how far a moving average moves towards a batch."""
-        return tf.where(count > 0, tf.constant(1.0 - momentum, tf.float64), 0.0)
+        return tf.where(count > 0, momentum_of(self, momentum).rate(), 0.0)
 
     def _move_towards(
         self,
@@ -263,22 +317,15 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         return moved
 
 
-def _require_replica_context() -> None:
+def _require_replicas_in_step() -> None:
     """Raises where a training call cannot be synchronized, whatever the engine."""
-    strategy = tf.distribute.get_strategy()
     asynchronous = (
         tf.distribute.experimental.ParameterServerStrategy,
         tf.compat.v1.distribute.experimental.ParameterServerStrategy,
     )
-    if isinstance(strategy, asynchronous):
+    if isinstance(tf.distribute.get_strategy(), asynchronous):
         raise RuntimeError(
             "Statistics can be synchronized only over replicas that run in step. Received: a "
             "training call under ParameterServerStrategy, whose workers are asynchronous. Use "
             "MirroredStrategy or MultiWorkerMirroredStrategy, or plain BatchNormalization."
-        )
-    if tf.distribute.in_cross_replica_context() and strategy.num_replicas_in_sync > 1:
-        raise RuntimeError(
-            "A synchronized layer must be called in a replica context when training. Received: a "
-            f"call in the cross-replica context of {type(strategy).__name__}. Call the model "
-            "inside the function that is given to `strategy.run(...)`, or train with `model.fit`."
         )

@@ -201,6 +201,10 @@ def _plain_config(layer: Any) -> dict[str, Any]:
     """Returns the config of a layer as that of a plain one, which is not synchronized."""
     config = keras.layers.BatchNormalization.get_config(layer)
     config.pop("synchronized", None)
+    if isinstance(layer, SyncBatchNormalization):
+        # Where a momentum is a variable, the plain layer gets its present value.
+        own = layer.get_config()
+        config |= {name: own[name] for name in config if name.endswith("momentum")}
     return config
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn import keras_api
-from syncbn.communicators.base import Communicator
+from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.distribute import DistributeCommunicator
 from syncbn.communicators.exchange import all_gather
 from syncbn.communicators.local import LocalCommunicator
+from syncbn.communicators.nested import NestedCommunicator
 from syncbn.communicators.resolve import check, resolve
 
 _CHAIN, _TIMES = 20, 15
@@ -26,21 +27,23 @@ class Job:
 
     Args:
         communicator: What joins the replicas.
-        strategy: Where the communicator is that of tf.distribute, the strategy whose replicas they
-            are. Otherwise this process is one replica.
+        strategy: Where the communicator joins the replicas of a strategy, that one. Otherwise this
+            process is one replica.
+
+    Raises:
+        ValueError: processes have different numbers of replicas.
     """
 
-    def __init__(self, communicator: Communicator, strategy: Any = None):
+    def __init__(self, communicator: Any, strategy: Any = None):
         self.communicator = communicator
         self.strategy = strategy
         if strategy is None:
             self.size, self.ranks = communicator.size, [communicator.rank]
             return
-        self.size = strategy.num_replicas_in_sync
-        ranks = strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(context.replica_id_in_sync_group)
-        )
-        self.ranks = [int(rank) for rank in strategy.experimental_local_results(ranks)]
+        with strategy.scope():
+            self.size, self.ranks = communicator.size, communicator.ranks
+            if isinstance(communicator, NestedCommunicator):
+                communicator.require_equal_processes()
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Returns the scope of the strategy, or one that does nothing."""
@@ -86,8 +89,8 @@ class Job:
 
     def workers(self) -> Communicator:
         """Returns what joins the processes of the job, eagerly and outside of replicas."""
-        if self.strategy is None:
-            return self.communicator
+        if self.strategy is None or isinstance(self.communicator, NestedCommunicator):
+            return processes(self.communicator)
         return LocalCommunicator() if len(self.ranks) == self.size else _Workers(self)
 
     def latency(self, elements: int, dtype: Any) -> float:
@@ -121,10 +124,10 @@ class Job:
     def _inputs(self, values: Sequence[np.ndarray]) -> list[Any]:
         if self.strategy is None:
             return [tf.constant(values[0])]
-        by_rank = dict(zip(self.ranks, values, strict=True))
+        # Those of several workers of a strategy count on over the workers.
         return [
             self.strategy.experimental_distribute_values_from_function(
-                lambda context: tf.constant(by_rank[context.replica_id_in_sync_group])
+                lambda c: tf.constant(values[c.replica_id_in_sync_group % len(values)])
             )
         ]
 
@@ -165,11 +168,11 @@ def job_of(model: Any, communicator: str | Communicator = "auto") -> Job:
             "What looks at the replicas of a model must be called eagerly and outside of them, "
             "between steps. Received: a call inside a tf.function, a graph or strategy.run."
         )
-    name = communicator if isinstance(communicator, str) else communicator.name
-    if name in ("auto", "tf.distribute"):
-        weights = model.weights if model.built else []
-        strategies = (getattr(keras_api.variable(w), "distribute_strategy", None) for w in weights)
-        strategy = next(filter(None, strategies), tf.distribute.get_strategy())
-        if strategy.num_replicas_in_sync > 1:
-            return Job(DistributeCommunicator(), strategy)
-    return Job(resolve(communicator))
+    weights = model.weights if model.built else []
+    strategies = (getattr(keras_api.variable(w), "distribute_strategy", None) for w in weights)
+    strategy = next(filter(None, strategies), tf.distribute.get_strategy())
+    with strategy.scope():
+        resolved = resolve(communicator)
+    of_strategy = isinstance(resolved, DistributeCommunicator | NestedCommunicator)
+    several = strategy.num_replicas_in_sync > 1
+    return Job(resolved, strategy if of_strategy and several else None)

@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn import keras_api
+from syncbn.communicators.tracing import unconverted
 from syncbn.models.statistics import MovingStatistics
 from syncbn.ops.channels import broadcast, statistics_dtype, sum_to_channels, where
 from syncbn.ops.moments import count_elements, expand_mask, not_negative
@@ -113,7 +114,7 @@ def _intercepted(
     """Returns the layer's `call`, always as at inference, with other moving statistics."""
     original = layer.call
 
-    @tf.autograph.experimental.do_not_convert
+    @unconverted
     def call(inputs: tf.Tensor, training: Any = None, mask: Any = None, **options: Any) -> Any:
         if mask is not None:
             options["mask"] = mask

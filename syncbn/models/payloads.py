@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from syncbn.communicators.distribute import DistributeGroups
 from syncbn.communicators.groups import Grouping
+from syncbn.communicators.strategy import GroupRows
 from syncbn.models.job import Job
 
 
@@ -43,9 +43,9 @@ def payloads(
             with job.scope():
                 groups = grouping.choose(job.communicator, shape[0])
             note = f"{len(groups)} groups"
-    recorder = _Recorder("local", 1, 0)
+    recorder = _Recorder()
     if job is not None:
-        recorder = _Recorder(job.communicator.name, job.size, job.ranks[0])
+        recorder = _Recorder(job.size, job.ranks[0], of_strategy=job.strategy is not None)
     # Any name will do, while that of a layer need not be one for a graph.
     config.update(communicator=recorder, name="twin", **Grouping(groups=groups)._asdict())
     # In a thread of its own, which is outside of any strategy and graph.
@@ -62,8 +62,8 @@ class _Recorder:
     name = "local"
     supports_jit = False
 
-    def __init__(self, engine: str, size: int, rank: int):
-        self._engine, self.size, self.rank = engine, size, rank
+    def __init__(self, size: int = 1, rank: int = 0, of_strategy: bool = False):
+        self.size, self.rank, self._of_strategy = size, rank, of_strategy
         self.payloads: list[Payload] = []
 
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
@@ -72,7 +72,7 @@ class _Recorder:
 
     def split(self, groups: Sequence[Sequence[int]]) -> Any:
         part: Any = copy.copy(self)  # which takes its notes in the same list
-        return DistributeGroups(part, groups) if self._engine == "tf.distribute" else part
+        return GroupRows(part, groups) if self._of_strategy else part
 
 
 def _trace(

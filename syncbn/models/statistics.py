@@ -35,7 +35,9 @@ def moving_statistics(model: Any) -> dict[str, MovingStatistics]:
     built. A name has those of the layers around it in front: ``"block/normalization"``. A layer
     that is used twice is there once.
 
-    Under MultiWorkerMirroredStrategy reading them is a collective: all workers make the call.
+    Under MultiWorkerMirroredStrategy reading them is a collective: all workers make the call. With
+    several replicas in a strategy this is the mean of their copies, which are equal. TensorFlow
+    rounds it: it is each copy with 2 or 4 replicas, and an ulp or two from it with others.
 
     Args:
         model: A model or layer of `tf.keras`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def with_recomputed_gradient(
     which only a second derivative asks for. And an eager tape would keep every tensor between the
     inputs and the outputs for that; instead ``plain`` is repeated when somebody asks.
 
-    Make it once, not in each call: it has a `tf.function` for eager gradients.
+    Make it once, not in each call: it keeps the functions that eager gradients run.
     """
 
     def vector_jacobian_product(
@@ -48,13 +49,17 @@ def with_recomputed_gradient(
         outputs, upstream = zip(*(pair for pair in pairs if pair[0].dtype.is_floating), strict=True)
         return tf.gradients(outputs, inputs, upstream)
 
-    eager_product = tf.function(vector_jacobian_product, autograph=False, reduce_retracing=True)
+    @functools.cache
+    def eager_product(*shapes: tuple[int, ...]) -> Callable[..., Any]:
+        # One for each shape: in one for all, TensorFlow would trace unknown numbers of channels.
+        return tf.function(vector_jacobian_product, autograph=False)
 
     @tf.custom_gradient
     def call(*inputs: tf.Tensor) -> tuple[Any, Callable]:
         def gradient(*upstream: tf.Tensor) -> list[tf.Tensor | None]:
-            product = eager_product if tf.executing_eagerly() else vector_jacobian_product
-            return product(inputs, upstream)
+            if not tf.executing_eagerly():
+                return vector_jacobian_product(inputs, upstream)
+            return eager_product(*(tuple(one.shape) for one in inputs))(inputs, upstream)
 
         # Without a gradient: eager tapes record what is custom, and also what it consists of. And
         # TensorFlow cannot differentiate a branch of `tf.cond` from outside of which compiled code

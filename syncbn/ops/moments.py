@@ -53,17 +53,22 @@ def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
 
     Args:
         mask: One dimension less than ``x``, as Keras has it: it covers all dimensions but the last.
+            One of fewer dimensions covers the first ones, such as the batch and the time. Where a
+            trace does not know its rank, it must be that of ``x`` less one.
 
     Raises:
         ValueError: a mask of another rank.
     """
-    mask = tf.convert_to_tensor(mask)
-    if mask.shape.rank != x.shape.rank - 1:
+    mask, rank = tf.convert_to_tensor(mask), x.shape.rank - 1
+    if mask.shape.rank is None:
+        mask = tf.ensure_shape(mask, [None] * rank)
+    if not 1 <= mask.shape.rank <= rank:
         raise ValueError(
-            "`mask` must have one dimension less than the input: it covers all but the last. "
-            f"Received: mask shape {tuple(mask.shape)} for input shape {tuple(x.shape)}."
+            "`mask` must have one dimension less than the input, or fewer: it covers the first "
+            f"ones. Received: mask shape {tuple(mask.shape)} for input shape {tuple(x.shape)}."
         )
-    return tf.expand_dims(tf.cast(mask, tf.bool), -1)
+    missing = rank - mask.shape.rank
+    return tf.cast(mask, tf.bool)[(..., *[None] * (missing + 1))]
 
 
 def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> tf.Tensor:

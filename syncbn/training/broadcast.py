@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from syncbn.communicators.base import Communicator
+from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.exchange import require_agreement, sum_arrays
 from syncbn.communicators.resolve import resolve
 
@@ -18,7 +18,7 @@ def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = 
 
     All workers make the call, outside of graphs, with variables of the same shapes and dtypes in
     the same order, which is checked first. Under tf.distribute, where variables are created equal,
-    it does nothing.
+    it does nothing; where each process of a job has a strategy, all copies get the values.
 
     Args:
         variables: A variable of TensorFlow or Keras, or a nested structure of them.
@@ -29,7 +29,7 @@ def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = 
         ValueError: ``root`` is no rank, or workers have variables of different shapes or dtypes.
         RuntimeError: the call is made in a graph; and see `syncbn.resolve`.
     """
-    communicator = resolve(communicator)
+    communicator = processes(resolve(communicator))
     if communicator.name == "tf.distribute":
         return
     if not tf.executing_eagerly():

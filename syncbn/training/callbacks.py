@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from syncbn import keras_api
-from syncbn.communicators.base import Communicator
+from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.exchange import require_agreement, sum_arrays
 from syncbn.communicators.resolve import check, resolve
+from syncbn.communicators.strategy import local_replicas
 from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.training.broadcast import broadcast
 from syncbn.training.optimizer import averages_only_inside
@@ -25,7 +26,7 @@ class _WorkerCallback(keras_api.keras.callbacks.Callback):
     def _resolve(self) -> Communicator:
         # A model that was made under a strategy is trained under it, wherever `fit` is called.
         with self.model.distribute_strategy.scope():
-            return resolve(self._communicator)
+            return processes(resolve(self._communicator))
 
 
 class BroadcastVariables(_WorkerCallback):
@@ -34,14 +35,16 @@ class BroadcastVariables(_WorkerCallback):
     Weights, moving statistics and the optimizer's state are those of worker ``root`` from the first
     step on: initial ones, or what it has loaded from a checkpoint. What a model that is not built
     before its first batch, or an optimizer of Keras 2, has not created by then, follows after that
-    batch. Under tf.distribute it does nothing, as variables are created equal there.
+    batch. Under tf.distribute it does nothing, as variables are created equal there; where each
+    process of a job has a strategy, all copies of all processes get the values.
 
     Args:
         root: The rank of the worker that has the values.
         communicator: As for `syncbn.SyncBatchNormalization`.
 
     Raises:
-        ValueError: when training begins: workers have different models, or ``root`` is no rank.
+        ValueError: when training begins: workers have different models, or numbers of replicas, or
+            ``root`` is no rank.
         RuntimeError: when training begins: Keras has wrapped a distributed optimizer in one that
             scales the loss (see `distribute`).
     """
@@ -82,6 +85,9 @@ class BroadcastVariables(_WorkerCallback):
         descriptions = [type(layer).__name__ for layer in layers]
         if communicator.name == "horovod":  # which matches calls by these names
             descriptions = [" ".join(pair) for pair in zip(descriptions, names, strict=True)]
+        with self.model.distribute_strategy.scope():
+            descriptions.append(f"{local_replicas()} replicas")
+        names.append("of a process")
         require_agreement(communicator, descriptions, names, "synchronized layers", self.root)
 
     def _broadcast(self, communicator: Communicator, with_optimizer: bool) -> None:
@@ -101,7 +107,7 @@ class AverageMetrics(_WorkerCallback):
     ``train_step`` logs besides metrics is averaged. Put it before the callbacks that read the
     logs, such as `EarlyStopping`. Either all workers validate or none does. It is for `fit`: what
     `evaluate` returns stays each worker's own. Under tf.distribute it does nothing, as Keras does
-    this there.
+    this there; where each process of a job has a strategy, it adds up over the processes.
 
     Args:
         communicator: As for `syncbn.SyncBatchNormalization`.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from syncbn.communicators.base import Communicator
+from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.exchange import all_gather
 from syncbn.communicators.mpi import MPICommunicator
 from syncbn.communicators.resolve import resolve
@@ -37,7 +37,9 @@ def join(
     and losses that average over a batch (those of `tf.keras.losses`) need it. The loss that `fit`
     logs is weighted, too; the same function among the ``metrics`` is not.
 
-    Under tf.distribute, where strategies deal batches out, the dataset is returned as it is.
+    Under tf.distribute, where strategies deal batches out, the dataset is returned as it is. Where
+    each process of a job has a strategy, the datasets of the processes are joined, and each
+    strategy deals out what its process has.
 
     Args:
         dataset: Of batches: any structure of dense, ragged and sparse tensors whose first dimension
@@ -70,7 +72,7 @@ def join(
             "`sample_weight` needs elements (x, y) or (x, y, sample_weight). "
             f"Received: elements {spec}."
         )
-    communicator = resolve(communicator)
+    communicator = processes(resolve(communicator))
     if communicator.name == "tf.distribute":
         return dataset
     number = next(_numbers)

@@ -9,9 +9,11 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn import keras_api
-from syncbn.communicators.base import Communicator
+from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.exchange import require_agreement
 from syncbn.communicators.resolve import check, resolve
+from syncbn.communicators.strategy import local_replicas
+from syncbn.communicators.tracing import unconverted
 from syncbn.training.gradients import Gradient, average
 
 
@@ -27,7 +29,10 @@ def distribute(optimizer: Any, communicator: str | Communicator = "auto") -> Any
     All workers need gradients for the same variables, in the same order; the first step compares
     them. The optimizer does not pickle: save the model, or the optimizer's config.
 
-    Under tf.distribute nothing is averaged here: Keras' optimizers do that themselves there.
+    Under tf.distribute nothing is averaged here: optimizers add gradients up over the replicas of a
+    strategy themselves. Where each process of a job over Horovod or MPI has a strategy, with as
+    many replicas as the others, it is these sums whose mean over the processes is applied, and
+    each process sends one message.
 
     With mixed precision, distribute the optimizer that scales the loss, not the one inside:
     ``distribute(tf.keras.mixed_precision.LossScaleOptimizer(optimizer))``. It skips steps with
@@ -44,7 +49,7 @@ def distribute(optimizer: Any, communicator: str | Communicator = "auto") -> Any
     Raises:
         TypeError: ``optimizer`` is none, or ``communicator`` is none.
         ValueError: it is distributed already, or the communicator's name is unknown. Later, in the
-            first step: workers have different gradients.
+            first step: workers have different gradients, or numbers of replicas.
     """
     check(communicator)
     if not isinstance(optimizer, (*keras_api.OPTIMIZERS, tf.compat.v1.train.Optimizer)):
@@ -107,16 +112,16 @@ class _Distributed:
     def _average(self, gradients: Iterable[Gradient]) -> list[Gradient]:
         gradients = list(gradients)
         communicator = resolve(self._syncbn_communicator)
-        # Under tf.distribute, Keras' optimizers add gradients up themselves.
+        # Optimizers add gradients up over the replicas of a strategy themselves.
         if communicator.name == "tf.distribute" or communicator.size == 1:
             return gradients
         # Not in the graph of a session, which cannot compute while it is built.
         if not self._syncbn_compared and tf.compat.v1.executing_eagerly_outside_functions():
             with tf.init_scope():
                 require_agreement(
-                    communicator,
-                    [_description(gradient) for gradient in gradients],
-                    [f"gradient {number}" for number in range(len(gradients))],
+                    processes(communicator),
+                    [*map(_description, gradients), f"{local_replicas()} replicas"],
+                    [*(f"gradient {n}" for n in range(len(gradients))), "of a process"],
                     "gradients",
                 )
             self._syncbn_compared = True
@@ -126,7 +131,7 @@ class _Distributed:
 class _ByApply(_Distributed):
     """Optimizers of Keras 3."""
 
-    @tf.autograph.experimental.do_not_convert
+    @unconverted
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         return super().apply(self._average(grads), trainable_variables)  # type: ignore[misc]
 
@@ -134,7 +139,7 @@ class _ByApply(_Distributed):
 class _ByApplyGradients(_Distributed):
     """Optimizers of Keras 2 and of tf.compat.v1."""
 
-    @tf.autograph.experimental.do_not_convert
+    @unconverted
     def apply_gradients(self, grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
         grads_and_vars = list(grads_and_vars)
         gradients = self._average(gradient for gradient, _ in grads_and_vars)

@@ -20,15 +20,15 @@ def commands(name, script):
         return [(name, python, {})]
     if name in ("horovod_job.py", "train.py"):
         return [(name, processes.horovodrun(2, "gloo", *python), {})]
-    if name == "mpi_job.py":
+    if name in ("mpi_job.py", "nested_job.py"):
         return [(name, processes.mpirun(2, *python), {})]
     launcher = str(processes.ROOT / "launch" / "multiworker.py")
     return [(name, [sys.executable, launcher, "--workers", "2", "--", *python], {})]
 
 
 def test_there_is_an_example_for_each_engine():
-    jobs = ["mirrored.py", "horovod_job.py", "mpi_job.py", "multiworker_job.py", "train.py"]
-    assert list(EXAMPLES) == [*jobs, "whole_model.py"]
+    jobs = ["mirrored.py", "horovod_job.py", "mpi_job.py", "multiworker_job.py", "nested_job.py"]
+    assert list(EXAMPLES) == [*jobs, "train.py", "whole_model.py"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -23,13 +23,20 @@ OF_TWO = [
     "user_reports",
     "worker_fit",
 ]
+# On two levels: what depends on communication, each on one of the engines.
+NESTED = {
+    "mpi+mirrored": ["nested", "agreement", "collectives", "same_job"],
+    "horovod-gloo+mirrored": ["nested", "contract", "groups", "second_derivatives"],
+}
 # Three ranks of MPI wait busily, on two cores; Horovod over Gloo runs the rest.
 FEW = ["groups", "join", "same_job"]
 
 
 def commands(launcher, size):
     suite = SUITE
-    if (launcher, size) == ("horovod-mpi", 3):
+    if launcher in NESTED:
+        suite = [*PYTEST, *(f"tests/parallel/test_{part}.py" for part in NESTED[launcher])]
+    elif (launcher, size) == ("horovod-mpi", 3):
         suite = [*PYTEST, *(f"tests/parallel/test_{part}.py" for part in FEW)]
     elif size != 2:
         suite = [*SUITE, *(f"--ignore=tests/parallel/test_{part}.py" for part in OF_TWO)]
@@ -37,9 +44,10 @@ def commands(launcher, size):
         return [("mirrored", suite, {})]
     if launcher == "multiworker":
         return processes.workers(size, *suite)
-    if launcher == "mpi":
+    across = launcher.partition("+")[0]
+    if across == "mpi":
         return [("mpirun", processes.mpirun(size, *suite), {})]
-    _, controller = launcher.split("-")
+    _, controller = across.split("-")
     return [("horovodrun", processes.horovodrun(size, controller, *suite), {})]
 
 
@@ -56,15 +64,18 @@ def commands(launcher, size):
         ("mpi", 2, True),
         ("horovod-gloo", 2, True),
         ("multiworker", 2, True),
+        # Two replicas in each of two processes.
+        ("mpi+mirrored", 2, False),
+        ("horovod-gloo+mirrored", 2, True),
     ],
 )
 def test_the_suite_passes_under(launcher, size, legacy):
-    engine = launcher.split("-")[0]
+    engine = re.sub("-(gloo|mpi)", "", launcher)
     finished = processes.run(
         commands(launcher, size),
         limit=LIMIT,
         env={
-            "SYNCBN_TEST_ENGINE": f"mirrored:{size}" if engine == "mirrored" else engine,
+            "SYNCBN_TEST_ENGINE": f"{engine}:{size}" if "mirrored" in engine else engine,
             "SYNCBN_TEST_LIMIT": str(LIMIT - 20),
             "TF_USE_LEGACY_KERAS": str(int(legacy)),
         },

@@ -1,7 +1,8 @@
 """The suite that runs on every engine: a launcher runs it in each rank, with the same arguments.
 
 ``SYNCBN_TEST_ENGINE`` names the engine: ``mirrored:N`` (in one process), ``multiworker``,
-``horovod`` or ``mpi``. `tests/launchers/test_suite.py` starts them all.
+``horovod`` or ``mpi``, ``horovod+mirrored:N`` or ``mpi+mirrored:N`` (N replicas in each process).
+`tests/launchers/test_suite.py` starts them all.
 """
 
 import faulthandler
@@ -28,25 +29,30 @@ def pytest_unconfigure(config):
 @pytest.fixture(scope="session")
 def replicas():
     """The replicas that the engine joins."""
-    if ENGINE == "mirrored":
-        kinds.use_logical_devices(int(SIZE))
-        return kinds.mirrored(int(SIZE))
     if ENGINE == "multiworker":
         return kinds.multiworker()
-    if ENGINE == "horovod":
+    across, *mirrored = ENGINE.split("+")
+    if across == "mirrored" or mirrored:
+        kinds.use_logical_devices(int(SIZE) + len(mirrored))  # some processes may have one more
+    if across == "mirrored":
+        return kinds.mirrored(int(SIZE))
+    if across == "horovod":
         import horovod.tensorflow as hvd
 
         hvd.init(process_sets="dynamic")
         # Process sets of a user's own: Horovod takes none of the same processes again.
         alone = [hvd.add_process_set([rank]) for rank in range(hvd.size())]
-        return kinds.Process(hvd.rank(), hvd.size(), alone)
-    if ENGINE == "mpi":
+        process = kinds.Process(hvd.rank(), hvd.size(), alone)
+    elif across == "mpi":
         from mpi4py import MPI
 
-        return kinds.Process(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)
-    raise pytest.UsageError(f"SYNCBN_TEST_ENGINE: unknown engine {ENGINE!r}")
+        process = kinds.Process(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)
+    else:
+        raise pytest.UsageError(f"SYNCBN_TEST_ENGINE: unknown engine {ENGINE!r}")
+    return kinds.nested(int(SIZE), process) if mirrored else process
 
 
 @pytest.fixture
 def engine():
-    return {"mirrored": "tf.distribute", "multiworker": "tf.distribute"}.get(ENGINE, ENGINE)
+    across, *_ = ENGINE.split("+")
+    return {"mirrored": "tf.distribute", "multiworker": "tf.distribute"}.get(across, across)

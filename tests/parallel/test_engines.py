@@ -50,6 +50,16 @@ def test_a_function_that_xla_compiles_is_refused_before_anyone_waits(make, repli
         replicas.run(step, layers, arguments)
 
 
+def test_a_batch_that_each_worker_of_a_strategy_gives_once_is_refused(replicas):
+    if ENGINE != "multiworker":
+        pytest.skip("test_given_once.py and test_nested.py have what other strategies do")
+    layers = replicas.build(lambda rank: syncbn.SyncCentering(), (None, 3))
+    with replicas.strategy.scope():
+        with pytest.raises(RuntimeError, match="replica context when training with several work"):
+            layers[0](np.ones((2, 3), "float32"), training=True)
+        layers[0](np.ones((2, 3), "float32"), training=False)
+
+
 def test_fit_with_jit_compile_auto_just_works(replicas):
     if not hasattr(replicas, "rank"):
         pytest.skip("Keras itself leaves XLA alone under a strategy; test_fit.py fits there")

@@ -78,18 +78,19 @@ def _with_strategy(replicas, batches, cuts):
     with strategy.scope():
         model = build_model("sync")
         model.set_weights(initial_weights(0))
-        # It takes the sum over the replicas, and `distribute` leaves that alone.
+        # It takes the sum over the replicas, which `distribute` averages over processes.
         optimizer = training.distribute(keras.optimizers.SGD(0.1, momentum=0.9))
         optimizer.build(model.trainable_variables)
 
     @tf.function
     def step(images, digits):
-        strategy.run(lambda x, y: update(model, optimizer, x, y, 1 / BATCH), args=(images, digits))
+        scale = replicas.processes / BATCH
+        strategy.run(lambda x, y: update(model, optimizer, x, y, scale), args=(images, digits))
 
     def parted(values):
         parts = np.split(values, cuts)
         return strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(parts[context.replica_id_in_sync_group])
+            lambda context: tf.constant(parts[replicas.first + context.replica_id_in_sync_group])
         )
 
     for images, digits in batches:

@@ -87,7 +87,8 @@ def test_imports_go_down_only():
 
 
 def test_engines_do_not_know_each_other():
-    engines = {f"syncbn.communicators.{n}" for n in ("local", "distribute", "horovod", "mpi")}
+    names = ("local", "distribute", "horovod", "mpi", "nested")
+    engines = {f"syncbn.communicators.{name}" for name in names}
     for importer, imported in imports():
         assert not (importer in engines and imported in engines), f"{importer} imports {imported}"
 

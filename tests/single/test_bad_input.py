@@ -43,13 +43,21 @@ def test_an_input_without_a_batch(make):
 
 @BOTH
 @pytest.mark.parametrize("training", [False, True])
-def test_an_integer_input(make, training):
-    with pytest.raises(TypeError, match=r"floating inputs.*int32.*tf\.cast"):
-        make()(tf.constant([[1, 2]]), training=training)
+def test_an_input_that_is_no_number(make, training):
+    layer = make()
+    layer.build((None, 2))
+    with pytest.raises(TypeError, match=r"floats, integers or booleans.*complex64.*tf\.cast"):
+        layer.call(tf.zeros([1, 2], tf.complex64), training=training)
 
 
 @BOTH
-@pytest.mark.parametrize("shape", [(4,), (4, 3, 2)])
+def test_an_unknown_rank_where_the_layer_is_not_built(make):
+    with pytest.raises(ValueError, match=r"rank 2 at least.*<unknown>.*layer\.build\(shape\)"):
+        make().build(tf.TensorShape(None))
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(), (4, 3, 2)])
 def test_a_mask_of_the_wrong_rank(make, shape):
     layer = make()
     with pytest.raises(ValueError, match=r"one dimension less.*mask shape.*\(4, 3, 2\)"):
@@ -61,6 +69,28 @@ def test_a_mask_of_the_wrong_rank(make, shape):
 def test_a_momentum_outside_of_its_range(make, momentum):
     with pytest.raises(ValueError, match=r"\[0, 1\].*None.*Received: momentum"):
         make(momentum=momentum)
+    with pytest.raises(ValueError, match=r"\[0, 1\].*None.*Received: momentum"):
+        make(momentum=tf.Variable(momentum))
+
+
+@BOTH
+@pytest.mark.parametrize("thing", ["0.9", [0.9], object(), np.zeros(1)])
+def test_a_momentum_that_is_no_number(make, thing):
+    with pytest.raises(TypeError, match=r"a number, or.*Received: momentum=.*tf\.Variable"):
+        make(momentum=thing)
+
+
+@BOTH
+@pytest.mark.parametrize("value", [[0.9], 1], ids=["shape", "dtype"])
+def test_a_momentum_that_is_another_variable(make, value):
+    with pytest.raises(TypeError, match=r"a scalar variable of floats.*Received: momentum="):
+        make(momentum=tf.Variable(value))
+
+
+@BOTH
+def test_a_momentum_that_has_no_value_yet(make):
+    with pytest.raises(TypeError, match=r"a number, or.*Received: momentum="):
+        tf.function(lambda momentum: make(momentum=momentum) and None)(tf.constant(0.9))
 
 
 @pytest.mark.parametrize("epsilon", [-0.1, float("nan")])
@@ -130,16 +160,6 @@ def test_a_tensorflow_cluster_without_its_strategy(monkeypatch):
 def test_a_broken_tf_config_says_nothing(text, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", text)
     assert launched().processes == 1
-
-
-@BOTH
-def test_a_training_call_in_cross_replica_context(make, mirrored):
-    with mirrored(2).strategy.scope():
-        layer = make()
-        layer.build((None, 3))
-        with pytest.raises(RuntimeError, match=r"replica context.*MirroredStrategy.*strategy\.run"):
-            layer(np.ones((2, 3), "float32"), training=True)
-        layer(np.ones((2, 3), "float32"), training=False)
 
 
 def test_the_message_of_a_layer_reaches_the_user_of_fit(mirrored):

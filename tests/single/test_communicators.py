@@ -1,12 +1,14 @@
 """Choosing an engine, and what the engines have in common."""
 
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.communicators import resolve as _  # noqa: F401  (the function hides its module)
+from syncbn.communicators.resolve import choose
 from tests.keras import keras
 
 
@@ -62,6 +64,56 @@ def test_tensorflow_distribute_outside_of_replicas_is_refused(mirrored):
         syncbn.SyncCentering(communicator=communicator)
         with pytest.raises(RuntimeError, match="replica context"):
             communicator.all_reduce_sum(tf.ones([1]), "x")
+
+
+def joined_by(monkeypatch, engine, size):
+    """As if an engine had joined so many processes."""
+    hvd = SimpleNamespace(is_initialized=lambda: True, size=lambda: size)
+    mpi = SimpleNamespace(
+        Is_initialized=lambda: True,
+        Is_finalized=lambda: False,
+        COMM_WORLD=SimpleNamespace(size=size),
+    )
+    module, stand_in = {"horovod": ("horovod.tensorflow", hvd), "mpi": ("mpi4py.MPI", mpi)}[engine]
+    monkeypatch.setitem(sys.modules, module, stand_in)
+
+
+@pytest.mark.parametrize("engine", ["horovod", "mpi"])
+def test_an_engine_joins_the_replicas_of_several_processes(mirrored, monkeypatch, engine):
+    joined_by(monkeypatch, engine, 2)
+    with mirrored(2).strategy.scope():
+        assert choose() == engine
+        for given in "tf.distribute", syncbn.DistributeCommunicator():
+            with pytest.raises(RuntimeError, match=f"joins 1 of the 2 processes that {engine} joi"):
+                syncbn.resolve(given)
+        assert syncbn.resolve("local").name == "local"
+    joined_by(monkeypatch, engine, 1)
+    with mirrored(2).strategy.scope():
+        assert syncbn.resolve().name == "tf.distribute"
+
+
+@pytest.mark.parametrize("given", ["auto", "tf.distribute"])
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("TF_CONFIG", '{"cluster": {"worker": ["a:1", "b:1"]}}'),
+        ("OMPI_COMM_WORLD_SIZE", "2"),
+        ("HOROVOD_SIZE", "2"),
+    ],
+)
+def test_a_strategy_of_one_process_in_a_job_of_several(
+    mirrored, monkeypatch, given, variable, value
+):
+    monkeypatch.setenv(variable, value)
+    kind = mirrored(2)
+    layers = kind.build(lambda rank: syncbn.SyncCentering(communicator=given), (None, 1))
+    message = (
+        rf"{variable} says that 2 processes.*MirroredStrategy joins the 2 replicas of one process"
+        rf".*init\(\).*MultiWorkerMirroredStrategy.*unset {variable}"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        kind.run(lambda layer, x: layer(x, training=True), layers, [(tf.ones([2, 1]),)] * 2)
+    kind.run(lambda layer, x: layer(x), layers, [(tf.ones([2, 1]),)] * 2)  # at inference
 
 
 def test_every_communicator_keeps_the_protocol():

@@ -10,6 +10,7 @@ import tensorflow as tf
 import syncbn
 from tests import processes
 from tests.keras import KERAS_3, keras
+from tests.replicas import _local_values
 
 
 @pytest.fixture(params=["outside", "inside"])
@@ -161,3 +162,47 @@ def test_a_saved_model_folder_restores_the_model(scope, tmp_path):
     assert_same(keras.models.load_model(tmp_path / "checkpoint"), model, x)
     model.save(tmp_path / "folder", save_format="tf")
     assert_same(keras.models.load_model(tmp_path / "folder"), model, x)
+
+
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_what_is_saved_is_a_few_ulps_from_the_copies(size, mirrored, tmp_path):
+    # TensorFlow adds up the copies, which are equal, and divides; neither need be exact.
+    strategy = mirrored(size).strategy
+    with strategy.scope():
+        layer, other = (syncbn.SyncBatchNormalization(momentum=0.9) for _ in range(2))
+        for one in (layer, other):
+            one.build((None, 1000))
+    x = np.random.default_rng(size).normal(3, 2, size=(size, 4, 1000)).astype("float32")
+    parts = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(x[context.replica_id_in_sync_group])
+    )
+    strategy.run(lambda part: layer(part, training=True), args=(parts,))
+
+    def copies(one):
+        return {
+            name: _local_values(strategy, getattr(one, name))
+            for name in ("moving_mean", "moving_variance")
+        }
+
+    def assert_equal(one):
+        for values in copies(one).values():
+            for value in values[1:]:
+                np.testing.assert_array_equal(value, values[0])
+
+    def assert_near(one, expected):
+        for name, value in expected.items():
+            ulps = np.abs(getattr(one, name).numpy() - value) / np.spacing(np.abs(value))
+            assert ulps.max() <= (size + 3) / 2 - 3 / size
+
+    assert_equal(layer)
+    own = {name: values[0] for name, values in copies(layer).items()}
+    assert_near(layer, own)
+    assert any(np.any(getattr(layer, name).numpy() != value) for name, value in own.items())
+    path = tf.train.Checkpoint(layer=layer).save(str(tmp_path / "checkpoint"))
+    tf.train.Checkpoint(layer=other).restore(path)
+    # After loading, each copy is what was saved.
+    assert_equal(other)
+    for name, values in copies(other).items():
+        np.testing.assert_array_equal(values[0], getattr(layer, name).numpy())
+    layer.set_weights(layer.get_weights())
+    assert_equal(layer)

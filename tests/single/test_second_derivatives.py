@@ -69,3 +69,15 @@ def test_what_a_mask_hides_stays_hidden(make, value):
 
     truth = second(x)
     np.testing.assert_allclose(second(poisoned), truth, atol=1e-5 * np.abs(truth).max())
+
+
+def test_layers_of_many_shapes_one_after_the_other():
+    for shape in [(5, 3, 4), (0, 3, 4), (5, 2304, 64), (0, 2304, 64), (5, 8, 8), (3, 2304, 32)]:
+        layer, x = syncbn.SyncBatchNormalization(), tf.ones(shape)
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                loss = tf.reduce_sum(layer(x, training=True) ** 3)
+            penalty = tf.reduce_sum(inner.gradient(loss, x) ** 2)
+        np.testing.assert_allclose(outer.gradient(penalty, x), np.zeros(shape), atol=1e-6)

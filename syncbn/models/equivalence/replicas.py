@@ -15,6 +15,7 @@ from syncbn.communicators.base import Communicator
 from syncbn.communicators.exchange import require_agreement, sum_arrays
 from syncbn.communicators.launcher import launched
 from syncbn.communicators.resolve import resolve
+from syncbn.communicators.tracing import unconverted
 
 
 class Replicas:
@@ -64,7 +65,7 @@ class Replicas:
 
             return self._strategy.experimental_distribute_values_from_function(value)
 
-        @tf.autograph.experimental.do_not_convert
+        @unconverted
         def on_replicas(data: Any) -> Any:
             return self._strategy.run(step, args=(data,))
 

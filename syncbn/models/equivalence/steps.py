@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn import keras_api
+from syncbn.communicators.tracing import unconverted
 from syncbn.models.equivalence.replicas import Replicas
 
 _STEPS = 32
@@ -120,7 +121,7 @@ def _leave_gradients(optimizer: Any) -> None:
     learning rate of one instead would leave of a small gradient but a few digits.
     """
 
-    @tf.autograph.experimental.do_not_convert
+    @unconverted
     def assign(gradient: Any, variable: Any, *args: Any, **kwargs: Any) -> Any:
         return variable.assign(tf.cast(tf.convert_to_tensor(gradient), variable.dtype))
 

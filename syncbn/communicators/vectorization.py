@@ -1,0 +1,52 @@
+"""Vectorized loops: `tf.vectorized_map`, and jacobians.
+
+TensorFlow converts the operations of such a loop one by one, each to one for all iterations. An
+operation that it does not know becomes a loop again, in which nothing keeps collectives in order;
+and what other replicas compute it takes for the same in all iterations. There is no public way to
+teach it. Tried with TensorFlow 2.21; tests/parallel/test_control_flow.py holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import tensorflow as tf
+
+
+def vectorized(
+    total: tf.Tensor, again: Callable[[tf.Tensor], tf.Tensor], number: Callable[[], int] = lambda: 0
+) -> tf.Tensor:
+    """Returns ``total``, which a vectorized loop makes at once.
+
+    Args:
+        total: The output of an operation, in a graph.
+        again: Makes the outputs of all iterations, which are the rows of its argument.
+        number: Says which of the operation's inputs is the one to sum up.
+    """
+
+    def convert(loop: Any) -> list[Any]:
+        wrapped = loop.inputs[number()]
+        return [wrapped._replace(t=again(wrapped.t))]
+
+    total.op.pfor_converter = convert
+    return total
+
+
+def refused(tensor: tf.Tensor, engine: str) -> tf.Tensor:
+    """Returns ``tensor``, for a sum that a vectorized loop cannot make.
+
+    Such a loop raises `NotImplementedError`.
+    """
+
+    def convert(loop: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"A vectorized loop cannot contain a collective of {engine}. Received: a training call "
+            "in tf.vectorized_map, or the jacobian of one. Use tf.map_fn, or "
+            "jacobian(..., experimental_use_pfor=False), where the strategy allows it."
+        )
+
+    own = tf.identity(tensor)
+    if not tf.executing_eagerly():
+        own.op.pfor_converter = convert
+    return own

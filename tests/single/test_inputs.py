@@ -1,0 +1,133 @@
+"""Inputs that are not floats, and such of which a trace does not know the rank."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import syncbn
+from tests import oracle
+from tests.keras import KERAS_3, keras
+
+BOTH = pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
+SHAPES = pytest.mark.parametrize("shape", [(6, 3), (4, 5, 3), (4, 5, 6, 3), (2, 3, 4, 5, 3)])
+
+
+def truth(make, x, mask=None):
+    x = x.astype("float64")
+    if make is syncbn.SyncCentering:
+        return oracle.centering(x, 0 * x, mask=mask)
+    return oracle.batch_normalization(x, 0 * x, 1.0, 0.0, mask=mask)
+
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3, "float64": 1e-12}
+
+
+@BOTH
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(("dtype", "largest"), [("uint8", 255), ("int32", 70_000), ("bool", 1)])
+def test_integers_are_exact_in_training(make, policy, dtype, largest):
+    # 16 bits cannot hold 70,000, nor bfloat16 257.
+    shape = (4, 5, 3)
+    x = np.random.default_rng(0).integers(0, largest, shape, endpoint=True).astype(dtype)
+    layer = make(momentum=0.0, dtype=policy)
+    layer.build(shape)
+    # An array, and a tensor in a graph.
+    layer(x[:2], training=True)
+    y = tf.function(lambda x: layer(x, training=True))(x)
+    assert y.dtype == layer.compute_dtype
+    expected = truth(make, x)
+    tolerance = TOLERANCE[layer.compute_dtype]
+    # float16 cannot hold all that is left of 70,000 when it is centered.
+    held = np.abs(expected.y) < np.finfo("float16").max
+    assert held.any()
+    scale = np.abs(expected.y[held]).max()
+    y = tf.cast(y, tf.float64).numpy()[held]
+    np.testing.assert_allclose(y, expected.y[held], rtol=tolerance, atol=tolerance * scale)
+    accuracy = 1e-12 if policy == "float64" else 1e-6
+    np.testing.assert_allclose(layer.moving_mean, expected.mean, rtol=accuracy)
+    if make is syncbn.SyncBatchNormalization:
+        np.testing.assert_allclose(layer.moving_variance, expected.variance, rtol=accuracy)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_a_converted_model_takes_the_integers_that_it_took(dtype, policy):
+    shape = (8, 6, 6, 3)
+    inputs = keras.Input(shape[1:], dtype=dtype)
+    x = keras.layers.BatchNormalization(momentum=0.5, dtype=policy, name="first")(inputs)
+    outputs = keras.layers.Dense(2)(keras.layers.Flatten()(x))
+    model = keras.Model(inputs, outputs)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 2 if dtype == "bool" else 256, shape).astype(dtype)
+    model.get_layer("first").set_weights(list(rng.random((4, 3))))
+    first = keras.Model(model.input, x)
+    before, dtype_before = model.predict(images, verbose=0), first(images).dtype
+    syncbn.convert_sync_batchnorm(model)
+    np.testing.assert_array_equal(model.predict(images, verbose=0), before)
+    assert keras.Model(model.input, x)(images).dtype == dtype_before
+    old = model.get_layer("first").moving_mean.numpy()
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.fit(images, np.zeros((8, 2)), batch_size=8, verbose=0)
+    expected = (old + images.astype("float64").mean((0, 1, 2))) / 2
+    np.testing.assert_allclose(model.get_layer("first").moving_mean, expected, rtol=1e-6)
+
+
+def call_of_unknown_rank(layer, training, masked):
+    specs = [tf.TensorSpec(None), tf.TensorSpec(None, tf.bool)]
+
+    def call(x, mask):
+        # The call of Keras 3 takes no tensor of unknown rank, whatever the layer.
+        call = layer.call if KERAS_3 else layer
+        return call(x, training=training, mask=mask if masked else None)
+
+    return tf.function(call, specs)
+
+
+@BOTH
+@SHAPES
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_rank_may_be_unknown(make, shape, masked):
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, size=shape).astype("float32")
+    mask = rng.random(shape[:-1]) < 0.7
+    layer = make(momentum=0.0)
+    layer.build(shape)
+    y = call_of_unknown_rank(layer, True, masked)(x, mask)
+    expected = truth(make, x, mask if masked else None)
+    np.testing.assert_allclose(y, expected.y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer.moving_mean, expected.mean, rtol=1e-6)
+    y = call_of_unknown_rank(layer, False, masked)(x, mask)
+    np.testing.assert_allclose(y, layer(x, training=False), rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+def test_another_rank_than_the_layer_was_built_for(make):
+    layer = make()
+    layer.build((None, 4, 3))
+    for training in (False, True):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="not compatible with expected"):
+            call_of_unknown_rank(layer, training, False)(np.ones((2, 3)), True)
+
+
+@pytest.mark.skipif(not KERAS_3, reason="Keras 2 calls layers on tensors of unknown rank")
+def test_keras_3_itself_takes_no_unknown_rank():
+    plain = keras.layers.BatchNormalization()
+    plain.build((None, 3))
+    with pytest.raises(ValueError, match="unknown TensorShape"):
+        tf.function(lambda x: plain(x), [tf.TensorSpec(None)])(np.ones((2, 3), "float32"))
+
+
+@pytest.mark.skipif(KERAS_3, reason="Keras 3 itself takes no unknown rank, as tested above")
+@pytest.mark.parametrize("shape", [(3,), (4, 4, 3)])
+def test_a_pipeline_with_a_numpy_function_trains_and_predicts(shape):
+    layers = [syncbn.SyncBatchNormalization(momentum=0.0), syncbn.SyncCentering(momentum=0.0)]
+    model = keras.Sequential([keras.Input(shape), *layers, keras.layers.Flatten()])
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(3, 2, size=(8, *shape)).astype("float32")
+    plain = tf.data.Dataset.from_tensor_slices(x).batch(8)
+    data = plain.map(lambda x: tf.numpy_function(lambda x: x, [x], tf.float32))
+    model.fit(data.map(lambda x: (x, tf.reshape(x, [8, -1]))), verbose=0)
+    reduced = tuple(range(len(shape)))
+    np.testing.assert_allclose(layers[0].moving_mean, x.mean(reduced), rtol=1e-5)
+    y = model.predict(data, verbose=0)
+    np.testing.assert_allclose(y, model.predict(plain, verbose=0), rtol=1e-5, atol=1e-6)
