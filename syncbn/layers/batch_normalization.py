@@ -23,7 +23,7 @@ _RENORM = ("renorm_mean", "renorm_stddev")
 
 
 @keras_api.register_keras_serializable(package="syncbn")
-class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNormalization):
+class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZATION):
     r"""Batch normalization with the statistics of the whole batch, over all replicas.
 
     In training
@@ -154,10 +154,11 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
             epsilon=epsilon,
             center=center,
             scale=scale,
-            # Keeps Keras 2 from choosing its fused kernels, which this layer does not call.
-            synchronized=True,
+            # Said below, since it would keep Keras 2 from its fused kernels, also at inference.
+            synchronized=False,
             **kwargs,
         )
+        self.synchronized = True
         self.unbiased_moving_variance = unbiased_moving_variance
         self.renorm = renorm  # a Keras 3 without renormalization has no such attribute
         # Keras 2 would give the weights two more dimensions, had it been told.
@@ -253,9 +254,9 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         return moved
 
     def _call_inference(self, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
-        return keras_api.keras.layers.BatchNormalization.call(
-            self, inputs, training=False, mask=mask
-        )
+        if not keras_api.KERAS_3:
+            mask = None  # it makes no difference, but the fused kernels refuse one
+        return keras_api.PLAIN_BATCH_NORMALIZATION.call(self, inputs, training=False, mask=mask)
 
 
 def _checked_clipping(given: Mapping[str, float | None]) -> dict[str, float]:

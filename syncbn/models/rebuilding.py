@@ -1,0 +1,121 @@
+"""Models that rebuild themselves from their own config remember what was converted in them.
+
+A functional model of Keras has its layers in its config, and so what they were converted to. A model
+or layer of another class makes its layers anew, as its code says: plain ones. Its class becomes a
+subclass whose config also has what was converted, and which converts that again.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+from syncbn import keras_api
+from syncbn.keras_api import keras
+from syncbn.layers import SyncBatchNormalization
+from syncbn.models.replace import plain_config, synchronize
+from syncbn.models.statistics import all_normalizations
+
+
+def remember(model: Any) -> None:
+    """Makes a model, and the layers in it, remember what was converted."""
+    for layer in (model, *keras_api.named_layers(model).values()):
+        if isinstance(layer, (_Converted, keras_api.BATCH_NORMALIZATION)):
+            continue
+        # Those of Keras have what is in them in their config.
+        own = not type(layer).__module__.startswith(("keras.", "tf_keras."))
+        if own and _has_synchronized(layer):
+            layer.__class__ = _converted_class(type(layer))
+
+
+def forget(model: Any) -> None:
+    """Gives a model, and the layers in it, their own classes again, where nothing is converted."""
+    for layer in (model, *keras_api.named_layers(model).values()):
+        if isinstance(layer, _Converted) and not _has_synchronized(layer):
+            layer.__class__ = layer._plain_class
+
+
+def _has_synchronized(layer: Any) -> bool:
+    return any(_options(inner) is not None for inner in all_normalizations(layer).values())
+
+
+def _options(layer: Any) -> dict[str, Any] | None:
+    """Returns what a synchronized layer has beside a plain one's config."""
+    if not isinstance(layer, SyncBatchNormalization):
+        return None
+    known = plain_config(layer).keys() - {"momentum"}
+    return {name: value for name, value in layer.get_config().items() if name not in known}
+
+
+@keras_api.register_keras_serializable(package="syncbn", name="Converted")
+class _Converted:
+    """What a class has besides, where layers of its own were converted."""
+
+    _plain_class: type
+
+    def get_config(self) -> dict[str, Any]:
+        converted = type(self)
+        # Keras looks at the class for what it makes of it: whether it has a config of its own.
+        self.__class__ = self._plain_class  # type: ignore[assignment]
+        try:
+            plain = keras.saving.serialize_keras_object(self)
+        finally:
+            self.__class__ = converted
+        plain.pop("compile_config", None)
+        options = [_options(layer) for layer in all_normalizations(self).values()]
+        return {"plain": plain, "options": options}
+
+    def get_build_config(self) -> None:
+        # That of the plain one is in the config.
+        return None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        if "plain" not in config:
+            return cls._plain_class.from_config(config)  # type: ignore[attr-defined]
+        try:
+            layer = keras.saving.deserialize_keras_object(dict(config["plain"]))
+            _convert_again(layer, config["options"])
+        except Exception as error:
+            if not keras_api.KERAS_3:
+                # Its loader of SavedModels catches all errors.
+                warnings.warn(f"A converted model was not restored: {error}", stacklevel=2)
+            raise
+        return layer
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle finds classes by their names, and this one has that of the plain one.
+        make, arguments, *rest = super().__reduce_ex__(protocol)
+        if getattr(make, "__self__", None) is type(self):
+            return getattr(self._plain_class, make.__name__), arguments, *rest
+        if arguments and arguments[0] is type(self):
+            return _blank, (self._plain_class, *arguments[1:]), *rest
+        return make, arguments, *rest
+
+
+def _blank(plain: type, *arguments: Any) -> Any:
+    cls = _converted_class(plain)
+    return cls.__new__(cls, *arguments)
+
+
+def _convert_again(layer: Any, options: list[dict[str, Any] | None]) -> None:
+    found = all_normalizations(layer)
+    if not layer.built or len(found) != len(options):
+        state = "built" if layer.built else "not built"
+        raise ValueError(
+            f"{type(layer).__name__} must build itself, with {len(options)} normalizations, from "
+            f"its config and the shape of its inputs. Received: {state}, with {len(found)}. Build "
+            "the model yourself, convert it with syncbn.convert_sync_batchnorm, and load its "
+            "weights: save_weights and load_weights."
+        )
+    synchronize(layer, dict(zip(found, options, strict=True)).get)
+    remember(layer)
+
+
+@functools.cache
+def _converted_class(cls: Any) -> type:
+    # The metaclass is that of `cls`; what users see of the class is what they see of `cls`.
+    members = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
+    made = type(cls)(cls.__name__, (_Converted, cls), {**members, "_plain_class": cls})
+    return keras_api.register_keras_serializable("syncbn", "Converted")(made)
