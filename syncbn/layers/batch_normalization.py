@@ -259,6 +259,22 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
         return keras_api.PLAIN_BATCH_NORMALIZATION.call(self, inputs, training=False, mask=mask)
 
 
+if not keras_api.KERAS_3:
+
+    class _ByBareName:
+        """Tells this layer from the one that Keras 2 has under the same name."""
+
+        _others = keras_api.keras.layers.experimental.SyncBatchNormalization
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> Any:
+            ours = "communicator" in config
+            return (SyncBatchNormalization if ours else cls._others).from_config(config)
+
+    # Layers in wrappers, and those of nested models in HDF5 files, are looked up by this name only.
+    keras_api.keras.utils.get_custom_objects()["SyncBatchNormalization"] = _ByBareName
+
+
 def _checked_clipping(given: Mapping[str, float | None]) -> dict[str, float]:
     clipping = {key: bound for key, bound in given.items() if bound is not None}
     r = clipping.get("rmin", 0.0), clipping.get("rmax", math.inf)

@@ -17,6 +17,8 @@ from syncbn.layers import SyncBatchNormalization
 from syncbn.models.replace import plain_config, synchronize
 from syncbn.models.statistics import all_normalizations
 
+_KEY = "converted_by_syncbn"
+
 
 def remember(model: Any) -> None:
     """Makes a model, and the layers in it, remember what was converted."""
@@ -55,16 +57,25 @@ class _Converted:
     _plain_class: type
 
     def get_config(self) -> dict[str, Any]:
-        converted = type(self)
+        converted, plain = type(self), self._plain_class
+        # As in Keras, which cannot import what a script defines.
+        module = None if plain.__module__ == "__main__" else plain.__module__
         # Keras looks at the class for what it makes of it: whether it has a config of its own.
-        self.__class__ = self._plain_class  # type: ignore[assignment]
+        self.__class__ = plain  # type: ignore[assignment]
         try:
-            plain = keras.saving.serialize_keras_object(self)
+            config, build_config = self.get_config(), self.get_build_config()
         finally:
             self.__class__ = converted
-        plain.pop("compile_config", None)
-        options = [_options(layer) for layer in all_normalizations(self).values()]
-        return {"plain": plain, "options": options}
+        return {
+            _KEY: {
+                "module": module,
+                "class_name": plain.__name__,
+                "registered_name": keras.utils.get_registered_name(plain),
+                "config": config,
+                "build_config": build_config,
+                "options": [_options(layer) for layer in all_normalizations(self).values()],
+            }
+        }
 
     def get_build_config(self) -> None:
         # That of the plain one is in the config.
@@ -72,11 +83,13 @@ class _Converted:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        if "plain" not in config:
+        if _KEY not in config:
             return cls._plain_class.from_config(config)  # type: ignore[attr-defined]
         try:
-            layer = keras.saving.deserialize_keras_object(dict(config["plain"]))
-            _convert_again(layer, config["options"])
+            plain = dict(config[_KEY])
+            options = plain.pop("options")
+            layer = _rebuilt(plain)
+            _convert_again(layer, options)
         except Exception as error:
             if not keras_api.KERAS_3:
                 # Its loader of SavedModels catches all errors.
@@ -97,6 +110,18 @@ class _Converted:
 def _blank(plain: type, *arguments: Any) -> Any:
     cls = _converted_class(plain)
     return cls.__new__(cls, *arguments)
+
+
+def _rebuilt(plain: dict[str, Any]) -> Any:
+    """Makes a layer as Keras would have made it, of a plain class's config."""
+    cls = keras.utils.get_registered_object(plain["registered_name"])
+    if cls is None:
+        return keras.utils.deserialize_keras_object(plain)
+    # Keras 2 has two formats for this, which its ways of loading do not all know.
+    layer = cls.from_config(plain["config"])
+    if plain["build_config"] and not layer.built:
+        layer.build_from_config(plain["build_config"])
+    return layer
 
 
 def _convert_again(layer: Any, options: list[dict[str, Any] | None]) -> None:
