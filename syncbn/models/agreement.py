@@ -9,8 +9,8 @@ import numpy as np
 from syncbn import keras_api, keras_inplace
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.exchange import DIGEST_PARTS, digest
-from syncbn.models.job import Job, job_of
 from syncbn.layers.synchronized import SynchronizedLayer
+from syncbn.models.job import Job, job_of
 from syncbn.models.statistics import normalizations, uncalled
 
 

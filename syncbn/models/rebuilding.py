@@ -1,8 +1,8 @@
 """Models that rebuild themselves from their own config remember what was converted in them.
 
-A functional model of Keras has its layers in its config, and so what they were converted to. A model
-or layer of another class makes its layers anew, as its code says: plain ones. Its class becomes a
-subclass whose config also has what was converted, and which converts that again.
+A functional model of Keras has its layers in its config, and so what they were converted to. A
+model or layer of another class makes its layers anew, as its code says: plain ones. Its class
+becomes a subclass whose config also has what was converted, and which converts that again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def remember(model: Any) -> None:
         # Those of Keras have what is in them in their config.
         own = not type(layer).__module__.startswith(("keras.", "tf_keras."))
         if own and _has_synchronized(layer):
-            layer.__class__ = _converted_class(type(layer))
+            cls: Any = type(layer)
+            layer.__class__ = _converted_class(cls)
 
 
 def forget(model: Any) -> None:
@@ -61,7 +62,7 @@ class _Converted:
         # As in Keras, which cannot import what a script defines.
         module = None if plain.__module__ == "__main__" else plain.__module__
         # Keras looks at the class for what it makes of it: whether it has a config of its own.
-        self.__class__ = plain  # type: ignore[assignment]
+        self.__class__ = plain
         try:
             config, build_config = self.get_config(), self.get_build_config()
         finally:
@@ -77,7 +78,7 @@ class _Converted:
             }
         }
 
-    def get_build_config(self) -> None:
+    def get_build_config(self) -> Any:
         # That of the plain one is in the config.
         return None
 
@@ -99,7 +100,8 @@ class _Converted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds classes by their names, and this one has that of the plain one.
-        make, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
         if getattr(make, "__self__", None) is type(self):
             return getattr(self._plain_class, make.__name__), arguments, *rest
         if arguments and arguments[0] is type(self):
@@ -121,18 +123,20 @@ def _rebuilt(plain: dict[str, Any]) -> Any:
     layer = cls.from_config(plain["config"])
     if plain["build_config"] and not layer.built:
         layer.build_from_config(plain["build_config"])
+        layer.built = True  # Keras says so itself
     return layer
 
 
 def _convert_again(layer: Any, options: list[dict[str, Any] | None]) -> None:
     found = all_normalizations(layer)
-    if not layer.built or len(found) != len(options):
-        state = "built" if layer.built else "not built"
+    built = sum(one.built for one in found.values())
+    expected = len(options) - options.count(None)
+    if not layer.built or len(found) != len(options) or built < expected:
         raise ValueError(
-            f"{type(layer).__name__} must build itself, with {len(options)} normalizations, from "
-            f"its config and the shape of its inputs. Received: {state}, with {len(found)}. Build "
-            "the model yourself, convert it with syncbn.convert_sync_batchnorm, and load its "
-            "weights: save_weights and load_weights."
+            f"{type(layer).__name__} must build itself from its config and the shape of its inputs "
+            f"with {len(options)} normalizations, of which {expected} are built at least. Received: "
+            f"{len(found)}, of which {built} are built. Build the model yourself, convert it with "
+            "syncbn.convert_sync_batchnorm, and load its weights: save_weights and load_weights."
         )
     synchronize(layer, dict(zip(found, options, strict=True)).get)
     remember(layer)

@@ -71,7 +71,7 @@ def replace(
     for name, layer in layers.items():
         reason = traced.get(name) or why_not(name, layer)
         if reason is None and not layer.built:
-            reason = "is not built, as the model has never called it. If it ever does, convert again"
+            reason = "is not built, since it was never called. If it ever is, convert again"
         if reason is not None:
             unchanged[name] = reason
             continue

@@ -1,6 +1,6 @@
 """A converted model stays synchronized, and equal, through every way of saving and copying it.
 
-The table: each way × converted before or after × each kind of model; in both Kerases.
+The table: each way, converted before or after, each kind of model, in both Kerases.
 """
 
 import copy
@@ -317,9 +317,7 @@ def test_what_comes_back_is_synchronized_and_equal(build, way, collectives, tmp_
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 @pytest.mark.parametrize("way", EXPORTS, ids=lambda way: way.__name__)
 @every_model
-def test_what_is_exported_is_equal_and_leaves_the_model_as_it_is(
-    build, way, collectives, tmp_path
-):
+def test_what_is_exported_is_equal_and_leaves_the_model_as_it_is(build, way, collectives, tmp_path):
     twin, x = made(build), data()
     expected = twin(x)
     for convert_first in True, False:
