@@ -28,7 +28,9 @@ def convert_sync_batchnorm(
     statistics are those of the layers before.
 
     A subclass of `BatchNormalization` is converted if all that it defines is its constructor and
-    its config, else left as it is. Only layers that Keras tracks are found.
+    its config, else left as it is, as is one that is not built. Only layers that Keras tracks are
+    found. Models and layers of other classes than Keras' remember what was converted in them: their
+    class becomes a subclass, of the same name, that converts it again when it is loaded or cloned.
 
     The model forgets its train, test and predict functions. A `tf.function` of your own, and a
     compiled model around this one, must be made anew, since they hold traces of the old layers.

@@ -135,8 +135,8 @@ def _convert_again(layer: Any, options: list[dict[str, Any] | None]) -> None:
         raise ValueError(
             f"{type(layer).__name__} must build itself from its config and the shape of its inputs "
             f"with {len(options)} normalizations, of which {expected} are built at least. Received: "
-            f"{len(found)}, of which {built} are built. Build the model yourself, convert it with "
-            "syncbn.convert_sync_batchnorm, and load its weights: save_weights and load_weights."
+            f"{len(found)}, of which {built} are built. Build the model yourself, convert it "
+            "with syncbn.convert_sync_batchnorm, and load its weights (save_weights, load_weights)."
         )
     synchronize(layer, dict(zip(found, options, strict=True)).get)
     remember(layer)

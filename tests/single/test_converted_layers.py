@@ -81,12 +81,15 @@ def test_a_call_of_ones_own_on_the_object_is_reported():
         assert_synchronized(other)
 
 
-@pytest.mark.filterwarnings("ignore:`build.. was called on layer 'net'")
 def test_one_normalization_that_is_never_called_does_not_keep_the_others():
     class Net(keras.Model):
         def __init__(self):
             super().__init__(name="net")
             self.used, self.idle = Plain(name="used"), Plain(name="idle")
+
+        def build(self, input_shape):
+            self.used.build(input_shape)
+            super().build(input_shape)
 
         def call(self, x, training=None):
             return self.used(x, training=training)
