@@ -134,7 +134,7 @@ def _convert_again(layer: Any, options: list[dict[str, Any] | None]) -> None:
     if not layer.built or len(found) != len(options) or built < expected:
         raise ValueError(
             f"{type(layer).__name__} must build itself from its config and the shape of its inputs "
-            f"with {len(options)} normalizations, of which {expected} are built at least. Received: "
+            f"with {len(options)} normalizations, {expected} of them built at least. Received: "
             f"{len(found)}, of which {built} are built. Build the model yourself, convert it "
             "with syncbn.convert_sync_batchnorm, and load its weights (save_weights, load_weights)."
         )

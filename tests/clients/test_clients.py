@@ -1,4 +1,4 @@
-"""Other packages' models: converted, trained on two replicas, saved and loaded. No weights needed."""
+"""Other packages' models, without weights: converted, trained on two replicas, saved, loaded."""
 
 import numpy as np
 import pytest
