@@ -2,6 +2,7 @@
 # make test   lint, type-check and test, in real processes under every engine
 # make bench  time the layers and their peers under every engine (may take hours; BENCH=--quick: minutes)
 # make docker-test  build the CPU image and train across two containers (docker or podman)
+# make test-clients  test with models of other packages (from PyPI; no weights)
 # make clean  remove what the others made
 #
 # Each needs Python 3.10 or later with venv, and make; `make test` and `make bench` also a C++ compiler, for Horovod.
@@ -17,7 +18,7 @@ install := $(python) -m pip install -q --disable-pip-version-check
 # Also for what pip builds in environments of its own.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: demo test bench docker-test clean
+.PHONY: demo test test-clients bench docker-test clean
 
 demo: $(VENV)/.demo
 	$(python) launch/train_digits.py --compare --seeds 0 1 2 --picture $(BUILD)/digits.png
@@ -31,6 +32,10 @@ test: $(VENV)/.test
 	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/single
 	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/single
 	$(python) -m pytest tests/launchers
+
+test-clients: $(VENV)/.clients
+	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/clients
+	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/clients
 
 bench: $(VENV)/.test
 	$(python) -m benchmarks --out $(BUILD)/benchmarks $(BENCH)
@@ -51,4 +56,8 @@ $(VENV)/.demo: $(python) pyproject.toml constraints.txt
 $(VENV)/.test: $(python) pyproject.toml constraints.txt launch/install_horovod.sh
 	$(install) -e '.[test]'
 	launch/install_horovod.sh --python $(python)
+	touch $@
+
+$(VENV)/.clients: $(python) pyproject.toml constraints.txt
+	$(install) -e '.[clients]'
 	touch $@

@@ -36,7 +36,12 @@ if not KERAS_3:
     OPTIMIZERS += (keras.optimizers.legacy.Optimizer,)
 
 
-BATCH_NORMALIZATION: Any = keras.layers.BatchNormalization
+# Looked up once: users may put a layer of this package under the host's name later, for code that
+# looks it up there.
+PLAIN_BATCH_NORMALIZATION: Any = keras.layers.BatchNormalization
+"""The batch normalization of `tf.keras`."""
+
+BATCH_NORMALIZATION: Any = PLAIN_BATCH_NORMALIZATION
 """What all batch normalizations of `tf.keras` come from; that of Keras 2 is not public."""
 if not KERAS_3:
     BATCH_NORMALIZATION = BATCH_NORMALIZATION.__base__
@@ -123,7 +128,7 @@ def renorm_arguments(**arguments: Any) -> dict[str, Any]:
     Raises:
         NotImplementedError: it has none.
     """
-    known = inspect.signature(keras.layers.BatchNormalization.__init__).parameters
+    known = inspect.signature(PLAIN_BATCH_NORMALIZATION.__init__).parameters
     if KERAS_3 and "renorm" not in known:
         raise NotImplementedError(
             "renorm=True needs a Keras whose BatchNormalization has it: Keras 3.14, or Keras 2. "

@@ -6,6 +6,7 @@ tests/single/test_convert.py holds it.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import tensorflow as tf
@@ -46,6 +47,8 @@ def become(layer: Any, new: Any) -> None:
     that are its weights.
     """
     general, weights = vars(keras.layers.Layer(name=layer.name)), _weights(layer)
+    for name in _methods_of_the_instance(layer):
+        vars(layer).pop(name)
     layer.__class__ = type(new)
     if keras_api.KERAS_3:
         layer._tracker.unlock()
@@ -61,6 +64,32 @@ def become(layer: Any, new: Any) -> None:
         layer._tracker.lock()
     for name in general.keys() - vars(new).keys():
         vars(layer).pop(name, None)
+
+
+def replaced_methods(layer: Any) -> list[str]:
+    """Returns the names of those methods of a layer's class that are not what the layer calls."""
+    return [
+        name
+        for name, value in _methods_of_the_instance(layer).items()
+        # Keras 2 leaves such a method behind, bound to the layer, when it writes a SavedModel.
+        if getattr(value, "__func__", None) is not getattr(type(layer), name)
+    ]
+
+
+def runs_traces(layer: Any) -> bool:
+    """Says whether Keras 2 loaded a layer from a SavedModel without finding its class."""
+    return type(layer).__module__.endswith(".saved_model.load")
+
+
+def _methods_of_the_instance(layer: Any) -> dict[str, Any]:
+    """Returns what an object has of its own in place of its class's methods."""
+    # Keras 3 wraps these of each layer.
+    general = vars(keras.layers.Layer(name=layer.name))
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if name not in general and inspect.isroutine(getattr(type(layer), name, None))
+    }
 
 
 def _general(name: str, general: Any) -> bool:

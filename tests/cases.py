@@ -82,6 +82,7 @@ def cases(size):
         Case(ragged, axis=1, layer=center, masked=True),
         Case(ragged, axis=-2, sample=(6, 3)),
         Case(even, sample=(7,), graph=True),
+        Case((1,) * size, sample=(7,)),
         Case(ragged, sample=(2, 3, 2, 4)),
         # Large enough for the fused kernels.
         Case(ragged, sample=(48, 48, 64), graph=True),

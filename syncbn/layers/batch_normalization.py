@@ -24,7 +24,7 @@ _RENORM = ("renorm_mean", "renorm_stddev")
 
 
 @keras_api.register_keras_serializable(package="syncbn")
-class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNormalization):
+class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZATION):
     r"""Batch normalization with the statistics of the whole batch, over all replicas.
 
     In training
@@ -156,10 +156,11 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
             epsilon=epsilon,
             center=center,
             scale=scale,
-            # Keeps Keras 2 from choosing its fused kernels, which this layer does not call.
-            synchronized=True,
+            # Said below, since it would keep Keras 2 from its fused kernels, also at inference.
+            synchronized=False,
             **kwargs,
         )
+        self.synchronized = True
         self.unbiased_moving_variance = unbiased_moving_variance
         self.renorm_momentum = renorm_momentum
         self.renorm = renorm  # a Keras 3 without renormalization has no such attribute
@@ -258,7 +259,23 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.keras.layers.BatchNorm
         return moved
 
     def _call_inference(self, inputs: tf.Tensor) -> tf.Tensor:
-        return keras_api.keras.layers.BatchNormalization.call(self, inputs, training=False)
+        return keras_api.PLAIN_BATCH_NORMALIZATION.call(self, inputs, training=False)
+
+
+if not keras_api.KERAS_3:
+
+    class _ByBareName:
+        """Tells this layer from the one that Keras 2 has under the same name."""
+
+        _others = keras_api.keras.layers.experimental.SyncBatchNormalization
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> Any:
+            ours = "communicator" in config
+            return (SyncBatchNormalization if ours else cls._others).from_config(config)
+
+    # Layers in wrappers, and those of nested models in HDF5 files, are looked up by this name only.
+    keras_api.keras.utils.get_custom_objects()["SyncBatchNormalization"] = _ByBareName
 
 
 def _checked_clipping(given: Mapping[str, float | None]) -> dict[str, float]:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from syncbn import keras_api
+from syncbn import keras_api, keras_inplace
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.exchange import DIGEST_PARTS, digest
+from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.models.job import Job, job_of
-from syncbn.models.statistics import normalizations
+from syncbn.models.statistics import normalizations, uncalled
 
 
 def assert_synchronized(
@@ -32,7 +33,7 @@ def assert_synchronized(
     Raises:
         ValueError: a replica has other values than the first, or another model. Raised on all
             workers; it names the first layer that differs, and the first rank on which it does.
-            Also where there is nothing to compare.
+            Also where there is nothing to compare, and where a synchronized layer is not what runs.
         RuntimeError: the call is made inside of a graph or of a replica.
     """
     job = job_of(model, communicator)
@@ -52,6 +53,22 @@ def assert_synchronized(
             f"`model` must have {what} to compare. Received: {model.name!r}, which has none. Build "
             "it first, by a call or by fit."
         )
+    # Last, so that a worker on which this fails leaves no other waiting here.
+    _require_own_calls(model)
+
+
+def _require_own_calls(model: Any) -> None:
+    """Raises where what runs in training is not the call of a synchronized layer."""
+    for name, reason in uncalled(model).items():
+        raise ValueError(f"Each normalization must be called. Received: {name}, which {reason}.")
+    for name, layer in normalizations(model).items():
+        replaced = keras_inplace.replaced_methods(layer)
+        if replaced and isinstance(layer, SynchronizedLayer):
+            raise ValueError(
+                "A synchronized layer must run its class's methods. Received: on the object "
+                f"{name} some of its own: {', '.join(replaced)}. Take them away: del layer."
+                f"{replaced[0]}."
+            )
 
 
 def _difference(job: Job, names: list[str], digests: np.ndarray, count: int, what: str) -> str:

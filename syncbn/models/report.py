@@ -165,7 +165,7 @@ def _layer_report(name: str, layer: Any, job: Job | None) -> LayerReport:
     row = LayerReport(name, type(layer).__name__, shape, channels)
     if not isinstance(layer, SynchronizedLayer):
         # Other packages, and Keras itself, derive synchronized layers from it.
-        plain = type(layer) is keras_api.keras.layers.BatchNormalization
+        plain = type(layer) is keras_api.PLAIN_BATCH_NORMALIZATION
         plain = plain and not getattr(layer, "synchronized", False)
         return row._replace(note="not synchronized" if plain else "not a layer of syncbn")
     given = layer.communicator

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from syncbn import keras_api
+from syncbn import keras_api, keras_inplace
 from syncbn.layers.synchronized import SynchronizedLayer
 
 
@@ -97,6 +97,23 @@ def all_normalizations(model: Any) -> dict[str, Any]:
     kinds = (SynchronizedLayer, keras_api.BATCH_NORMALIZATION)
     layers = {model.name: model, **keras_api.named_layers(model)}
     return {name: layer for name, layer in layers.items() if isinstance(layer, kinds)}
+
+
+def uncalled(model: Any) -> dict[str, str]:
+    """Returns why normalizations are not what runs in a model, by their names.
+
+    Keras 2 loads a layer whose class it does not find from what was traced when it was saved.
+    """
+    layers = {model.name: model, **keras_api.named_layers(model)}
+    traced = {name: layer for name, layer in layers.items() if keras_inplace.runs_traces(layer)}
+    return {
+        inner: f"is never called: {name} was loaded from a SavedModel without its class, and runs "
+        "what was traced then. Load it with its class: register that "
+        "(tf.keras.utils.register_keras_serializable), or give load_model(custom_objects=...)"
+        for name, layer in traced.items()
+        for inner in all_normalizations(model)
+        if inner.startswith(f"{name}/") or layer is model
+    }
 
 
 def _values(layer: Any) -> dict[Any, np.ndarray]:

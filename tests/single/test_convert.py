@@ -401,10 +401,8 @@ def test_a_converted_model_can_be_saved_cloned_and_exported(policy, tmp_path):
     model.save(tmp_path / "model.keras")
     model.save(tmp_path / "model.h5")
     path = checkpoint.save(str(tmp_path / "checkpoint"))
-    # Keras 2 loads what is in a wrapper by the bare name of its class, and has one of that name.
-    with keras.utils.custom_object_scope({"SyncBatchNormalization": Sync}):
-        others = [keras.models.load_model(tmp_path / f"model.{end}") for end in ("keras", "h5")]
-        others += [keras.models.clone_model(model) for _ in range(2)]
+    others = [keras.models.load_model(tmp_path / f"model.{end}") for end in ("keras", "h5")]
+    others += [keras.models.clone_model(model) for _ in range(2)]
     others[2].set_weights(model.get_weights())
     tf.train.Checkpoint(model=others[3]).restore(path).expect_partial()
     for other in others:

@@ -24,7 +24,7 @@ _ROUNDING = (
     "Or, where differences are small, it is rounding, which deep networks amplify: see whether "
     "they vanish in float64, after tf.keras.backend.set_floatx('float64')."
 )
-_PLAIN = keras_api.keras.layers.BatchNormalization  # not tf_keras' SyncBatchNormalization
+_PLAIN = keras_api.PLAIN_BATCH_NORMALIZATION  # not tf_keras' SyncBatchNormalization
 
 
 def advice(
