@@ -48,8 +48,12 @@ def require_whole_job(engine: str, size: int, way_out: str) -> None:
 
 
 def _tf_config_workers() -> int:
+    # TensorFlow itself reports a broken TF_CONFIG, to whoever uses it; here it tells of nobody.
     try:
-        cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {})
-    except (json.JSONDecodeError, AttributeError):
-        return 1  # TensorFlow itself reports a broken TF_CONFIG, to whoever uses it
-    return len(cluster.get("worker", [])) + len(cluster.get("chief", []))
+        config = json.loads(os.environ.get("TF_CONFIG") or "{}")
+    except json.JSONDecodeError:
+        return 0
+    cluster = config.get("cluster") if isinstance(config, dict) else None
+    jobs = [cluster.get(job) for job in ("chief", "worker")] if isinstance(cluster, dict) else []
+    # The tasks of a job are a list, or an object whose keys are their numbers.
+    return sum(len(tasks) for tasks in jobs if isinstance(tasks, list | dict))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ class MPICommunicator:
     """All MPI processes, or those of one `mpi4py.MPI.Comm`.
 
     The communicator is duplicated, so that these messages never mix with others; making one is
-    therefore a collective call, which all of its processes take part in.
+    therefore a collective call, which all of its processes take part in. Those that are made of the
+    same `mpi4py.MPI.Comm` share one duplicate, which is never freed, and one order of calls.
 
     Args:
         comm: An intracommunicator, or ``None`` for ``MPI.COMM_WORLD``.
@@ -56,9 +58,8 @@ class MPICommunicator:
             "or use communicator='horovod' under horovodrun over Gloo.",
         )
         self._mpi = MPI
-        self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
-        # MPI matches calls by their order, so all processes need the same one.
-        self._order = Order()
+        self._shared = _shared(MPI.COMM_WORLD if comm is None else comm)
+        self._comm, self._order = self._shared.comm, self._shared.order
 
     @property
     def size(self) -> int:
@@ -68,10 +69,11 @@ class MPICommunicator:
     def rank(self) -> int:
         return self._comm.rank
 
-    def duplicate(self) -> MPICommunicator:
+    def lane(self, number: int) -> MPICommunicator:
         """Returns one for the same processes, whose messages never mix with those of this one.
 
-        A collective call. The two may be used from different threads at the same time.
+        A collective call. This one and lanes of different numbers may be used from different
+        threads at the same time. They are for small tensors: each process sends whole ones.
 
         Raises:
             RuntimeError: MPI is not initialized for that.
@@ -83,19 +85,23 @@ class MPICommunicator:
                 f"a time. Received: level {level}. Set mpi4py.rc.thread_level = 'multiple' before "
                 "importing mpi4py.MPI."
             )
-        return MPICommunicator(self._comm)
+        if self._shared.lanes is None:
+            self._shared.lanes = self._comm.Dup()
+        return _Lane(self, self._shared.lanes, number)
 
     def split(self, groups: Sequence[Sequence[int]]) -> MPICommunicator:
         """Returns one for the group of this process. A collective call.
 
         Its calls and those of this communicator keep one order.
         """
-        color = next(number for number, ranks in enumerate(groups) if self.rank in ranks)
-        part = self._comm.Split(color, self.rank)
-        group = MPICommunicator(part)
-        part.Free()  # `group` has a duplicate
-        group._order = self._order
-        return group
+        key = tuple(map(tuple, groups))
+        if key not in self._shared.parts:
+            color = next(number for number, ranks in enumerate(groups) if self.rank in ranks)
+            part = self._comm.Split(color, self.rank)
+            group = self._shared.parts[key] = MPICommunicator(part)
+            part.Free()  # `group` has a duplicate
+            group._order = self._order
+        return self._shared.parts[key]
 
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         return self._all_reduce_sum(self._order.turn(), tensor, name)
@@ -129,3 +135,63 @@ class MPICommunicator:
         total = np.empty_like(value)
         self._comm.Allreduce(np.ascontiguousarray(value), total, op=self._mpi.SUM)
         return total
+
+
+class _Lane(MPICommunicator):
+    """One whose messages have a tag, so that several share a communicator of MPI.
+
+    A communicator of MPI for each lane could not be freed, since TensorFlow keeps the Python
+    functions of its graphs for ever, and Open MPI has 65,532 of them. Its all-reduces take no tags.
+    """
+
+    def __init__(self, one: MPICommunicator, comm: Any, number: int):
+        self._mpi, self._shared, self._comm, self._order = one._mpi, one._shared, comm, Order()
+        self._tag = number % (self._mpi.COMM_WORLD.Get_attr(self._mpi.TAG_UB) + 1)
+
+    def _all_reduce(self, value: np.ndarray) -> np.ndarray:
+        # Over a binomial tree: to rank 0, and back.
+        comm, tag = self._comm, self._tag
+        total, received = np.array(value, order="C"), np.empty_like(value, order="C")
+        step, children = 1, []
+        while step < comm.size and not comm.rank & step:
+            if comm.rank + step < comm.size:
+                children.append(comm.rank + step)
+                comm.Recv(received, children[-1], tag)
+                total += received
+            step *= 2
+        if comm.rank:
+            comm.Send(total, comm.rank - step, tag)
+            comm.Recv(total, comm.rank - step, tag)
+        for child in reversed(children):
+            comm.Send(total, child, tag)
+        return total
+
+
+class _Shared:
+    """What the communicators that are made of one `mpi4py.MPI.Comm` share.
+
+    None of its communicators of MPI is ever freed: freeing is collective, and no process knows that
+    the others are done. There are few, as each is there once.
+    """
+
+    def __init__(self, comm: Any):
+        self.comm = comm.Dup()
+        # MPI matches calls by their order, so all processes need the same one.
+        self.order = Order()
+        self.lanes: Any = None
+        self.parts: dict[tuple[tuple[int, ...], ...], MPICommunicator] = {}
+
+
+def _shared(comm: Any) -> _Shared:
+    # MPI's own place for what a library has beside a communicator. A duplicate does not inherit it.
+    key = _attribute()
+    if comm.Get_attr(key) is None:
+        comm.Set_attr(key, _Shared(comm))
+    return comm.Get_attr(key)
+
+
+@functools.cache
+def _attribute() -> int:
+    from mpi4py import MPI
+
+    return MPI.Comm.Create_keyval()

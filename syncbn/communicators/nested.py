@@ -30,13 +30,6 @@ class NestedCommunicator:
         self.across = across
         self.name = across.name
 
-    # One is made at each look-up, and what layers keep for a communicator is found again.
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, NestedCommunicator) and self.across == other.across
-
-    def __hash__(self) -> int:
-        return hash(self.across)
-
     @property
     def size(self) -> int:
         return self.across.size * local_replicas()

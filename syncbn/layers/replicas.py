@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import tensorflow as tf
 
@@ -20,7 +20,7 @@ class ReplicaGroups:
 
     def __init__(self, grouping: Grouping):
         self.grouping = grouping
-        self._split: dict[tuple[Communicator, int], Any] = {}
+        self._splits: list[tuple[Communicator, int, Any]] = []
 
     def replicas(self, communicator: Communicator, batch: int | None, scope: str) -> Replicas:
         """Returns the replicas to share statistics with.
@@ -38,33 +38,53 @@ class ReplicaGroups:
         # One replica has nobody to be grouped with, and a model made for a job stays usable in one.
         if size == 1 or not self.grouping.is_given():
             return Replicas(all_reduce_sum, alone=size == 1)
-        if (communicator, size) not in self._split:
-            groups = self.grouping.choose(communicator, batch)
-            self._split[communicator, size] = _split(communicator, groups)
-        split = self._split[communicator, size]
-        if split == communicator:
+        split = self._split(communicator, size, batch)
+        if split is None:
             return Replicas(all_reduce_sum)
         if isinstance(split, GroupRows):
             return _Rows(split, scope)
         return _Parts(sums_for_call(split, scope), all_reduce_sum)
 
+    def _split(self, communicator: Communicator, size: int, batch: int | None) -> Any:
+        for known, known_size, split in self._splits:
+            if known is communicator and known_size == size:
+                return split
+        split = _split(communicator, self.grouping.choose(communicator, batch))
+        self._splits.append((communicator, size, split))
+        return split
 
-# Of each communicator, by groups: layers with the same groups share them.
-_splits: WeakKeyDictionary[Communicator, dict[Groups, Any]] = WeakKeyDictionary()
+
+# Of each communicator, by groups: layers with the same groups share them. By its identity, since a
+# communicator need not be hashable, and equal ones may be different.
+_splits: dict[int, dict[Groups, Any]] = {}
+_kept: list[Communicator] = []
 
 
 def _split(communicator: Communicator, groups: Groups) -> Any:
+    """Returns what joins the group of this replica, or ``None`` where all are in one."""
     if len(groups) == 1:
-        return communicator
+        return None
     if not hasattr(communicator, "split"):
         raise TypeError(
             "A layer with groups needs a communicator that has a method split(groups). "
             f"Received: communicator={communicator!r}."
         )
-    made = _splits.setdefault(communicator, {})
+    made = _splits_of(communicator)
     if groups not in made:
         made[groups] = communicator.split(groups)
     return made[groups]
+
+
+def _splits_of(communicator: Communicator) -> dict[Groups, Any]:
+    key = id(communicator)
+    if key not in _splits:
+        _splits[key] = {}
+        try:
+            weakref.finalize(communicator, _splits.pop, key).atexit = False
+        except TypeError:
+            # It has slots, and nothing tells of its end: kept, no other one gets its identity.
+            _kept.append(communicator)
+    return _splits[key]
 
 
 class _Parts(Replicas):

@@ -21,6 +21,9 @@ _NAMES = ("moving_mean", "moving_variance")
 class Observer:
     """Runs a model's inference, and observes what its normalizations see.
 
+    A model runs as in `Model.predict`: a ``predict_step`` of its own gets the batch, and what is
+    compiled to run eagerly does.
+
     Until the statistics of a normalization are fixed, it normalizes with those of the batch. No
     variable of the model is assigned to, and all else of it is borrowed while a graph is traced.
 
@@ -39,7 +42,9 @@ class Observer:
             for name, one in statistics.items()
         }
         self._fixed = {name: tf.constant(not layer.trainable) for name, layer in layers.items()}
-        self._function = tf.function(self._run, reduce_retracing=True)
+        self._has_own_step = _has_own_predict_step(model)
+        eager = getattr(model, "run_eagerly", False)
+        self._function = self._run if eager else tf.function(self._run, reduce_retracing=True)
         self.order: dict[str, int] = {}
         """The positions of the layers by their first call, from 1; empty before the first batch."""
 
@@ -58,19 +63,32 @@ class Observer:
         sizes = {name: int(tf.size(given[0])) for name, given in self._given.items()}
         return {name: tf.zeros([3, size], tf.float64) for name, size in sizes.items()}
 
-    def __call__(self, x: Any, seen: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    def __call__(self, batch: Any, seen: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Returns what the layers have seen after a batch more; for those that are fixed, ``seen``.
+
+        Args:
+            batch: As a dataset gives it: ``x``, ``(x, y)`` or ``(x, y, sample_weight)``, or what
+                the model's own ``predict_step`` takes.
+            seen: What the layers have seen before.
 
         Raises:
             NotImplementedError: a layer is called in a loop or branch of the model's graph.
         """
-        return self._function(x, self._fixed, self._given, seen)
+        if not self._has_own_step:  # the rest may be anything
+            batch, _, _ = keras_api.keras.utils.unpack_x_y_sample_weight(batch)
+        elif isinstance(batch, list):
+            batch = tuple(batch)
+        data = tf.nest.map_structure(_to_tensor, batch)
+        return self._function(data, self._fixed, self._given, seen)
 
     def _run(
-        self, x: Any, fixed: dict[str, Any], given: dict[str, Any], seen: dict[str, tf.Tensor]
+        self, data: Any, fixed: dict[str, Any], given: dict[str, Any], seen: dict[str, tf.Tensor]
     ) -> dict[str, tf.Tensor]:
         with self._observing(fixed, given, seen) as now_seen:
-            self._model(x, training=False)
+            if self._has_own_step:
+                self._model.predict_step(data)
+            else:
+                self._model(data, training=False)
         return now_seen
 
     @contextlib.contextmanager
@@ -106,6 +124,17 @@ class Observer:
                 call = _intercepted(layer, functools.partial(statistics, name))
                 borrowed.enter_context(_replaced(layer, call=call))
             yield seen
+
+
+def _has_own_predict_step(model: Any) -> bool:
+    base = keras_api.keras.Model
+    if not isinstance(model, base):
+        return False
+    return getattr(model.predict_step, "__func__", None) is not base.predict_step
+
+
+def _to_tensor(value: Any) -> Any:
+    return value if value is None or tf.is_tensor(value) else tf.constant(value)
 
 
 def _intercepted(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -63,9 +62,11 @@ def recalibrate(
     Args:
         model: A model or layer of `tf.keras`, built.
         dataset: Batches as `Model.predict` takes them: ``x``, ``(x, y)`` or
-            ``(x, y, sample_weight)``, of which ``x`` is used. A `tf.data.Dataset` or something else
-            that is iterable, with ``exact`` more than once and each time over the same elements.
-            Under tf.distribute an ordinary one too, each worker's own.
+            ``(x, y, sample_weight)``, of which ``x`` is used. A model with a ``predict_step`` of
+            its own gets them whole. A `tf.data.Dataset`, a `tf.keras.utils.Sequence`, or something
+            else that is iterable, of which as many batches are taken as it is long, where it has a
+            length; with ``exact`` more than once and each time over the same elements. Under
+            tf.distribute an ordinary one too, each worker's own.
         communicator: What joins the workers, as for `syncbn.SyncBatchNormalization`.
         exact: Whether to go layer by layer, in the order in which the model calls them.
         steps: How many batches to take on this worker at most, or ``None`` for all.
@@ -121,24 +122,34 @@ def recalibrate(
 
 
 class _Batches:
-    """The inputs in a dataset, and a progress bar over all passes."""
+    """The batches of a dataset, and a progress bar over all passes."""
 
     def __init__(self, dataset: Any, steps: int | None, passes: int, verbose: int | str) -> None:
         self._dataset, self._steps, self._passes = dataset, steps, passes
         self._verbose = 1 if verbose == "auto" else verbose
         self._bar: Any = None
         self._seen = 0
+        self._in_a_pass: int | None = None
 
     def __iter__(self) -> Iterator[Any]:
         if self._bar is None:
+            self._steps = self._checked_steps()
+            target = None if self._steps is None else self._passes * self._steps
             self._bar = keras_api.keras.utils.Progbar(
-                self._checked_target(), verbose=self._verbose, unit_name="batch"
+                target, verbose=self._verbose, unit_name="batch"
             )
-        for batch in itertools.islice(self._dataset, self._steps):
-            x, _, _ = keras_api.keras.utils.unpack_x_y_sample_weight(batch)
-            yield tf.nest.map_structure(lambda v: v if tf.is_tensor(v) else tf.constant(v), x)
+        before = self._seen
+        for batch in itertools.islice(_batches(self._dataset), self._steps):
+            yield batch
             self._seen += 1
             self._bar.update(self._seen)
+        taken = self._seen - before
+        if self._in_a_pass not in (None, taken):
+            raise ValueError(
+                "`exact` goes through `dataset` several times, which must have the same batches "
+                f"each time. Received: {self._in_a_pass} batches at first, and then {taken}."
+            )
+        self._in_a_pass = taken
 
     def end(self) -> None:
         """Ends the line of the progress bar."""
@@ -146,8 +157,8 @@ class _Batches:
             self._bar.target = self._seen  # tf_keras cannot end a line without a target
             self._bar.update(self._seen, finalize=True)
 
-    def _checked_target(self) -> int | None:
-        """Returns how many batches there will be, where that is known."""
+    def _checked_steps(self) -> int | None:
+        """Returns how many batches a pass takes at most, where that is known."""
         dataset, steps = self._dataset, self._steps
         if steps is not None and steps < 1:
             raise ValueError(f"`steps` must be 1 at least, or None. Received: steps={steps}.")
@@ -162,18 +173,56 @@ class _Batches:
                 "`dataset` must be an ordinary one under tf.distribute too: each worker's own "
                 "batches. Received: a DistributedDataset. Give what it was made from."
             )
-        if self._passes > 1 and isinstance(dataset, Iterator):
+        if (
+            self._passes > 1
+            and isinstance(dataset, Iterator)
+            and not isinstance(dataset, _Sequence)
+        ):
             raise ValueError(
                 f"`exact` goes through `dataset` {self._passes} times. Received: an iterator, "
                 "which can be gone through once. Give a tf.data.Dataset, or a list of batches."
             )
-        endless = tf.data.INFINITE_CARDINALITY
-        if steps is None and getattr(dataset, "cardinality", lambda: None)() == endless:
+        length = _cardinality(dataset)
+        if steps is None and length == tf.data.INFINITE_CARDINALITY:
             raise ValueError(
                 "`dataset` must have an end. Received: one that repeats forever. Give `steps`."
             )
-        known = [n for n in (operator.length_hint(dataset, -1), steps) if n not in (None, -1)]
-        return self._passes * min(known) if known else None
+        return min((n for n in (length, steps) if n is not None and n >= 0), default=None)
+
+
+# Also called PyDataset in Keras 3.
+_Sequence: Any = keras_api.keras.utils.Sequence
+
+
+def _batches(dataset: Any) -> Iterator[Any]:
+    """Yields batches, of a sequence without end."""
+    if not isinstance(dataset, _Sequence):
+        yield from dataset
+        return
+    # By number, as Keras does: some sequences are iterators, in the middle of their data maybe.
+    for number in itertools.count():
+        yield _standardized(dataset[number])
+
+
+def _standardized(batch: Any) -> Any:
+    """Returns a batch of a sequence as `predict_step` gets it from either Keras."""
+    if keras_api.KERAS_3:
+        return (batch,) if isinstance(batch, np.ndarray) else batch
+    utils = keras_api.keras.utils
+    return utils.pack_x_y_sample_weight(*utils.unpack_x_y_sample_weight(batch))
+
+
+def _cardinality(dataset: Any) -> int:
+    """Returns the number of batches, or what a `tf.data.Dataset` says where there is none."""
+    if isinstance(dataset, tf.data.Dataset):
+        return int(dataset.cardinality())
+    if keras_api.KERAS_3 and isinstance(dataset, _Sequence):
+        number = dataset.num_batches
+        return tf.data.INFINITE_CARDINALITY if number is None else number
+    try:
+        return len(dataset)
+    except TypeError:
+        return tf.data.UNKNOWN_CARDINALITY
 
 
 def _measure(observer: Observer, batches: _Batches, workers: Communicator) -> dict[str, np.ndarray]:
@@ -186,8 +235,8 @@ def _measure(observer: Observer, batches: _Batches, workers: Communicator) -> di
     """
     seen, started, error = observer.nothing(), 0.0, None
     try:
-        for x in batches:
-            seen, started = observer(x, seen), 1.0
+        for batch in batches:
+            seen, started = observer(batch, seen), 1.0
         packed = [pack(sums_of(Moments(*tf.unstack(one)))).numpy() for one in seen.values()]
     except Exception as own_error:
         # The others wait for this worker's part, whatever it is worth.

@@ -14,7 +14,7 @@ from syncbn.communicators.resolve import resolve
 
 
 def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = "auto") -> None:
-    """Assigns the values that variables have on worker ``root`` to those of all workers.
+    """Assigns the values that variables have on worker ``root``, bit for bit, to those of all.
 
     All workers make the call, outside of graphs, with variables of the same shapes and dtypes in
     the same order, which is checked first. Under tf.distribute, where variables are created equal,
@@ -27,6 +27,7 @@ def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = 
 
     Raises:
         ValueError: ``root`` is no rank, or workers have variables of different shapes or dtypes.
+        TypeError: variables of strings.
         RuntimeError: the call is made in a graph; and see `syncbn.resolve`.
     """
     communicator = processes(resolve(communicator))
@@ -53,7 +54,13 @@ def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = 
         "variables",
         root,
     )
-    # A broadcast is a sum to which the others add zeros.
+    for value in values:
+        if value.dtype.kind in "OSU":
+            raise TypeError(
+                "`variables` must hold numbers. Received: one of strings. Leave it out."
+            )
+    # A broadcast is a sum to which the others add zeros. What is added up are the bits: a sum
+    # of values would make 0.0 of -0.0, and may change a NaN.
     wires = [_to_wire(value) for value in values]
     if communicator.rank != root:
         wires = [np.zeros_like(wire) for wire in wires]
@@ -64,13 +71,14 @@ def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = 
 
 
 def _to_wire(value: np.ndarray) -> np.ndarray:
-    if value.dtype in (np.float32, np.float64):
-        return value
-    # Bytes, each of which float32 holds exactly: integers of any size, and 16-bit floats.
-    return np.frombuffer(value.tobytes(), np.uint8).astype(np.float32)
+    """Returns the 16-bit parts of an array, or its bytes, each of which float32 holds exactly."""
+    return np.frombuffer(value.tobytes(), _part(value.dtype)).astype(np.float32)
 
 
 def _from_wire(wire: np.ndarray, like: np.ndarray) -> np.ndarray:
-    if like.dtype in (np.float32, np.float64):
-        return wire
-    return np.frombuffer(wire.astype(np.uint8).tobytes(), like.dtype).reshape(like.shape)
+    parts = wire.astype(_part(like.dtype))
+    return np.frombuffer(parts.tobytes(), like.dtype).reshape(like.shape)
+
+
+def _part(dtype: np.dtype) -> type[np.unsignedinteger]:
+    return np.uint16 if dtype.itemsize % 2 == 0 else np.uint8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,8 @@ from syncbn.communicators.exchange import all_gather
 from syncbn.communicators.mpi import MPICommunicator
 from syncbn.communicators.resolve import resolve
 
-_numbers = itertools.count()
+_next_number = 0
+"""Greater than the number of any joined dataset of this process."""
 
 
 def join(
@@ -34,8 +34,9 @@ def join(
     The mean over the samples of each worker, averaged over the workers, is not the mean over all
     samples where batches differ in size. With ``sample_weight=True`` it is: each sample of a step
     gets the weight ``workers * samples of this worker / samples of all workers``, as `distribute`
-    and losses that average over a batch (those of `tf.keras.losses`) need it. The loss that `fit`
-    logs is weighted, too; the same function among the ``metrics`` is not.
+    and losses that divide by the size of the batch (``reduction="sum_over_batch_size"``, which is
+    the default of `tf.keras.losses`) need it. The loss that `fit` logs is weighted, too; the same
+    function among the ``metrics`` is not.
 
     Under tf.distribute, where strategies deal batches out, the dataset is returned as it is. Where
     each process of a job has a strategy, the datasets of the processes are joined, and each
@@ -47,14 +48,17 @@ def join(
         communicator: As for `syncbn.SyncBatchNormalization`. An object is used from the threads of
             the dataset while the model may be using it too.
         sample_weight: Whether to append weights, float32 ``(batch,)``, to elements ``(x, y)``, or
-            to multiply those of elements ``(x, y, sample_weight)``.
+            to multiply those of elements ``(x, y, sample_weight)``. These may have any shape that
+            begins with the batch, and be a structure of weights, such as one for each output; they
+            become float32, unless they are float64. ``None`` in it stands for weights of one.
 
     Returns:
         A dataset with the structure of ``dataset``; with ``sample_weight`` the weights are in it.
 
     Raises:
         TypeError: ``dataset`` is none, or has components that have no batch.
-        ValueError: with ``sample_weight``, elements that are not ``(x, y)`` or ``(x, y, weights)``.
+        ValueError: with ``sample_weight``, elements that are not ``(x, y)`` or ``(x, y, weights)``;
+            some workers give ``sample_weight`` and others do not.
         RuntimeError: the call is made in a graph; MPI is not initialized for several threads; and
             see `syncbn.resolve`.
     """
@@ -75,9 +79,18 @@ def join(
     communicator = processes(resolve(communicator))
     if communicator.name == "tf.distribute":
         return dataset
-    number = next(_numbers)
+    global _next_number
     own = dataset.cardinality().numpy()
-    cardinalities = all_gather(communicator, np.array([own]), f"syncbn/join/{number}")[:, 0]
+    rows = all_gather(communicator, np.array([own, _next_number, sample_weight]), "syncbn/join")
+    cardinalities, numbers, weighted = rows.T
+    if len(set(weighted)) > 1:
+        raise ValueError(
+            "All workers must give `sample_weight`, or none. Received: sample_weight=True on rank "
+            f"{', '.join(map(str, np.flatnonzero(weighted)))} only."
+        )
+    # Workers may have joined datasets without each other before, and agree again here.
+    number = int(numbers.max())
+    _next_number = number + 1
     if (cardinalities == tf.data.INFINITE_CARDINALITY).all() and not sample_weight:
         return dataset
     known = (cardinalities >= 0).all()
@@ -87,7 +100,7 @@ def join(
         return dataset.concatenate(padding).apply(tf.data.experimental.assert_cardinality(steps))
     if isinstance(communicator, MPICommunicator):
         # Exchanges run in the threads of the dataset, in any order with those of the layers.
-        communicator = communicator.duplicate()
+        communicator = communicator.lane(number)
     joined = _with_exchange(dataset, empty, communicator, f"syncbn/join/{number}/batch")
     joined = joined.map(_weigh if sample_weight else _without_weight)
     if known:
@@ -105,7 +118,7 @@ def _with_exchange(
 ) -> tf.data.Dataset:
     """Returns elements ``(weight, element)`` until no worker has any left.
 
-    The weight is that of each sample of the element, float32.
+    The weight is that of each sample of the element, float64.
     """
     size = communicator.size
 
@@ -113,7 +126,7 @@ def _with_exchange(
         samples = tf.cast(_batch_size(element), tf.float64)
         totals = communicator.all_reduce_sum(tf.stack([present, samples]), name)
         weight = tf.math.divide_no_nan(size * samples, totals[1])
-        return totals[0] > 0, tf.cast(weight, tf.float32), element
+        return totals[0] > 0, weight, element
 
     def tagged(*components: Any) -> tuple[tf.Tensor, Any]:
         # A dataset gives the components of a tuple one by one.
@@ -132,13 +145,23 @@ def _without_weight(weight: tf.Tensor, element: Any) -> Any:
 
 
 def _weigh(weight: tf.Tensor, element: Any) -> Any:
-    x, y, *given = element
-    weights = tf.fill([_batch_size(element)], weight)
-    return x, y, tf.cast(given[0], tf.float32) * weights if given else weights
+    x, y, *rest = element
+    (given,) = rest or (None,)
+    if isinstance(given, dict) and isinstance(y, dict):
+        given = {**dict.fromkeys(y), **given}  # Keras 2 lets outputs without weights be left out
+
+    def weigh(one: Any) -> Any:
+        if one is None:
+            return tf.fill([_batch_size(element)], tf.cast(weight, tf.float32))
+        dtype = tf.float64 if one.dtype == tf.float64 else tf.float32
+        # The same for all samples, so that the shape does not matter.
+        return tf.cast(one, dtype) * tf.cast(weight, dtype)
+
+    return x, y, tf.nest.map_structure(weigh, given)
 
 
 def _batch_size(element: Any) -> tf.Tensor:
-    first = tf.nest.flatten(element)[0]
+    first = next(part for part in tf.nest.flatten(element) if part is not None)
     if isinstance(first, tf.SparseTensor):
         return first.dense_shape[0]
     return first.nrows() if isinstance(first, tf.RaggedTensor) else tf.shape(first, tf.int64)[0]
@@ -146,6 +169,8 @@ def _batch_size(element: Any) -> tf.Tensor:
 
 def _empty(spec: tf.TypeSpec) -> Any:
     """Returns a batch of size zero."""
+    if isinstance(spec, tf.NoneTensorSpec):
+        return None
     known = (tf.TensorSpec, tf.RaggedTensorSpec, tf.SparseTensorSpec)
     if not isinstance(spec, known) or not spec.shape.rank:
         raise TypeError(

@@ -172,6 +172,43 @@ def test_parallel_branches_do_not_mix_their_messages(nested, replicas):
             np.testing.assert_allclose(gradient, dx[part], atol=1e-4 * np.abs(dx).max())
 
 
+# (Eagerly a branch that is not taken is not there, and the others would wait.)
+@pytest.mark.parametrize(("way", "graph"), [("cond", True), ("weight", True), ("weight", False)])
+def test_a_head_that_one_loss_does_not_use_takes_part_in_the_gradient(way, graph, replicas):
+    class Heads(tf.keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.heads = [syncbn.SyncBatchNormalization(), syncbn.SyncBatchNormalization()]
+
+        def build(self, shape):
+            for head in self.heads:
+                head.build(shape)
+            super().build(shape)
+
+    def step(layer, x, used):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            losses = [tf.reduce_sum(head(x, training=True) ** 3) for head in layer.heads]
+            if way == "cond":
+                loss = tf.cond(used, lambda: losses[0] + losses[1], lambda: losses[0])
+            else:
+                loss = losses[0] + tf.cast(used, tf.float32) * losses[1]
+        return tape.gradient(loss, x)
+
+    layers = replicas.build(lambda rank: Heads(), (None, 3))
+    inputs = arguments(replicas, 4, 3)
+    last = replicas.size - 1
+    inputs = [(x, tf.constant(rank == last)) for rank, (x,) in enumerate(inputs)]
+    x = np.concatenate([x.numpy() for x, _ in inputs]).astype("float64")
+    y = oracle.batch_normalization(x, np.zeros_like(x), np.ones(3), np.zeros(3)).y
+    dy = 3 * y**2
+    dx = oracle.batch_normalization(x, dy, np.ones(3), np.zeros(3)).dx
+    dy[: 4 * last] = 0
+    dx += oracle.batch_normalization(x, dy, np.ones(3), np.zeros(3)).dx
+    for rank, own in replicas.run(step, layers, inputs, graph=graph).items():
+        np.testing.assert_allclose(own, dx[4 * rank : 4 * rank + 4], atol=1e-5 * np.abs(dx).max())
+
+
 def test_a_shared_layer_may_be_called_twice_in_a_step(replicas):
     def step(layer, x):
         return layer(x, training=True), layer(3 * x + 1, training=True)

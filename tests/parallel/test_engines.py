@@ -35,6 +35,39 @@ def test_a_communicator_can_be_that_of_some_processes(alone, replicas):
             others()
 
 
+def test_mpi_does_not_run_out_of_communicators(replicas):
+    """Open MPI has 65,532. Those of one `mpi4py.MPI.Comm` share a duplicate, lanes another one."""
+    if ENGINE != "mpi":
+        pytest.skip("the other engines have no such limit")
+    from mpi4py import MPI
+
+    made = []
+
+    class Counting(MPI.Intracomm):
+        def Dup(self, info=None):  # noqa: N802
+            made.append("Dup")
+            return Counting(super().Dup(info))
+
+        def Split(self, color=0, key=0):  # noqa: N802
+            made.append("Split")
+            return Counting(super().Split(color, key))
+
+    world = Counting(MPI.COMM_WORLD.Dup())
+    groups = [[rank] for rank in range(replicas.size)]
+    for number in range(3):
+        communicator = syncbn.MPICommunicator(world)
+        one = tf.constant([1.0])
+        assert communicator.all_reduce_sum(one, "x").numpy() == [replicas.size]
+        assert communicator.split(groups).all_reduce_sum(one, "x").numpy() == [1]
+        assert communicator.lane(number).all_reduce_sum(one, "x").numpy() == [replicas.size]
+        assert made == ["Dup", "Split", "Dup", "Dup"]
+    # That of a user may end before ours, and another one is another one.
+    world.Free()
+    assert communicator.all_reduce_sum(one, "x").numpy() == [replicas.size]
+    syncbn.MPICommunicator(Counting(MPI.COMM_WORLD.Dup()))
+    assert len(made) == 5
+
+
 @pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
 def test_a_function_that_xla_compiles_is_refused_before_anyone_waits(make, replicas):
     def step(layer, x):

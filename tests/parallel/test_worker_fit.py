@@ -20,14 +20,34 @@ def test_broadcast_gives_all_workers_the_values_of_one(replicas):
             np.array(2**60 + rank, "int64"),
             np.array([rank == 0, True]),
             np.array([rank, 1.5, np.inf], "float16"),
-            np.array([rank, np.nan], "float64"),
+            np.array([rank, np.nan, -0.0, 5e-324], "float64"),
+            # Zeros of both signs, the least number, NaNs of several kinds, infinity.
+            np.array([0, 1 << 31, 1, 0x7FC00001, 0xFFC00001, 0x7F800000], "uint32").view("float32"),
+            np.array(-0.0, "float16"),
+            np.array([rank + 1j, complex(-0.0, -0.0)], "complex64"),
+            np.array([rank, -1, 7], "int8"),
+            np.zeros([0, 2], "float32"),
         ]
 
     variables = [tf.Variable(value) for value in values(replicas.rank)]
     root = replicas.size - 1
     training.broadcast({"nested": variables}, root=root)
     for ours, theirs in zip(variables, values(root), strict=True):
-        np.testing.assert_array_equal(ours.numpy(), theirs)
+        assert ours.numpy().shape == theirs.shape
+        assert ours.numpy().tobytes() == theirs.tobytes()
+
+
+def test_strings_are_not_broadcast(replicas):
+    with pytest.raises(TypeError, match="`variables` must hold numbers"):
+        training.broadcast([tf.Variable(1.0), tf.Variable("text")])
+
+
+def test_what_was_broadcast_is_the_same_bit_for_bit(replicas):
+    model = compiled()
+    if replicas.rank == 0:
+        model.set_weights([-0.0 * weight for weight in model.get_weights()])
+    training.broadcast(model.weights)
+    syncbn.assert_synchronized(model, weights=True)
 
 
 def test_workers_with_different_models_are_told(replicas):

@@ -1,5 +1,6 @@
 """Choosing an engine, and what the engines have in common."""
 
+import json
 import logging
 import sys
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
+from syncbn.communicators import launcher
 from syncbn.communicators.resolve import choose
 from tests.keras import keras
 
@@ -114,6 +116,34 @@ def test_a_strategy_of_one_process_in_a_job_of_several(
     with pytest.raises(RuntimeError, match=message):
         kind.run(lambda layer, x: layer(x, training=True), layers, [(tf.ones([2, 1]),)] * 2)
     kind.run(lambda layer, x: layer(x), layers, [(tf.ones([2, 1]),)] * 2)  # at inference
+
+
+HOSTS = ["a:1", "b:1", "c:1"]
+
+
+@pytest.mark.parametrize(
+    ("config", "processes"),
+    [
+        ({"cluster": {"worker": HOSTS, "ps": HOSTS}}, 3),
+        ({"cluster": {"worker": HOSTS, "chief": ["d:1"]}}, 4),
+        ({"cluster": {"worker": {"0": "a:1", "1": "b:1"}}}, 2),
+        # What says nothing, or is for TensorFlow to refuse.
+        *((config, 1) for config in ({}, [], None, 3, "text", {"cluster": {}})),
+        *(({"cluster": cluster}, 1) for cluster in (None, 3, "text", HOSTS)),
+        *(({"cluster": {"worker": tasks}}, 1) for tasks in (None, 3, "host:1234", ["a:1"])),
+    ],
+    ids=str,
+)
+def test_tf_config_tells_how_many_processes_there_are(config, processes, monkeypatch):
+    for name in launcher._SIZE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    assert launcher.launched().processes == processes
+    if processes == 1:
+        assert syncbn.resolve().name == "local"
+    for text in "", "{":
+        monkeypatch.setenv("TF_CONFIG", text)
+        assert launcher.launched().processes == 1
 
 
 def test_every_communicator_keeps_the_protocol():

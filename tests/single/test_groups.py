@@ -1,5 +1,7 @@
 """Which replicas make a group, and what cannot be one."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +10,7 @@ import tensorflow as tf
 
 import syncbn
 from syncbn.communicators import groups
+from syncbn.layers import replicas
 from tests import replicas as kinds
 
 BOTH = pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
@@ -115,11 +118,11 @@ def test_groups_that_this_job_cannot_have(grouping, message):
 
 
 def test_a_size_that_does_not_divide_in_training():
-    replicas = kinds.mirrored(2)
-    layers = replicas.build(lambda rank: syncbn.SyncBatchNormalization(group_size=4), (None, 3))
+    mirrored = kinds.mirrored(2)
+    layers = mirrored.build(lambda rank: syncbn.SyncBatchNormalization(group_size=4), (None, 3))
     inputs = [(tf.ones([2, 3]),)] * 2
     with pytest.raises(ValueError, match=r"divide the number of replicas, 2.*group_size=4"):
-        replicas.run(lambda layer, x: layer(x, training=True), layers, inputs)
+        mirrored.run(lambda layer, x: layer(x, training=True), layers, inputs)
 
 
 def test_a_communicator_that_cannot_be_split():
@@ -146,17 +149,54 @@ def test_groups_are_part_of_the_config(make):
         assert {key: config[key] for key in grouping} == grouping
 
 
-def test_layers_with_the_same_groups_share_what_was_split():
-    calls = []
+class Counting(Pretender):
+    def __init__(self, size):
+        self.size, self.calls = size, []
 
-    class Counting(Pretender):
-        def split(self, groups):
-            calls.append(groups)
-            return super().split(groups)
+    def split(self, groups):
+        self.calls.append(groups)
+        return Pretender(len(groups[0]))
 
-    communicator = Counting(4)
+
+class Equal(Counting):
+    """Not hashable, as classes are that say what equals them."""
+
+    def __eq__(self, other):
+        return isinstance(other, Equal)
+
+
+class Slotted:
+    """Neither hashable nor weakly referenced."""
+
+    __slots__ = ("calls", "size")
+    __eq__ = Equal.__eq__
+    __init__ = Counting.__init__
+    name, supports_jit, rank = "local", False, 0
+    all_reduce_sum = Pretender.all_reduce_sum
+    split = Counting.split
+
+
+@pytest.mark.parametrize("make", [Counting, Equal, Slotted])
+def test_layers_with_the_same_groups_share_what_was_split(make):
+    communicator, other = make(4), make(4)
     for _ in range(3):
         layer = syncbn.SyncCentering(communicator=communicator, group_size=2)
         for _ in range(2):
             layer(tf.ones([2, 3]), training=True)
-    assert calls == [((0, 1), (2, 3))]
+    assert communicator.calls == [((0, 1), (2, 3))]
+    assert other.calls == []
+    layer = syncbn.SyncCentering(communicator=other, group_size=2)
+    layer(tf.ones([2, 3]), training=True)
+    assert other.calls == [((0, 1), (2, 3))]
+
+
+def test_what_was_split_ends_with_its_communicator():
+    communicator = Equal(4)
+    layer = syncbn.SyncCentering(communicator=communicator, group_size=2)
+    layer(tf.ones([2, 3]), training=True)
+    key, end = id(communicator), weakref.ref(communicator)
+    assert key in replicas._splits
+    del layer, communicator
+    gc.collect()
+    assert end() is None
+    assert key not in replicas._splits

@@ -1,5 +1,7 @@
 """`recalibrate` in one process, against NumPy in float64."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -271,6 +273,167 @@ def test_any_iterable_of_batches_will_do():
         np.testing.assert_allclose(statistics_of(model)["norm"][1], mean, rtol=1e-6)
 
 
+class Endless(Sequence):
+    """A sequence that is an iterator without end, which has been used, as legacy Keras has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = itertools.cycle([1, 0])
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self[next(self.numbers)]
+
+    def __getitem__(self, index):
+        assert index < 2, "Asked to retrieve what is not there"
+        return super().__getitem__(index)
+
+
+class Long:
+    """Goes on after its length, as some pipelines do."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return itertools.cycle([({"x": x},) for x in [*BATCHES[:3], BATCHES[3] + 100]])
+
+
+@pytest.mark.parametrize(
+    ("data", "steps", "rows"),
+    [
+        (Endless, None, np.concatenate(BATCHES)),
+        (Endless, 5, np.concatenate(BATCHES)),
+        (Endless, 1, np.concatenate(BATCHES)[::2]),
+        (Long, None, np.concatenate(BATCHES[:3])),
+        (Long, 2, np.concatenate(BATCHES[:2])),
+    ],
+)
+def test_an_iterable_ends_at_its_length(data, steps, rows, capsys):
+    inputs = keras.Input((4,), name="x")
+    norms = L.BatchNormalization(name="norm"), L.BatchNormalization(name="next")
+    model = keras.Model({"x": inputs}, norms[1](norms[0](inputs)))
+    data = data()
+    if isinstance(data, Endless):
+        next(data)
+    recalibrate(model, data, exact=steps is None, steps=steps, verbose=2)
+    batches = min(len(data), steps) if steps else 2 * len(data)
+    assert f"{batches}/{batches}" in capsys.readouterr().out
+    np.testing.assert_allclose(statistics_of(model)["norm"][1], rows.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(statistics_of(model)["norm"][2], rows.var(0), rtol=1e-6)
+
+
+def test_an_image_generator_is_gone_through_once():
+    images = np.random.default_rng(7).normal(3, 2, size=(10, 4, 4, 1)).astype("float32")
+    generator = keras.preprocessing.image.ImageDataGenerator()
+    flow = generator.flow(images, np.arange(10), batch_size=4, shuffle=True, seed=1)
+    next(flow)
+    model = keras.Sequential([keras.Input((4, 4, 1)), L.BatchNormalization(name="norm")])
+    recalibrate(model, flow, exact=True, verbose=0)
+    np.testing.assert_allclose(statistics_of(model)["norm"][1], [images.mean()], rtol=1e-6)
+    np.testing.assert_allclose(statistics_of(model)["norm"][2], [images.var()], rtol=1e-6)
+
+
+class Stepping(keras.Model):
+    """A model that other code than `call` gives its inputs."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.norm = L.BatchNormalization(name="norm")
+        self.step = None
+
+    def call(self, x, training=False):
+        return self.norm(x, training=training)
+
+    def predict_step(self, data):
+        return self.step(self, data)
+
+
+def divides(model, data):
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    return model(tf.cast(x, tf.float32) / 255, training=False)
+
+
+def looks_twice(model, data):
+    x, *_ = data
+    x = tf.cast(x, tf.float32)
+    return (model(x, training=False) + model(tf.reverse(x, [1]), training=False)) / 2
+
+
+def by_name(model, data):
+    return model(tf.cast(data["image"], tf.float32), training=False), data["label"]
+
+
+def of_four(model, data):
+    a, b, _, weight = data
+    return weight * (model(tf.cast(a, tf.float32), training=False) + model(b, training=False))
+
+
+def in_python(model, data):
+    return model(tf.constant(data[0].numpy() / 255.0, tf.float32), training=False)
+
+
+PIXELS = np.random.default_rng(8).integers(0, 256, size=(30, 4)).astype("uint8")
+LABELS = np.array(["a", "b", "c"] * 10)
+
+
+@pytest.mark.parametrize(
+    ("step", "data", "rows"),
+    [
+        (divides, (PIXELS, LABELS), PIXELS / 255),
+        (divides, PIXELS, PIXELS / 255),
+        (looks_twice, (PIXELS, LABELS), np.concatenate([PIXELS, PIXELS[:, ::-1]])),
+        (by_name, {"image": PIXELS, "label": LABELS}, np.float64(PIXELS)),
+        (
+            of_four,
+            (PIXELS, PIXELS + np.float32(7), LABELS, np.ones([30, 1], "float32")),
+            np.concatenate([PIXELS, PIXELS + 7.0]),
+        ),
+        (in_python, (PIXELS, LABELS), PIXELS / 255),
+    ],
+    ids=["divides", "x", "looks_twice", "by_name", "of_four", "in_python"],
+)
+def test_the_model_runs_as_predict_runs_it(step, data, rows):
+    model = Stepping()
+    model(np.zeros([1, 4], "float32"))
+    model.step = step
+    if step is in_python:
+        model.compile(run_eagerly=True)
+    batches = [tf.nest.map_structure(lambda v, i=i: v[i::3], data) for i in range(3)]
+    for dataset in batches, tf.data.Dataset.from_tensor_slices(data).batch(7):
+        model.norm.set_weights([np.ones([4])] * 4)
+        recalibrate(model, dataset, exact=True, verbose=0)
+        np.testing.assert_allclose(model.norm.moving_mean, rows.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(model.norm.moving_variance, rows.var(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [X := np.ones([3, 4], "float32"), (X,), (X, X), [X, X], {"x": X}],
+    ids=["x", "(x,)", "(x, y)", "[x, y]", "{x}"],
+)
+def test_a_step_gets_what_predict_gives_it(batch):
+    class Batches(Sequence):
+        def __getitem__(self, index):
+            return batch
+
+    structures = []
+
+    def record(model, data):
+        structures.append(tf.nest.map_structure(lambda v: v.shape.rank, data))
+        return model(tf.nest.flatten(data)[0], training=False)
+
+    model = Stepping()
+    model(X)
+    model.step = record
+    model.predict(Batches(), verbose=0)
+    by_predict = structures.pop()
+    recalibrate(model, Batches(), verbose=0)
+    assert structures.pop() == by_predict
+
+
 @pytest.mark.parametrize("scope", [False, True], ids=["outside_of_the_scope", "in_the_scope"])
 def test_under_a_strategy_every_replica_gets_them(mirrored, scope):
     replicas = mirrored(2)
@@ -309,6 +472,29 @@ def with_nan():
     return [BATCHES[0], bad]
 
 
+class Shrinking:
+    """Gives a batch less with each pass."""
+
+    def __init__(self):
+        self.batches = list(BATCHES)
+
+    def __iter__(self):
+        yield from self.batches
+        del self.batches[-1]
+
+
+class WithoutEnd(keras.utils.Sequence):
+    if KERAS_3:
+        num_batches = None
+    else:
+
+        def __len__(self):
+            raise OSError("no end in sight")
+
+    def __getitem__(self, index):
+        return BATCHES[0]
+
+
 class Looping(L.Layer):
     def __init__(self):
         super().__init__(name="looping")
@@ -340,6 +526,8 @@ class Looping(L.Layer):
             ValueError,
             "repeats forever. Give `steps`",
         ),
+        (Shrinking, {"exact": True}, ValueError, "4 batches at first, and then 3"),
+        (WithoutEnd, {}, (ValueError, OSError), "Give `steps`|no end in sight"),
         (BATCHES, {"steps": 0}, ValueError, "Received: steps=0"),
         ([np.zeros([3, 7])], {}, (ValueError, tf.errors.InvalidArgumentError), "7"),
     ],
