@@ -118,14 +118,13 @@ def _initialized() -> tuple[str, int]:
 
 def _of_replicas(communicator: Communicator) -> Communicator:
     """Returns what joins this process's replicas too, where processes are joined."""
-    joins_processes = isinstance(communicator, HorovodCommunicator | MPICommunicator)
-    if joins_processes and local_replicas() > 1:
+    if isinstance(communicator, HorovodCommunicator | MPICommunicator) and local_replicas() > 1:
         return _nested(communicator)
     return communicator
 
 
 @functools.cache
-def _nested(across: Communicator) -> NestedCommunicator:
+def _nested(across: HorovodCommunicator | MPICommunicator) -> NestedCommunicator:
     # The same one at each look-up, as layers keep the groups that they have made of it.
     return NestedCommunicator(across)
 
