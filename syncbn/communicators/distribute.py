@@ -94,4 +94,4 @@ def _add_up(tensor: tf.Tensor) -> tf.Tensor:
 
     total = replica_context().merge_call(add, args=[tensor])
     # One operation of all replicas, each of which vectorizes a loop of its own.
-    return total if tf.executing_eagerly() else vectorized(total, _add_up, replica_number)
+    return total if tf.executing_eagerly() else vectorized(total, _all_reduce_sum, replica_number)
