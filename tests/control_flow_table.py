@@ -87,6 +87,7 @@ REFUSALS = [
         "A vectorized loop cannot contain a collective of tf.distribute",
         "TensorFlow would take what other processes compute for the same in all iterations.",
         constructs=("tf.vectorized_map",),
+        apart_from=("tf.cond in tf.vectorized_map",),
         engines=("multiworker",),
         graph=True,
     ),
@@ -96,6 +97,7 @@ REFUSALS = [
         plain=True,
         constructs=("tf.cond in tf.vectorized_map",),
         kinds=tuple(kind for kind in KINDS if kind != "forward mode"),
+        engines=("local", *PROCESSES),
     ),
     Refusal(
         "recompute_grad tried to transpose grad of",

@@ -80,7 +80,11 @@ def _all_reduce_sum(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor],
     # What comes back has a custom gradient already. The custom gradient of a layer, which walks the
     # graph from its results to its inputs, must not walk on into the other replicas from here.
     if _shares_one_memory(replica_context().strategy):
-        return tf.stop_gradient(_add_up(tensor)), _all_reduce_sum
+        total = tf.stop_gradient(_add_up(tensor))
+        if not tf.executing_eagerly():
+            # A vectorized loop drops custom gradients; what it makes of the sum has one again.
+            total.op.pfor_converter = lambda loop: [loop.inputs[0]]
+        return total, _all_reduce_sum
     # An argument of a function has no device, without which TensorFlow finds no destination; a copy
     # made here has the replica's.
     own = refused(tensor, "tf.distribute")
@@ -94,4 +98,4 @@ def _add_up(tensor: tf.Tensor) -> tf.Tensor:
 
     total = replica_context().merge_call(add, args=[tensor])
     # One operation of all replicas, each of which vectorizes a loop of its own.
-    return total if tf.executing_eagerly() else vectorized(total, _add_up, replica_number)
+    return total if tf.executing_eagerly() else vectorized(total, _all_reduce_sum, replica_number)
