@@ -35,6 +35,15 @@ EAGER = [
     "tf.function in tf.function",
 ]
 
+# Of pairs, second derivatives take seconds to trace; a branch in a loop, four.
+DIFFERENTIATED_TWICE = [
+    "tf.cond in tf.cond",
+    "if in for",
+    "tf.while_loop in tf.cond",
+    "tf.function in tf.function",
+    "tf.recompute_grad in tf.cond",
+]
+
 
 class Refusal(NamedTuple):
     """Cells that raise an error; what is empty means all of its kind."""
@@ -225,13 +234,15 @@ def constructs(layer: str, graph: bool) -> list[str]:
 
 def kinds(construct: str, engine: str) -> list[str]:
     """Returns what is tested: of pairs with several replicas, only what trains."""
-    inner, _, outer = construct.partition(" in ")
-    if outer and engine != "local":
+    pair, several = " in " in construct, engine != "local"
+    if pair and several:
         return KINDS[:2]
-    if outer in (*WHILES, *MAPS) and inner in BRANCHES and inner != "if":
-        # Second derivatives of branches in loops take seconds to trace; one such pair has them.
-        return [kind for kind in KINDS if kind != "second derivatives"]
-    return KINDS
+    left_out = set()
+    if pair and construct not in DIFFERENTIATED_TWICE:
+        left_out.add("second derivatives")
+    if construct != "none" and (pair or several):
+        left_out.add("batch_jacobian")  # which goes the way of the other
+    return [kind for kind in KINDS if kind not in left_out]
 
 
 def page() -> str:
