@@ -56,7 +56,7 @@ def variants(shape: tuple[int, int], dtype: str) -> dict[str, list[Callable[[], 
 
     return {
         "moments": [
-            lambda: moments.two_pass_sums(x, count, axes, None),
+            lambda: moments.exact_sums(x, count, axes, None),
             lambda: training_kernels.rough_moments(x, axes),
         ],
         "normalize": [lambda: normalize(PLAIN), lambda: normalize(FUSED)],

@@ -21,6 +21,9 @@ from syncbn.ops.differentiation import with_recomputed_gradient
 from syncbn.ops.kernels import MOST_FUSED_ROWS, choose
 from syncbn.ops.training_kernels import rough_moments
 
+# benchmarks/kernels.py measures it; docs/design.md has the figures.
+_FEW_ELEMENTS = 1 << 15
+
 
 class Sums(NamedTuple):
     """What a batch adds to the statistics, all in float64: replicas are merged by adding them up.
@@ -105,7 +108,7 @@ def local_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None)
     count = count_elements(x, axes, mask)
     if mask is None and choose(x, axes).fused:
         return Sums(count, *_checked_sums(tuple(axes))(x, count))
-    return Sums(count, *two_pass_sums(x, count, axes, mask))
+    return Sums(count, *exact_sums(x, count, axes, mask))
 
 
 def first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Sums:
@@ -131,7 +134,7 @@ def checked_sums(
     first, second = tf.cond(
         reliable,
         lambda: sums_of(Moments(rough.count, mean, variance))[1:],
-        lambda: two_pass_sums(x, rough.count, axes, None),
+        lambda: exact_sums(x, rough.count, axes, None),
     )
     return first, second, reliable
 
@@ -141,31 +144,35 @@ def _checked_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Te
     def kernel(x: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return checked_sums(x, Moments(count, *rough_moments(x, axes)), axes)[:2]
 
-    return with_recomputed_gradient(_two_pass(axes), kernel)
+    return with_recomputed_gradient(_exact(axes), kernel)
 
 
-def two_pass_sums(
+def exact_sums(
     x: tf.Tensor, count: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the sums of the elements and of their squares, float64, whatever their mean.
 
-    The second pass of the two runs about a pivot, the mean as the first pass has it, and what that
+    Of few elements it takes them in float64, which is as accurate as what travels. Of more, the
+    second of two passes runs about a pivot, the mean as the first pass has it, and what that
     is off is put right: the corrected two-pass algorithm of Chan, Golub & LeVeque, "Algorithms for
     Computing the Sample Variance" (1983), equation 1.7, and its counterpart for the mean.
     """
     inputs = [x, count] if mask is None else [x, count, mask]
-    return _two_pass_sums(tuple(axes))(*inputs)
+    return _exact_sums(tuple(axes))(*inputs)
 
 
 @functools.cache
-def _two_pass_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
-    return with_recomputed_gradient(_two_pass(axes))
+def _exact_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+    return with_recomputed_gradient(_exact(axes))
 
 
-def _two_pass(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+def _exact(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
     def sums(
         x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
+        if _is_small(x):
+            wide = tf.cast(where(mask, x), tf.float64)
+            return _sum_of_few(wide, axes), _sum_of_few(tf.square(wide), axes)
         centered, pivot = _about_a_pivot(x, count, axes, mask)
         off = sum_to_channels(centered, axes)
         squares = sum_to_channels(tf.square(centered), axes)
@@ -178,10 +185,21 @@ def _two_pass(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor
 @functools.cache
 def _first_sum(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
     def plain(x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
+        if _is_small(x):
+            return _sum_of_few(tf.cast(where(mask, x), tf.float64), axes)
         centered, pivot = _about_a_pivot(x, count, axes, mask)
         return count * pivot + sum_to_channels(centered, axes)
 
     return with_recomputed_gradient(plain)
+
+
+def _is_small(x: tf.Tensor) -> bool:
+    """Says whether fewer operations, in float64, are faster than more in the dtype of ``x``."""
+    return x.shape.is_fully_defined() and x.shape.num_elements() <= _FEW_ELEMENTS
+
+
+def _sum_of_few(wide: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    return tf.reshape(tf.reduce_sum(wide, reduction_axes(wide.shape.rank, axes)), [-1])
 
 
 def _about_a_pivot(

@@ -23,10 +23,10 @@ from syncbn.ops.moments import (
     Sums,
     checked_sums,
     count_elements,
+    exact_sums,
     first_sums,
     local_sums,
     rounded,
-    two_pass_sums,
 )
 from syncbn.ops.replicas import Replicas
 from syncbn.ops.training_kernels import gradient_alone, normalize_alone
@@ -215,7 +215,7 @@ def _kernels_alone(axes: tuple[int, ...], epsilon: float, kernels: Kernels) -> _
         return moments, plain.prepared(moments, gamma, beta)
 
     def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        sums = two_pass_sums(x, count_elements(x, axes), axes, None)
+        sums = exact_sums(x, count_elements(x, axes), axes, None)
         return plain.outputs(x, factors(x, gamma, beta, *sums)[1]), *sums, tf.constant(True)
 
     def checked_forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:

@@ -76,7 +76,7 @@ def _slices(x: tf.Tensor, axes: Sequence[int], size: int, mask: tf.Tensor | None
 
     count = per_slice(_sample_counts(x, axes, mask))
     mean = tf.math.divide_no_nan(per_slice(_sample_sums(where(mask, x), axes)), count)
-    # About a pivot, as in `two_pass_sums`. The variance does not depend on it.
+    # About a pivot, as in `exact_sums`. The variance does not depend on it.
     pivot = tf.stop_gradient(tf.cast(mean, x.dtype))
     centered = where(mask, x - _to_samples(tf.gather(pivot, of_samples), x, axes))
     squares = per_slice(_sample_sums(tf.square(centered), axes))
