@@ -49,7 +49,7 @@ class HorovodCommunicator:
         self._hvd = hvd
         # Horovod matches the processes' calls by the name of the operation, which must not run
         # beside itself, as it would in the iterations of a loop. Others may run beside it.
-        self._orders: defaultdict[str, Order] = defaultdict(Order)
+        self._orders: defaultdict[str, Order] = defaultdict(lambda: Order(everywhere=False))
         self._process_set = hvd.global_process_set if process_set is None else process_set
         if not self._process_set.included():
             raise ValueError(
@@ -118,13 +118,12 @@ class HorovodCommunicator:
             total = self._add_up(tensor, name)
         return tf.cast(total, dtype)
 
-    def _add_up(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+    def _add_up(self, tensor: tf.Tensor, name: str, witness: tf.Tensor | None = None) -> tf.Tensor:
         # A graph makes names unique by numbering them, in the order of the trace, which is the same
         # everywhere.
-        total = self._hvd.allreduce(
+        return self._hvd.allreduce(
             tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
         )
-        return total
 
     def grouped_all_reduce_sum(self, tensors: list[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Returns the sums of tensors of one dtype over all replicas, negotiated as one.

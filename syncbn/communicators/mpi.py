@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,17 +125,50 @@ class MPICommunicator:
         total = turn.all_reduce_sum(self._add_up, tf.cast(tensor, wire), name)
         return tf.cast(total, tensor.dtype)
 
-    def _add_up(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+    def _add_up(self, tensor: tf.Tensor, name: str, witness: tf.Tensor | None) -> tf.Tensor:
         if tf.executing_eagerly():
-            return tf.constant(self._all_reduce(tensor.numpy()))
-        total = tf.numpy_function(self._all_reduce, [tensor], tensor.dtype, name=name)
+            return tf.constant(self._all_reduce(name, tensor.numpy()))
+        # As the graph makes it unique.
+        unique = tf.compat.v1.get_default_graph().unique_name(name, mark_as_used=False)
+        inputs = [tensor] if witness is None else [tensor, witness]
+        total = tf.numpy_function(
+            functools.partial(self._all_reduce, unique), inputs, tensor.dtype, name=name
+        )
         total.set_shape(tensor.shape)
         return total
 
-    def _all_reduce(self, value: np.ndarray) -> np.ndarray:
+    def _all_reduce(self, name: str, value: np.ndarray, *witness: np.ndarray) -> np.ndarray:
+        value = np.ascontiguousarray(value)
+        self._require_same_call(f"{name}, {value.dtype.name} {value.shape}", *witness)
         total = np.empty_like(value)
-        self._comm.Allreduce(np.ascontiguousarray(value), total, op=self._mpi.SUM)
+        self._comm.Allreduce(value, total, op=self._mpi.SUM)
         return total
+
+    def _require_same_call(self, call: str, *witness: np.ndarray) -> None:
+        """Raises on all ranks where they make different calls.
+
+        Backward functions of nested functions have no order when a tape outside of a `tf.function`
+        makes them; and memory would not survive messages of different sizes.
+        """
+        digest = zlib.crc32(call.encode())
+        for array in witness:
+            digest = zlib.crc32(array.tobytes(), digest)
+        most = np.empty(2, np.int64)
+        self._comm.Allreduce(np.array([digest, -digest], np.int64), most, op=self._mpi.MAX)
+        if most[0] == -most[1]:
+            return
+        own, all_calls = np.zeros(256, np.uint8), np.zeros((self.size, 256), np.uint8)
+        text = np.frombuffer(call.encode()[-256:], np.uint8)
+        own[: len(text)] = text
+        self._comm.Allgather(own, all_calls)
+        calls = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in all_calls]
+        raise RuntimeError(
+            "MPI matches calls by their order, so all workers must make the same ones in the same "
+            "order. Received: "
+            + "; ".join(f"on rank {rank} {one}" for rank, one in enumerate(calls))
+            + ". Make the same calls on every worker. Where a tf.function calls others, put the "
+            "GradientTape inside of the outer one, once, or use Horovod, which matches by name."
+        )
 
 
 class _Lane(MPICommunicator):
@@ -148,7 +182,7 @@ class _Lane(MPICommunicator):
         self._mpi, self._shared, self._comm, self._order = one._mpi, one._shared, comm, Order()
         self._tag = number % (self._mpi.COMM_WORLD.Get_attr(self._mpi.TAG_UB) + 1)
 
-    def _all_reduce(self, value: np.ndarray) -> np.ndarray:
+    def _all_reduce(self, name: str, value: np.ndarray, *witness: np.ndarray) -> np.ndarray:
         # Over a binomial tree: to rank 0, and back.
         comm, tag = self._comm, self._tag
         total, received = np.array(value, order="C"), np.empty_like(value, order="C")

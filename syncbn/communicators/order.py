@@ -14,7 +14,11 @@ from syncbn.communicators.vectorization import vectorized
 from syncbn.ops.differentiation import local
 
 AddUp = Callable[[tf.Tensor, str], tf.Tensor]
-"""Adds a tensor up over processes, under a name; not differentiable."""
+"""Adds a tensor up over processes, under a name."""
+
+Sum = Callable[[tf.Tensor, str, tf.Tensor | None], tf.Tensor]
+"""Likewise, not differentiable. The last argument, where there is one, is a tensor that all
+processes have alike, and other calls of that name do not: it tells them apart."""
 
 _numbers = itertools.count()
 
@@ -25,9 +29,14 @@ class Order:
     TensorFlow runs operations without a path between them in any order, and the iterations of a
     loop side by side. Accesses to a variable stay in program order, across nested functions, loops
     and branches, so each sum touches one before and after.
+
+    Args:
+        everywhere: Whether sums with different names are kept in order too, or only those in
+            branches and loops, which could meet themselves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, everywhere: bool = True) -> None:
+        self.everywhere = everywhere
         self._variable: tf.Tensor | None = None
         self._last: WeakKeyDictionary[tf.Graph, str] = WeakKeyDictionary()
 
@@ -67,21 +76,31 @@ class Turn:
     def __init__(self, order: Order):
         self._order = order
         self._handle: tf.Tensor | None = None
+        self._witness: tf.Tensor | None = None
 
     def all_reduce_sum(
-        self, add_up: AddUp, tensor: tf.Tensor, name: str, handle: tf.Tensor | None = None
+        self,
+        add_up: Sum,
+        tensor: tf.Tensor,
+        name: str,
+        handle: tf.Tensor | None = None,
+        witness: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Returns ``add_up(tensor, name)``, differentiable to any order."""
+        """Returns ``add_up(tensor, name, ...)``, differentiable to any order."""
 
         @tf.custom_gradient
         def reduce(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable]:
             own = None
 
             def gradient(upstream: tf.Tensor) -> tf.Tensor:
-                return self.all_reduce_sum(add_up, upstream, f"{name}/gradient", own)
+                return self.all_reduce_sum(add_up, upstream, f"{name}/gradient", own, total)
 
             if tf.executing_eagerly():
-                return add_up(tensor, name), gradient
+                total = add_up(tensor, name, None)
+                return total, gradient
+            if not self._order.everywhere and not in_branch_or_loop():
+                total = add_up(tensor, name, None)
+                return vectorized(total, again), gradient
             known = self._handle if handle is None else handle
             with tf.control_dependencies(self._order.last()):
                 begin = _touch(self._order.variable() if known is None else known)
@@ -91,12 +110,17 @@ class Turn:
                 if self._handle is None:
                     self._handle = own
             with tf.control_dependencies([begin]):
-                total = add_up(tensor, name)
-            # In a turn of its own: what this one knows may be of another graph.
-            vectorized(total, lambda rows: self._order.turn().all_reduce_sum(add_up, rows, name))
+                total = add_up(tensor, name, self._witness if witness is None else witness)
+            if self._witness is None:
+                self._witness = total
+            vectorized(total, again)
             with tf.control_dependencies([total]):
                 self._order.follow(_touch(begin.inputs[0]))
             return total, gradient
+
+        def again(rows: tf.Tensor) -> tf.Tensor:
+            # In a turn of its own: what this one knows may be of another graph.
+            return self._order.turn().all_reduce_sum(add_up, rows, name)
 
         return reduce(local(tensor))
 

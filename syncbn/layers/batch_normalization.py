@@ -262,20 +262,23 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
         return keras_api.PLAIN_BATCH_NORMALIZATION.call(self, inputs, training=False)
 
 
+def _told_from(others: Any) -> None:
+    """Makes the class that Keras 2 has under the same name hand on what is not its own.
+
+    Layers in wrappers, and those of nested models in HDF5 files, are looked up by the bare name.
+    """
+    own = others.from_config.__func__
+
+    @classmethod  # type: ignore[misc]
+    def from_config(cls: Any, config: dict[str, Any]) -> Any:
+        ours = cls is others and "communicator" in config
+        return SyncBatchNormalization.from_config(config) if ours else own(cls, config)
+
+    others.from_config = from_config
+
+
 if not keras_api.KERAS_3:
-
-    class _ByBareName:
-        """Tells this layer from the one that Keras 2 has under the same name."""
-
-        _others = keras_api.keras.layers.experimental.SyncBatchNormalization
-
-        @classmethod
-        def from_config(cls, config: dict[str, Any]) -> Any:
-            ours = "communicator" in config
-            return (SyncBatchNormalization if ours else cls._others).from_config(config)
-
-    # Layers in wrappers, and those of nested models in HDF5 files, are looked up by this name only.
-    keras_api.keras.utils.get_custom_objects()["SyncBatchNormalization"] = _ByBareName
+    _told_from(keras_api.keras.layers.experimental.SyncBatchNormalization)
 
 
 def _checked_clipping(given: Mapping[str, float | None]) -> dict[str, float]:

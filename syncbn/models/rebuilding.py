@@ -14,7 +14,7 @@ from typing import Any
 from syncbn import keras_api
 from syncbn.keras_api import keras
 from syncbn.layers import SyncBatchNormalization
-from syncbn.models.replace import plain_config, synchronize
+from syncbn.models.replace import input_shape, plain_config, synchronize
 from syncbn.models.statistics import all_normalizations
 
 _KEY = "converted_by_syncbn"
@@ -57,6 +57,10 @@ class _Converted:
 
     _plain_class: type
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # A user's own is for the user's classes, which these stand for.
+        pass
+
     def get_config(self) -> dict[str, Any]:
         converted, plain = type(self), self._plain_class
         # As in Keras, which cannot import what a script defines.
@@ -75,6 +79,10 @@ class _Converted:
                 "config": config,
                 "build_config": build_config,
                 "options": [_options(layer) for layer in all_normalizations(self).values()],
+                "shapes": [
+                    input_shape(layer) if layer.built else None
+                    for layer in all_normalizations(self).values()
+                ],
             }
         }
 
@@ -88,9 +96,9 @@ class _Converted:
             return cls._plain_class.from_config(config)  # type: ignore[attr-defined]
         try:
             plain = dict(config[_KEY])
-            options = plain.pop("options")
-            layer = _rebuilt(plain)
-            _convert_again(layer, options)
+            options, shapes = plain.pop("options"), plain.pop("shapes")
+            layer = _rebuilt(plain, cls._plain_class)
+            _convert_again(layer, options, shapes)
         except Exception as error:
             if not keras_api.KERAS_3:
                 # Its loader of SavedModels catches all errors.
@@ -114,32 +122,41 @@ def _blank(plain: type, *arguments: Any) -> Any:
     return cls.__new__(cls, *arguments)
 
 
-def _rebuilt(plain: dict[str, Any]) -> Any:
-    """Makes a layer as Keras would have made it, of a plain class's config."""
+def _rebuilt(plain: dict[str, Any], known: type) -> Any:
+    """Makes a layer as Keras would have made it, of a plain class's config.
+
+    ``known`` is a class that may be meant, and need not be registered.
+    """
     cls = keras.utils.get_registered_object(plain["registered_name"])
+    names = known.__name__, keras.utils.get_registered_name(known)
+    if cls is None and names == (plain["class_name"], plain["registered_name"]):
+        cls = known
     if cls is None:
         return keras.utils.deserialize_keras_object(plain)
     # Keras 2 has two formats for this, which its ways of loading do not all know.
     layer = cls.from_config(plain["config"])
-    if plain["build_config"] and not layer.built:
+    builds = cls.build is not keras.layers.Layer.build
+    if plain["build_config"] and builds and not layer.built:
         layer.build_from_config(plain["build_config"])
         layer.built = True  # Keras says so itself
     return layer
 
 
-def _convert_again(layer: Any, options: list[dict[str, Any] | None]) -> None:
+def _convert_again(layer: Any, options: list[dict[str, Any] | None], shapes: list[Any]) -> None:
     found = all_normalizations(layer)
-    built = sum(one.built for one in found.values())
-    expected = len(options) - options.count(None)
-    if not layer.built or len(found) != len(options) or built < expected:
+    if len(found) != len(options):
         raise ValueError(
-            f"{type(layer).__name__} must build itself from its config and the shape of its inputs "
-            f"with {len(options)} normalizations, {expected} of them built at least. Received: "
-            f"{len(found)}, of which {built} are built. Build the model yourself, convert it "
-            "with syncbn.convert_sync_batchnorm, and load its weights (save_weights, load_weights)."
+            f"{type(layer).__name__} must make {len(options)} normalizations when it is built from "
+            f"its config. Received: {len(found)}. Build the model yourself, convert it with "
+            "syncbn.convert_sync_batchnorm, and load its weights (save_weights, load_weights)."
         )
-    synchronize(layer, dict(zip(found, options, strict=True)).get)
-    remember(layer)
+    for one, shape in zip(found.values(), shapes, strict=True):
+        # A layer without a `build` of its own builds those in it when it is called.
+        if shape is not None and not one.built:
+            one.build(tuple(shape))
+    if any(one.built for one in found.values()):
+        synchronize(layer, dict(zip(found, options, strict=True)).get)
+        remember(layer)
 
 
 @functools.cache

@@ -100,7 +100,7 @@ def _normalizations(model: Any) -> dict[str, Any]:
     found = all_normalizations(model)
     unbuilt = [name for name, layer in {model.name: model, **found}.items() if not layer.built]
     # One that is never called does not keep the others from being converted.
-    if not model.built or (found and set(found) <= set(unbuilt)):
+    if set(found) <= set(unbuilt) and (found or not model.built):
         raise ValueError(
             "`model` must be built, with its normalizations. "
             f"Received: not built: {', '.join(unbuilt)}. Call the model on a batch first."
@@ -145,7 +145,7 @@ def _built_alike(layer: Any, new: Any) -> Any:
             f"{tf.distribute.get_strategy()}."
         )
     with strategy.scope() if strategy else contextlib.nullcontext():
-        new.build(_input_shape(layer))
+        new.build(input_shape(layer))
         keras_inplace.copy_weights(layer, new)
     if not keras_api.KERAS_3:
         # Whether the kernels are fused is not in the config. Inference shall not differ by a bit.
@@ -153,7 +153,8 @@ def _built_alike(layer: Any, new: Any) -> Any:
     return new
 
 
-def _input_shape(layer: Any) -> tuple[int | None, ...]:
+def input_shape(layer: Any) -> tuple[int | None, ...]:
+    """Returns what a normalization was built for, as far as it must be known."""
     # Keras 2.16 does not remember the shape itself where `build` was called by hand.
     shape = [None] * layer.input_spec.ndim
     for axis, size in layer.input_spec.axes.items():

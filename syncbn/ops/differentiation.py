@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -28,9 +29,11 @@ def has_tangent(*tensors: tf.Tensor) -> bool:
 
 
 def with_recomputed_gradient(
-    plain: Callable[..., Any], kernel: Callable[..., Any] | None = None
+    axes: Sequence[int], plain: Callable[..., Any], kernel: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
     """Returns an operation that runs ``kernel``, or ``plain``, and differentiates ``plain``.
+
+    Both must know the sizes of the ``axes`` of their inputs, and of channel vectors.
 
     TensorFlow's own gradients of the fused kernels leave out what moments and means contribute,
     which only a second derivative asks for. And an eager tape would keep every tensor between the
@@ -50,16 +53,17 @@ def with_recomputed_gradient(
         return tf.gradients(outputs, inputs, upstream)
 
     @functools.cache
-    def eager_product(*shapes: tuple[int, ...]) -> Callable[..., Any]:
-        # One for each shape: in one for all, TensorFlow would trace unknown numbers of channels.
-        return tf.function(vector_jacobian_product, autograph=False)
+    def eager_product(*shapes: tuple[int | None, ...]) -> Callable[..., Any]:
+        # In one for all shapes, TensorFlow would trace unknown numbers of channels.
+        return tf.function(vector_jacobian_product, autograph=False, reduce_retracing=True)
 
     @tf.custom_gradient
     def call(*inputs: tf.Tensor) -> tuple[Any, Callable]:
         def gradient(*upstream: tf.Tensor) -> list[tf.Tensor | None]:
             if not tf.executing_eagerly():
                 return vector_jacobian_product(inputs, upstream)
-            return eager_product(*(tuple(one.shape) for one in inputs))(inputs, upstream)
+            with _running_functions():
+                return eager_product(*(_known(one, axes) for one in inputs))(inputs, upstream)
 
         # Without a gradient: eager tapes record what is custom, and also what it consists of. And
         # TensorFlow cannot differentiate a branch of `tf.cond` from outside of which compiled code
@@ -73,3 +77,24 @@ def with_recomputed_gradient(
         return call(*map(local, inputs))
 
     return operation
+
+
+def _known(tensor: tf.Tensor, axes: Sequence[int]) -> tuple[int | None, ...]:
+    """Returns the shape, without the sizes that may change from batch to batch."""
+    shape = tensor.shape.as_list()
+    if len(shape) < 2:
+        return tuple(shape)
+    return tuple(size if axis in axes else None for axis, size in enumerate(shape))
+
+
+@contextlib.contextmanager
+def _running_functions() -> Iterator[None]:
+    """Runs a `tf.function` as one, also where the user has others run eagerly."""
+    before = tf.config.functions_run_eagerly()
+    if before:
+        tf.config.run_functions_eagerly(False)
+    try:
+        yield
+    finally:
+        if before:
+            tf.config.run_functions_eagerly(True)

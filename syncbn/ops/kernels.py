@@ -97,7 +97,7 @@ def _scale_and_offset(axes: tuple[int, ...], fused: bool) -> Callable[..., tf.Te
             ).y
         return tf.cast(shaped_like(x, y), x.dtype)
 
-    return with_recomputed_gradient(plain, kernel if fused else None)
+    return with_recomputed_gradient(axes, plain, kernel if fused else None)
 
 
 class GradientSums(NamedTuple):
@@ -167,7 +167,7 @@ def _gradient_sums(
         few = tf.size(x, tf.int64) <= MOST_FUSED_ROWS * channel_count(x, axes)
         return tf.cond(few, sums, lambda: plain(dy, x, mean, scale))
 
-    return with_recomputed_gradient(plain, kernel if fused else None)
+    return with_recomputed_gradient(axes, plain, kernel if fused else None)
 
 
 def input_gradient(
@@ -203,7 +203,7 @@ def _compiled_line(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
         rows = (tf.reshape(part, [-1, channel_count(x, axes)]) for part in (dy, x))
         return tf.reshape(_COMPILED_LINE[x.dtype](*rows, *vectors), x.shape)
 
-    return with_recomputed_gradient(plain, kernel)
+    return with_recomputed_gradient(axes, plain, kernel)
 
 
 def _line(

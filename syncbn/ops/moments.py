@@ -144,7 +144,7 @@ def _checked_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Te
     def kernel(x: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return checked_sums(x, Moments(count, *rough_moments(x, axes)), axes)[:2]
 
-    return with_recomputed_gradient(_exact(axes), kernel)
+    return with_recomputed_gradient(axes, _exact(axes), kernel)
 
 
 def exact_sums(
@@ -163,7 +163,7 @@ def exact_sums(
 
 @functools.cache
 def _exact_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
-    return with_recomputed_gradient(_exact(axes))
+    return with_recomputed_gradient(axes, _exact(axes))
 
 
 def _exact(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
@@ -190,7 +190,7 @@ def _first_sum(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
         centered, pivot = _about_a_pivot(x, count, axes, mask)
         return count * pivot + sum_to_channels(centered, axes)
 
-    return with_recomputed_gradient(plain)
+    return with_recomputed_gradient(axes, plain)
 
 
 def _is_small(x: tf.Tensor) -> bool:

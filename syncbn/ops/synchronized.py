@@ -245,8 +245,8 @@ def _kernels_alone(axes: tuple[int, ...], epsilon: float, kernels: Kernels) -> _
         )
 
     return _KernelsAlone(
-        with_recomputed_gradient(forward, checked_forward),
-        with_recomputed_gradient(backward, checked_backward),
+        with_recomputed_gradient(axes, forward, checked_forward),
+        with_recomputed_gradient(axes, backward, checked_backward),
     )
 
 
@@ -293,7 +293,7 @@ def _subtract(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
         mean, rest = (broadcast(vector, x, axes) for vector in vectors)
         return tf.cast(tf.cast(x, mean.dtype) - mean - rest, x.dtype)
 
-    return with_recomputed_gradient(plain)
+    return with_recomputed_gradient(axes, plain)
 
 
 def _cut_off(

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -62,6 +63,7 @@ def test_a_model_that_runs_traces_is_not_said_to_be_converted(tmp_path):
     assert "register_keras_serializable" in reason
     convert_sync_batchnorm(model)
     model.save(tmp_path / "converted", save_format="tf")
+    Unregistered.__name__ = "Forgotten"  # as in another process
     with pytest.warns(UserWarning, match="was not restored: Unknown"):
         loaded = keras.models.load_model(tmp_path / "converted")
     with pytest.raises(ValueError, match="loaded from a SavedModel without its class"):
@@ -210,3 +212,65 @@ def test_float16_parameters_over_several_replicas(mirrored, converted):
     for name, expected in ("moving_mean", given.mean(0)), ("moving_variance", given.var(0)):
         statistic = getattr(layer, name)
         np.testing.assert_allclose(np.asarray(statistic.numpy()), expected, rtol=2e-3)
+
+
+@keras.utils.register_keras_serializable(package="tests")
+class WithoutBuild(keras.layers.Layer):
+    """What is in it is built when it is called."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.norm = keras.layers.BatchNormalization()
+
+    def call(self, x, training=None):
+        return self.norm(x, training=training)
+
+
+class Unregistered(keras.Model):
+    registry: ClassVar[list] = []
+
+    def __init_subclass__(cls, *, tag, **kwargs):
+        Unregistered.registry.append(tag)
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.norm = keras.layers.BatchNormalization()
+
+    def call(self, x, training=None):
+        return self.norm(x, training=training)
+
+
+def test_a_layer_without_a_build_of_its_own_comes_back_converted(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), WithoutBuild(), keras.layers.Dense(2)])
+    convert_sync_batchnorm(model)
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
+    model.save(tmp_path / "model.keras")
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    for again in keras.models.load_model(tmp_path / "model.keras"), clone:
+        assert isinstance(again.layers[0].norm, Sync)
+        np.testing.assert_array_equal(again(x), model(x))
+
+
+def test_a_class_that_is_not_registered_comes_back_from_its_own_config():
+    model = Unregistered()
+    model(tf.ones([2, 3]))
+    convert_sync_batchnorm(model)
+    assert Unregistered.registry == []
+    again = type(model).from_config(model.get_config())
+    again(tf.ones([2, 3]))
+    assert isinstance(again.norm, Sync)
+
+
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+@pytest.mark.skipif(KERAS_3, reason="Keras 3 has no other class of this name")
+def test_a_class_of_this_name_that_a_user_names_is_the_one_that_is_loaded(tmp_path):
+    class SyncBatchNormalization(keras.layers.BatchNormalization):
+        pass
+
+    model = keras.Sequential([keras.Input((3,)), SyncBatchNormalization()])
+    for path in tmp_path / "m.h5", tmp_path / "m.keras":
+        model.save(path)
+        objects = {"SyncBatchNormalization": SyncBatchNormalization}
+        loaded = keras.models.load_model(path, custom_objects=objects)
+        assert type(loaded.layers[0]) is SyncBatchNormalization
