@@ -32,7 +32,7 @@ NESTED = {
 FEW = ["groups", "join", "same_job"]
 
 
-def commands(launcher, size):
+def commands(launcher, size, legacy):
     suite = SUITE
     if launcher in NESTED:
         suite = [*PYTEST, *(f"tests/parallel/test_{part}.py" for part in NESTED[launcher])]
@@ -40,6 +40,9 @@ def commands(launcher, size):
         suite = [*PYTEST, *(f"tests/parallel/test_{part}.py" for part in FEW)]
     elif size != 2:
         suite = [*SUITE, *(f"--ignore=tests/parallel/test_{part}.py" for part in OF_TWO)]
+    elif legacy or launcher == "horovod-mpi":
+        # Which knows neither Keras nor what carries Horovod's messages.
+        suite = [*SUITE, "--ignore=tests/parallel/test_control_flow.py"]
     if launcher == "mirrored":
         return [("mirrored", suite, {})]
     if launcher == "multiworker":
@@ -72,7 +75,7 @@ def commands(launcher, size):
 def test_the_suite_passes_under(launcher, size, legacy):
     engine = re.sub("-(gloo|mpi)", "", launcher)
     finished = processes.run(
-        commands(launcher, size),
+        commands(launcher, size, legacy),
         limit=LIMIT,
         env={
             "SYNCBN_TEST_ENGINE": f"{engine}:{size}" if "mirrored" in engine else engine,
