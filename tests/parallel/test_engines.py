@@ -102,3 +102,22 @@ def test_fit_with_jit_compile_auto_just_works(replicas):
     assert not model.layers[0].supports_jit
     model.compile("sgd", "mse")
     model.fit(np.ones((4, 3)), np.ones((4, 1)), batch_size=2, verbose=0)
+
+
+@pytest.mark.skipif(ENGINE != "mpi", reason="the other engines match calls by their names")
+@pytest.mark.parametrize("what", ["name", "shape", "dtype"])
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_different_calls_at_the_same_time_are_an_error_on_all_ranks(what, graph, replicas):
+    number = replicas.rank % 2
+    name = f"layer_{number}" if what == "name" else "layer"
+    shape = [3 + number] if what == "shape" else [3]
+    dtype = [tf.float32, tf.float64][number] if what == "dtype" else tf.float32
+
+    def add_up():
+        return syncbn.resolve().all_reduce_sum(tf.ones(shape, dtype), name)
+
+    errors = RuntimeError, tf.errors.UnknownError
+    with pytest.raises(errors, match="on rank 0 .*layer.*on rank 1"):
+        (tf.function(add_up) if graph else add_up)()
+    total = syncbn.resolve().all_reduce_sum(tf.ones([2]), "afterwards")
+    np.testing.assert_array_equal(total, [replicas.size] * 2)
