@@ -117,7 +117,7 @@ def test_different_calls_at_the_same_time_are_an_error_on_all_ranks(what, graph,
         return syncbn.resolve().all_reduce_sum(tf.ones(shape, dtype), name)
 
     errors = RuntimeError, tf.errors.UnknownError
-    with pytest.raises(errors, match="on rank 0 .*layer.*on rank 1"):
+    with pytest.raises(errors, match=r"on rank 0 .*layer.*on rank 1"):
         (tf.function(add_up) if graph else add_up)()
     total = syncbn.resolve().all_reduce_sum(tf.ones([2]), "afterwards")
     np.testing.assert_array_equal(total, [replicas.size] * 2)
