@@ -135,7 +135,8 @@ def _rebuilt(plain: dict[str, Any], known: type) -> Any:
         return keras.utils.deserialize_keras_object(plain)
     # Keras 2 has two formats for this, which its ways of loading do not all know.
     layer = cls.from_config(plain["config"])
-    builds = cls.build is not keras.layers.Layer.build
+    # A layer without a `build` of its own is built by its first call; a model by one of Keras.
+    builds = issubclass(cls, keras.Model) or cls.build is not keras.layers.Layer.build
     if plain["build_config"] and builds and not layer.built:
         layer.build_from_config(plain["build_config"])
         layer.built = True  # Keras says so itself
