@@ -116,11 +116,14 @@ def test_given_weights_may_have_any_shape(replicas, sample, shape, dtype):
     dataset = tf.data.Dataset.from_tensor_slices(own)
     mse = keras.losses.MeanSquaredError()
 
-    @tf.function(reduce_retracing=True)
+    joined = training.join(dataset.batch(3), sample_weight=True)
+
+    # Of unknown batch size, as in `fit`: of none at all, Keras 3 has no mean.
+    @tf.function(input_signature=[tf.TensorSpec([None, *sample]), joined.element_spec[2]])
     def loss(y, weights):
         return mse(y, tf.zeros_like(y), sample_weight=weights)
 
-    joined = list(training.join(dataset.batch(3), sample_weight=True))
+    joined = list(joined)
     assert {weights.dtype for _, _, weights in joined} == {
         tf.float64 if dtype == "float64" else tf.float32
     }
