@@ -91,6 +91,8 @@ class BroadcastVariables(_WorkerCallback):
         require_agreement(communicator, descriptions, names, "synchronized layers", self.root)
 
     def _broadcast(self, communicator: Communicator, with_optimizer: bool) -> None:
+        if communicator.name == "tf.distribute":
+            return  # and outside of the strategy's scope it joins nothing
         # In Keras 3 `variables` has the states of random generators too, which stay different.
         variables = list(self.model.weights)
         if with_optimizer:
