@@ -134,6 +134,7 @@ def run(
         number = [str(job.workers)] if engine.before else []
         worker = [sys.executable, "-m", "benchmarks.worker", str(order), str(results)]
         with log.open("wb") as output:
+            release = _hold_signals()
             process = subprocess.Popen(  # noqa: S603  (no shell, and nobody else's words)
                 [*engine.before, *number, *engine.after, *worker],
                 stdin=subprocess.DEVNULL,
@@ -144,6 +145,7 @@ def run(
                 start_new_session=True,
             )
             try:
+                release()
                 _wait(process, results, limit, tell)
             except subprocess.TimeoutExpired:
                 raise JobError(f"no end within {limit:g} s\n{tail(log)}") from None
@@ -217,6 +219,26 @@ def _wait(
         if done > known:
             tell(done)
             known = done
+
+
+def _hold_signals() -> Callable[[], None]:
+    """Makes signals that end this process wait until the function that is returned is called.
+
+    One that comes while a process is being started would leave that one behind.
+    """
+    waiting: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: waiting.append(number))
+        for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+
+    def release() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in waiting:
+            signal.raise_signal(number)
+
+    return release
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
