@@ -135,15 +135,19 @@ def run(
         worker = [sys.executable, "-m", "benchmarks.worker", str(order), str(results)]
         with log.open("wb") as output:
             release = _hold_signals()
-            process = subprocess.Popen(  # noqa: S603  (no shell, and nobody else's words)
-                [*engine.before, *number, *engine.after, *worker],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env=environment(job),
-                start_new_session=True,
-            )
+            try:
+                process = subprocess.Popen(  # noqa: S603  (no shell, and nobody else's words)
+                    [*engine.before, *number, *engine.after, *worker],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=ROOT,
+                    env=environment(job),
+                    start_new_session=True,
+                )
+            except OSError:
+                release()
+                raise
             try:
                 release()
                 _wait(process, results, limit, tell)
