@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from syncbn.ops import xla
 from syncbn.ops.channels import (
     broadcast,
     channel_count,
@@ -17,7 +18,7 @@ from syncbn.ops.channels import (
     sum_to_channels,
     where,
 )
-from syncbn.ops.differentiation import with_recomputed_gradient
+from syncbn.ops.differentiation import compiled, with_recomputed_gradient
 from syncbn.ops.kernels import MOST_FUSED_ROWS, choose
 from syncbn.ops.training_kernels import rough_moments
 
@@ -106,13 +107,20 @@ def local_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None)
         mask: From `expand_mask`; elements where it is false do not exist for the statistics.
     """
     count = count_elements(x, axes, mask)
-    if mask is None and choose(x, axes).fused:
+    kernels = choose(x, axes)
+    if mask is None and kernels.fused:
         return Sums(count, *_checked_sums(tuple(axes))(x, count))
+    if kernels.compiled:
+        inputs = [x] if mask is None else [x, mask]
+        return Sums(*_compiled_sums(tuple(axes))(*inputs))
     return Sums(count, *exact_sums(x, count, axes, mask))
 
 
 def first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Sums:
     """Returns this replica's sums without the squares; the arguments are those of `local_sums`."""
+    if choose(x, axes).compiled:
+        inputs = [x] if mask is None else [x, mask]
+        return Sums(*_compiled_first_sum(tuple(axes))(*inputs), None)
     count = count_elements(x, axes, mask)
     inputs = [x, count] if mask is None else [x, count, mask]
     return Sums(count, _first_sum(tuple(axes))(*inputs), None)
@@ -170,7 +178,7 @@ def _exact(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
     def sums(
         x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        if _is_small(x):
+        if _in_one_pass(x):
             wide = tf.cast(where(mask, x), tf.float64)
             return _sum_of_few(wide, axes), _sum_of_few(tf.square(wide), axes)
         centered, pivot = _about_a_pivot(x, count, axes, mask)
@@ -183,9 +191,26 @@ def _exact(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
 
 
 @functools.cache
+def _compiled_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, ...]]:
+    def sums(x: tf.Tensor, mask: tf.Tensor | None = None) -> tuple[tf.Tensor, ...]:
+        count = count_elements(x, axes, mask)
+        return count, *exact_sums(x, count, axes, mask)
+
+    return compiled(sums, axes)
+
+
+@functools.cache
+def _compiled_first_sum(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, ...]]:
+    def sums(x: tf.Tensor, mask: tf.Tensor | None = None) -> tuple[tf.Tensor, ...]:
+        return first_sums(x, axes, mask)[:2]
+
+    return compiled(sums, axes)
+
+
+@functools.cache
 def _first_sum(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
     def plain(x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
-        if _is_small(x):
+        if _in_one_pass(x):
             return _sum_of_few(tf.cast(where(mask, x), tf.float64), axes)
         centered, pivot = _about_a_pivot(x, count, axes, mask)
         return count * pivot + sum_to_channels(centered, axes)
@@ -193,9 +218,11 @@ def _first_sum(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
     return with_recomputed_gradient(axes, plain)
 
 
-def _is_small(x: tf.Tensor) -> bool:
+def _in_one_pass(x: tf.Tensor) -> bool:
     """Says whether fewer operations, in float64, are faster than more in the dtype of ``x``."""
-    return x.shape.is_fully_defined() and x.shape.num_elements() <= _FEW_ELEMENTS
+    # XLA makes one kernel of them, which reads the elements once.
+    small = x.shape.is_fully_defined() and x.shape.num_elements() <= _FEW_ELEMENTS
+    return small or xla.compiles_everything()
 
 
 def _sum_of_few(wide: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
