@@ -43,7 +43,7 @@ SHAPES = (
     else [(2, 8, 8, 4), (2, 4, 4, 4, 2)]
 )
 DTYPES = ["float32", "bfloat16", "float16"]
-CALLS, ROUNDS = (20, 5) if GPU else (2, 2)
+CALLS, ROUNDS = (10, 5) if GPU else (2, 2)
 PASSES = 8
 """Over memory: three forward, five backward, when every kernel reads and writes once."""
 
@@ -154,21 +154,51 @@ def contestants() -> dict[str, tuple[Callable[..., Any], kernels.Kernels | None]
     }
 
 
-def seconds_of(steps: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Returns the median time of a call of each; the GPU works while the next is prepared."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def seconds_of(steps: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+    """Returns the median time of a call of each, in two senses.
+
+    ``"called"``: one after another, by the clock; the host prepares the next one meanwhile, and may
+    be what takes longer. ``"device"``: of the device's work alone. For that, calls queue up behind
+    something long, whose own time is taken off.
+    """
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
+
+    def seconds(*functions: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        for function in functions:
+            function()
+        tf.test.experimental.sync_devices()
+        return time.perf_counter() - begin
+
     for step in steps.values():
-        for _ in range(3):
-            step()
-    tf.test.experimental.sync_devices()
+        seconds(step, step, step)
+    seconds(long_work)
     for _ in range(ROUNDS):
         for name, step in steps.items():
-            begin = time.perf_counter()
-            for _ in range(CALLS):
-                step()
-            tf.test.experimental.sync_devices()
-            times[name].append((time.perf_counter() - begin) / CALLS)
-    return {name: statistics.median(own) for name, own in times.items()}
+            called = seconds(*[step] * CALLS) / CALLS
+            times[name].setdefault("called", []).append(called)
+            if GPU:
+                queued = [long_work] * (1 + int(1.2 * called * CALLS / LONG[0]))
+                alone = seconds(*queued)
+                device = (seconds(*queued, *[step] * CALLS) - alone) / CALLS
+                times[name].setdefault("device", []).append(device)
+    return {
+        name: {sense: statistics.median(values) for sense, values in own.items()}
+        for name, own in times.items()
+    }
+
+
+LONG = [0.02]
+"""Seconds that `long_work` takes at the least."""
+
+
+@tf.function(autograph=False)
+def long_work() -> tf.Tensor:
+    """Keeps the device busy for twenty milliseconds or more: no host needs as long for a call."""
+    with tf.device(f"{KIND}:0"):
+        size = 8192 if GPU else 8
+        factor = tf.random.stateless_normal([size, size], [7, 8])
+        return tf.reduce_sum(factor @ factor)
 
 
 def layer_step(
@@ -201,6 +231,14 @@ def layer_step(
     return lambda: step(x, dy)
 
 
+def shown(times: dict[str, dict[str, float]]) -> dict[str, str]:
+    """Returns microseconds as text."""
+    return {
+        name: ", ".join(f"{sense} {1e6 * value:.0f}" for sense, value in own.items())
+        for name, own in times.items()
+    }
+
+
 def layers(report: dict[str, Any]) -> None:
     """Measures a layer's passes at each shape and dtype."""
     strategy = strategy_of(1)
@@ -215,8 +253,7 @@ def layers(report: dict[str, Any]) -> None:
             key = f"{'x'.join(map(str, shape))} {dtype}"
             times = seconds_of(steps)
             report.setdefault("layers", {})[key] = times
-            print(key, {name: f"{1e6 * value:.0f} us" for name, value in times.items()}, failed,
-                  flush=True)
+            print(key, shown(times), failed, flush=True)
             gc.collect()
 
 
@@ -246,7 +283,7 @@ def model(report: dict[str, Any]) -> None:
         return tf.keras.models.clone_model(made, clone_function=swap)
 
     def converted(communicator: Any) -> Any:
-        return syncbn.convert_sync_batchnorm(plain(), communicator=communicator)
+        return syncbn.convert_sync_batchnorm(plain(), communicator=communicator).model
 
     makers = {
         "Keras 3": plain,
@@ -283,9 +320,10 @@ def model(report: dict[str, Any]) -> None:
         report.setdefault("model", {})[name] = {"first": first, "peak": peak}
         print(f"ResNet-50, {name}: first step {first:.1f} s, peak {peak / 1e9:.2f} GB", flush=True)
         steps[name] = function
-    for name, value in seconds_of(steps).items():
-        report["model"][name]["step"] = value
-        print(f"ResNet-50, {name}: {1e3 * value:.1f} ms", flush=True)
+    for name, own in seconds_of(steps).items():
+        report["model"][name]["step"] = own
+        said = ", ".join(f"{sense} {1e3 * value:.1f} ms" for sense, value in own.items())
+        print(f"ResNet-50, {name}: {said}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -354,7 +392,7 @@ def table(report: dict[str, Any]) -> str:
     ]
     for key, times in report.get("layers", {}).items():
         other = report.get("torch", {}).get("seconds", {}).get(key, {})
-        values = [times.get(name) for name in names]
+        values = [times.get(name, {}).get("device" if GPU else "called") for name in names]
         values += [other.get("all"), PASSES / 2 * other["copy"] if other else None]
         cells = ["" if value is None else f"{1e6 * value:.0f}" for value in values]
         lines.append(f"| {key} | {' | '.join(cells)} |")
@@ -371,7 +409,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="folder for gpu_check.json")
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, "torch"], default=list(PARTS))
-    parser.add_argument("--torch", default="python3", help="a Python that has PyTorch for CUDA")
+    parser.add_argument("--torch", default="python3", metavar="PYTHON", help="a Python that has PyTorch for CUDA")
     parser.add_argument("--memory", type=int, default=24000, help="MB of each half of the GPU")
     given = parser.parse_args()
     device = tf.config.list_physical_devices(KIND)[0]
