@@ -13,6 +13,13 @@ SHAPES = (
     (8, 112, 112, 64),
     (2, 64, 64, 64, 32),
 )
+MODEL = (2, 96, 96, 3)
+"""The images of a replica. More of them hide what a layer costs behind the convolutions."""
+AT_MOST = {
+    "Keras 3": 1.0,
+    "Keras 3 synchronized": 0.75,
+    "Keras 3, first call": 1.3,
+}
 JOBS = ("mirrored", "multiworker", "horovod-gloo", "horovod-mpi", "mpi")
 
 
@@ -103,12 +110,67 @@ def _with_gpu() -> dict[str, Case]:
     }
 
 
-def _tiny() -> Case:
+def _with_models() -> dict[str, Case]:
+    """Returns the cases of a whole model: converted, and with the layers of others."""
+    cases = {}
+    for engine, workers in (("alone", 1), ("mirrored", 2), ("mpi", 2)):
+        contestants, ratios = peers(engine)
+        if engine == "alone":  # in one replica too, Keras' way to synchronize is another
+            contestants["Keras 3 synchronized"] = Contestant("keras synchronized", engine)
+            ratios += (("syncbn", "Keras 3 synchronized"),)
+        where = f"{workers} replica{'s' if workers > 1 else ''} ({engine})"
+        cases[f"model-resnet50-{engine}-{workers}"] = Case(
+            f"a step of ResNet-50, in a loop of one's own and in fit, {where}",
+            "resnet50",
+            workers,
+            contestants,
+            (Point(MODEL, 53, at_most=AT_MOST if engine != "mpi" else {}),),
+            _of_models(ratios),
+        )
+        cases[f"model-resnet50-memory-{engine}-{workers}"] = Case(
+            f"the peak of a step of ResNet-50, {where}",
+            "resnet50-memory",
+            workers,
+            contestants,
+            (Point(MODEL, 53),),
+            ratios,
+            unit="MB",
+            alone=True,
+        )
+    return cases
+
+
+def _of_models(ratios: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Returns the pairs of all that `models.times` measures."""
+    return tuple(
+        (f"{ours}{what}", f"{peer}{what}")
+        for what in ("", ", first call", ", fit", ", fit, first call")
+        for ours, peer in ratios
+    )
+
+
+def _tiny() -> dict[str, Case]:
     contestants, ratios = peers("mirrored")
     keras_3 = {name: one for name, one in contestants.items() if one.keras == 3}
     pairs = tuple(pair for pair in ratios if pair[0] in keras_3)
-    summary = "one small layer, 2 replicas: whether all works"
-    return Case(summary, "stack", 2, keras_3, (Point((16, 64)),), pairs)
+    return {
+        "tiny": Case(
+            "one small layer, 2 replicas: whether all works",
+            "stack",
+            2,
+            keras_3,
+            (Point((16, 64)),),
+            pairs,
+        ),
+        "tiny-model": Case(
+            "a model with two normalizations, 2 replicas: whether all works",
+            "small-model",
+            2,
+            contestants,
+            (Point((2, 16, 16, 3), 2),),
+            _of_models(ratios),
+        ),
+    }
 
 
 CASES: dict[str, Case] = {
@@ -116,5 +178,6 @@ CASES: dict[str, Case] = {
     **_with_engines(),
     **_with_gpu(),
     **_with_traces(),
-    "tiny": _tiny(),
+    **_with_models(),
+    **_tiny(),
 }

@@ -56,7 +56,8 @@ ENGINES = {
     "mpi": Engine((str(LAUNCH / "mpi.sh"), "-np"), ("--oversubscribe", "--"), {}, ("mpi4py",)),
 }
 # With oneDNN, or in small pieces, what is freed stays with the process and its size says nothing.
-_OF_WORKLOAD = {"memory": {"TF_ENABLE_ONEDNN_OPTS": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}}
+_FOR_MEMORY = {"TF_ENABLE_ONEDNN_OPTS": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+_OF_WORKLOAD = {"memory": _FOR_MEMORY, "resnet50-memory": _FOR_MEMORY}
 _ADVICE = {
     "horovod": "launch/install_horovod.sh",
     "mpi4py": "pip install 'syncbn[mpi]'",

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ def held(
     for name, layer in layers.items():
         times = range(min(repeats, 3))
         samples[name] = [_grown(replicas, layer, point) for _ in times]
-        samples[f"{name}, peak of a graph"] = [_peak(replicas, layer, point) for _ in times]
+        step = steps.stack(replicas, layer, point)
+        samples[f"{name}, peak of a graph"] = [peak(step) for _ in times]
     return samples
 
 
@@ -62,8 +64,11 @@ def _grown(replicas: Replicas, layer: str, point: Point) -> float:
     return sizes[-1] - before
 
 
-def _peak(replicas: Replicas, layer: str, point: Point) -> float:
-    step = steps.stack(replicas, layer, point)
+def peak(step: Callable[[], object]) -> float:
+    """Returns by how many bytes the process grows at most while ``step`` runs, not the first time.
+
+    The job's environment has to be that of `jobs` for what measures memory.
+    """
     step()
     before = _resident()
     Path("/proc/self/clear_refs").write_text("5")  # the highest is the present one again

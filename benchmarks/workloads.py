@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from benchmarks import digits, memory, steps, timing
+from benchmarks import digits, memory, models, steps, timing
 from benchmarks.cases import Point
 from benchmarks.replicas import Replicas
 
@@ -99,4 +100,7 @@ WORKLOADS = {
     "latency": Workload(latency),
     "memory": Workload(memory.held),
     "digits": Workload(digits.step, digits.join),
+    "resnet50": Workload(functools.partial(models.times, models.resnet_50)),
+    "resnet50-memory": Workload(functools.partial(models.peaks, models.resnet_50)),
+    "small-model": Workload(functools.partial(models.times, models.small)),
 }

@@ -254,8 +254,8 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
             variance = tf.nn.relu(tf.square(moved[1]) - self.epsilon)
             variance = tf.where(count > 0, variance, before["moving_variance"])
             self.update_statistic(self.moving_variance, variance)
-            rate = self._rate(count, "renorm_momentum")
-            self._move_towards(before, _RENORM, targets, rate)
+            rate = momentum_of(self, "renorm_momentum").rate()
+            self._move_towards(before, _RENORM, targets, count, rate)
         return moved
 
     def _call_inference(self, inputs: tf.Tensor) -> tf.Tensor:
@@ -295,8 +295,9 @@ def _checked_clipping(given: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def _channel_vector(weight: Any, dtype: tf.DType) -> tf.Tensor:
+    vector = tf.cast(tf.convert_to_tensor(weight), dtype)
     # Keras 2 gives the weights of several axes the rank of the input.
-    return tf.cast(tf.reshape(tf.convert_to_tensor(weight), [-1]), dtype)
+    return vector if vector.shape.rank == 1 else tf.reshape(vector, [-1])
 
 
 def _without_host_synchronization(config: dict[str, Any]) -> dict[str, Any]:

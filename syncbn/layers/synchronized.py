@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from syncbn.layers.replicas import ReplicaGroups
 from syncbn.ops.channels import normalized_axes, statistics_dtype
 from syncbn.ops.moments import expand_mask
 from syncbn.ops.replicas import Replicas
+from syncbn.ops.shared import shared
 
 
 class SynchronizedLayer(keras_api.StatisticsLayer):
@@ -180,9 +182,9 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         statistics = [before[name] for name in self._statistics()]
         shape = statistics[0].shape
         if count.shape == [shape.num_elements()]:
-            count = tf.reshape(count, shape)
+            count = _shaped(count, shape)
         targets = [
-            tf.reshape(tf.cast(target, statistic.dtype), shape)
+            _shaped(tf.cast(target, statistic.dtype), shape)
             for statistic, target in zip(statistics, targets, strict=True)
         ]
         return tf.cast(outputs, self.compute_dtype), count, *targets
@@ -295,26 +297,40 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
             rate = tf.math.divide_no_nan(count, total)
             self.update_statistic(self.moving_count, total)
         else:
-            rate = self._rate(count, "momentum")
-        return self._move_towards(before, self._statistics(), targets, rate)
-
-    def _rate(self, count: tf.Tensor, momentum: str) -> tf.Tensor:
-        """Returns how far a moving average moves towards a batch."""
-        return tf.where(count > 0, momentum_of(self, momentum).rate(), 0.0)
+            rate = momentum_of(self, "momentum").rate()
+        return self._move_towards(before, self._statistics(), targets, count, rate)
 
     def _move_towards(
         self,
         before: Mapping[str, tf.Tensor],
         names: Sequence[str],
         targets: Sequence[tf.Tensor],
+        count: tf.Tensor,
         rate: tf.Tensor,
     ) -> list[tf.Tensor]:
-        moved = []
-        for name, target in zip(names, targets, strict=True):
-            old = before[name]
-            moved.append(old + (target - old) * tf.cast(rate, old.dtype))
-            self.update_statistic(getattr(self, name), moved[-1])
+        moved = _moved(count, rate, *(before[name] for name in names), *targets)
+        for name, value in zip(names, moved, strict=True):
+            self.update_statistic(getattr(self, name), value)
         return moved
+
+
+@functools.partial(shared, inline=True)
+def _moved(count: tf.Tensor, rate: tf.Tensor, *averages_and_targets: tf.Tensor) -> list[tf.Tensor]:
+    """Returns the averages, as many as targets, moved towards these by ``rate``.
+
+    None moves where ``count`` is zero.
+    """
+    half = len(averages_and_targets) // 2
+    averages, targets = averages_and_targets[:half], averages_and_targets[half:]
+    rate = tf.where(count > 0, rate, 0.0)
+    return [
+        average + (target - average) * tf.cast(rate, average.dtype)
+        for average, target in zip(averages, targets, strict=True)
+    ]
+
+
+def _shaped(tensor: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+    return tensor if tensor.shape == shape else tf.reshape(tensor, shape)
 
 
 def _require_replicas_in_step() -> None:

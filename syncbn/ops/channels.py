@@ -80,9 +80,7 @@ def sum_to_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """
     rank = x.shape.rank
     if xla.compiles_everything():  # which widens each element where it adds it up
-        return tf.reshape(
-            tf.reduce_sum(tf.cast(x, tf.float64), reduction_axes(rank, axes)), [-1]
-        )
+        return tf.reshape(tf.reduce_sum(tf.cast(x, tf.float64), reduction_axes(rank, axes)), [-1])
     if tuple(axes) == tuple(range(rank - len(axes), rank)):
         channels = channel_count(x, axes)
         return _sum_rows(tf.reshape(x, [-1, channels]), channels, known_rows(x, axes))

@@ -1,8 +1,9 @@
 """Functions that are traced once for all layers of a model that call them alike.
 
 A model has dozens of normalizations and a few shapes of them, on several replicas. What is the same
-in all of them is one function of the graph, called in as many places: it is traced once, optimized
-once, and the graph has one node for each call.
+in all of them is one function, called in as many places: it is traced once, and the graph has one
+node for each call. TensorFlow would put the function in the place of each of them before the graph
+runs for the first time, and optimize as many copies; unless told otherwise, as here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from syncbn.ops.differentiation import has_tangent
 _MOST_TRACES = 256
 
 
-def shared(function: Callable[..., Any]) -> Callable[..., Any]:
+def shared(function: Callable[..., Any], inline: bool = False) -> Callable[..., Any]:
     """Returns ``function``, of which a graph holds one trace for inputs of like shapes and dtypes.
 
     Make it once, not in each call: it keeps the traces.
@@ -28,13 +29,15 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         function: Of tensors, to tensors in any structure. Whatever else it depends on never
             changes, nor does it matter where it is called.
+        inline: Whether TensorFlow puts it in the place of each call before it runs the graph. For
+            few operations on few numbers, which a call (some 10 µs) would outlast.
     """
 
     @functools.lru_cache(_MOST_TRACES)
     def trace(*specs: tf.TensorSpec) -> Callable[..., Any]:
-        # Outside of the graph, replica and device that are the first to call it. In the graph of
-        # the caller it would be optimized once for each call.
-        traced = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+        # Outside of the graph, replica and device that are the first to call it.
+        attributes = {} if inline else {"_noinline": True}
+        traced = tf.function(function, autograph=False, experimental_attributes=attributes)
         with tf.init_scope(), tf.device(None):
             return traced.get_concrete_function(*specs)
 

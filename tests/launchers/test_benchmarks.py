@@ -44,6 +44,26 @@ def test_a_case_gives_json_a_table_and_a_picture(tmp_path):
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_a_whole_model_is_measured_in_a_loop_and_in_fit_at_first_and_after(tmp_path):
+    options = ["--quick", "--case", "tiny-model", "--repeats", "4", "--out", str(tmp_path)]
+    finished = bench(*options, limit=300)
+    assert finished.code == 0, finished.output
+    report = json.loads((tmp_path / "benchmarks.json").read_text())
+    (point,) = report["cases"]["tiny-model"]["points"]
+    medians = {one["who"]: one["median"] for one in point["results"]}
+    names = ["syncbn", "Keras 3", "Keras 3 synchronized"]
+    names += ["syncbn on tf_keras", "tf_keras", "tf_keras synchronized"]
+    whats = ["", ", first call", ", fit", ", fit, first call"]
+    assert set(medians) == {f"{name}{what}" for name in names for what in whats}
+    for name in names:
+        # A first call traces, which takes much longer than so small a model.
+        assert medians[f"{name}, first call"] > 2 * medians[name] > 0, medians
+        assert medians[f"{name}, fit, first call"] > 2 * medians[f"{name}, fit"] > 0, medians
+    assert {one["ours"] for one in point["ratios"]} == {
+        f"{name}{what}" for name in ("syncbn", "syncbn on tf_keras") for what in whats
+    }
+
+
 def test_the_program_finds_them_whatever_the_path_leads_to(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").write_text("raise AssertionError('another one')")
