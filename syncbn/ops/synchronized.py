@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from syncbn.ops.channels import broadcast, statistics_dtype, sum_to_channels, where
+from syncbn.ops.channels import broadcast, statistics_dtype, sums_to_channels, where
 from syncbn.ops.differentiation import compiled, local, with_recomputed_gradient
 from syncbn.ops.kernels import (
     PLAIN,
@@ -400,7 +400,7 @@ def _centering(axes: tuple[int, ...], by_xla: bool) -> _Centering:
         return tf.cast(wide_x - mean - rest, x.dtype)
 
     def gradient_sum(dy: tf.Tensor) -> tf.Tensor:
-        return sum_to_channels(tf.cast(dy, statistics_dtype(dy.dtype)), axes)
+        return sums_to_channels([tf.cast(dy, statistics_dtype(dy.dtype))], axes)[0]
 
     def input_gradient(
         dy: tf.Tensor, total: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None
