@@ -43,7 +43,7 @@ SHAPES = (
     else [(2, 8, 8, 4), (2, 4, 4, 4, 2)]
 )
 DTYPES = ["float32", "bfloat16", "float16"]
-CALLS, ROUNDS = (10, 5) if GPU else (2, 2)
+CALLS, ROUNDS = (20, 5) if GPU else (2, 2)
 PASSES = 8
 """Over memory: three forward, five backward, when every kernel reads and writes once."""
 
@@ -159,50 +159,56 @@ def seconds_of(steps: dict[str, Callable[[], object]]) -> dict[str, dict[str, fl
 
     ``"called"``: one after another, by the clock; the host prepares the next one meanwhile, and may
     be what takes longer. ``"device"``: of the device's work alone. For that, calls queue up behind
-    something long, whose own time is taken off.
+    long work, whose own time is taken off; absent where it did not last until the last call was
+    queued.
     """
     times: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
+    sync = tf.test.experimental.sync_devices
 
-    def seconds(*functions: Callable[[], object]) -> float:
+    def seconds(*functions: Callable[[], object]) -> tuple[float, float]:
         begin = time.perf_counter()
         for function in functions:
             function()
-        tf.test.experimental.sync_devices()
-        return time.perf_counter() - begin
+        queued = time.perf_counter() - begin
+        sync()
+        return time.perf_counter() - begin, queued
 
     for step in steps.values():
         seconds(step, step, step)
-    seconds(long_work)
+    busy = long_work()
+    seconds(busy)
     for _ in range(ROUNDS):
         for name, step in steps.items():
-            called = seconds(*[step] * CALLS) / CALLS
-            times[name].setdefault("called", []).append(called)
+            called = seconds(*[step] * CALLS)[0]
+            times[name].setdefault("called", []).append(called / CALLS)
             if GPU:
-                queued = [long_work] * (1 + int(1.2 * called * CALLS / LONG[0]))
-                alone = seconds(*queued)
-                device = (seconds(*queued, *[step] * CALLS) - alone) / CALLS
-                times[name].setdefault("device", []).append(device)
+                long = [busy] * (1 + int(1.5 * called / 0.03))
+                seconds(*long)  # the clocks of the device rise under load
+                alone = seconds(*long)[0]
+                both, queued = seconds(*long, *[step] * CALLS)
+                if queued < alone:
+                    times[name].setdefault("device", []).append((both - alone) / CALLS)
     return {
         name: {sense: statistics.median(values) for sense, values in own.items()}
         for name, own in times.items()
     }
 
 
-LONG = [0.02]
-"""Seconds that `long_work` takes at the least."""
-
-
-@tf.function(autograph=False)
-def long_work() -> tf.Tensor:
-    """Keeps the device busy for twenty milliseconds or more: no host needs as long for a call."""
+def long_work() -> Callable[[], object]:
+    """Returns what keeps a GPU busy for thirty milliseconds or more, and returns at once."""
+    size = 8192 if GPU else 8
     with tf.device(f"{KIND}:0"):
-        size = 8192 if GPU else 8
         factor = tf.random.stateless_normal([size, size], [7, 8])
-        return tf.reduce_sum(factor @ factor)
+
+    @tf.function(autograph=False)
+    def multiply(factor: tf.Tensor) -> tf.Tensor:
+        with tf.device(f"{KIND}:0"):
+            return (factor @ factor) @ factor
+
+    return lambda: multiply(factor)
 
 
 def layer_step(
-    strategy: tf.distribute.Strategy,
     make: Callable[..., Any],
     chosen: kernels.Kernels | None,
     shape: tuple[int, ...],
@@ -210,21 +216,18 @@ def layer_step(
 ) -> Callable[[], object]:
     """Returns a layer's forward and backward pass on one input."""
     policy = dtype if dtype == "float32" else f"mixed_{dtype}"
-    with strategy.scope():
+    with tf.device(f"{KIND}:0"):
         layer = make(dtype=policy)
         layer.build((None, *shape[1:]))
-    with tf.device(f"{KIND}:0"):
         x, dy = (tf.cast(tf.random.stateless_normal(shape, [1, seed]), dtype) for seed in (1, 2))
 
-    def replica(x: tf.Tensor, dy: tf.Tensor) -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = layer(x, training=True)
-        return [y, *tape.gradient(y, [x, *layer.trainable_variables], output_gradients=dy)]
-
     @tf.function
-    def step(x: tf.Tensor, dy: tf.Tensor) -> object:
-        return strategy.run(replica, args=(x, dy))
+    def step(x: tf.Tensor, dy: tf.Tensor) -> list[tf.Tensor]:
+        with tf.device(f"{KIND}:0"):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True)
+            return [y, *tape.gradient(y, [x, *layer.trainable_variables], output_gradients=dy)]
 
     with kernels_of(chosen):
         step(x, dy)
@@ -241,13 +244,12 @@ def shown(times: dict[str, dict[str, float]]) -> dict[str, str]:
 
 def layers(report: dict[str, Any]) -> None:
     """Measures a layer's passes at each shape and dtype."""
-    strategy = strategy_of(1)
     for shape in SHAPES:
         for dtype in DTYPES[: 2 if GPU else 1]:
             steps, failed = {}, {}
             for name, (make, chosen) in contestants().items():
                 try:
-                    steps[name] = layer_step(strategy, make, chosen, shape, dtype)
+                    steps[name] = layer_step(make, chosen, shape, dtype)
                 except Exception as error:
                     failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
             key = f"{'x'.join(map(str, shape))} {dtype}"
