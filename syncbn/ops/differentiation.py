@@ -20,7 +20,9 @@ def local(tensor: tf.Tensor) -> tf.Tensor:
     TensorFlow fails to differentiate a custom gradient, in a branch of a branch or loop, whose
     input is captured from outside.
     """
-    return tensor if tf.executing_eagerly() else tf.identity(tensor)
+    graph = tf.compat.v1.get_default_graph()
+    own = tf.executing_eagerly() or getattr(tensor, "graph", None) is graph
+    return tensor if own else tf.identity(tensor)
 
 
 def has_tangent(*tensors: tf.Tensor) -> bool:

@@ -33,9 +33,12 @@ from syncbn.ops.moments import (
     exact_sums,
     first_sums,
     local_sums,
+    pack,
     rounded,
+    unpack,
 )
 from syncbn.ops.replicas import Replicas
+from syncbn.ops.shared import shared
 from syncbn.ops.training_kernels import gradient_alone, normalize_alone
 
 Correction = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -87,8 +90,17 @@ def batch_normalize(
         normalize = _normalize_alone(normalization, replicas, bessel)
     else:
         normalize = _normalize(normalization, replicas, mask, correction, bessel)
-    y, *taken_up = tf.custom_gradient(normalize)(x, gamma, beta)
-    return y, _cut_off(dtype, *taken_up)
+    taken_up: list[Moments] = []
+
+    # The moments are not among its results, or a tape would make zeros for their gradients.
+    @tf.custom_gradient
+    def outputs(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        y, moments, gradient = normalize(x, gamma, beta)
+        taken_up.append(moments)
+        return y, gradient
+
+    y = outputs(x, gamma, beta)
+    return y, _cut_off(dtype, *taken_up[0])
 
 
 class _Factors(NamedTuple):
@@ -152,9 +164,7 @@ class _Normalization(NamedTuple):
     # The sums run over masked elements too, which also were normalized with the
     # statistics; the two corrections go to the elements that made the statistics.
 
-    def gradient_sums(
-        self, dy: tf.Tensor, x: tf.Tensor, *rest: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def gradient_sums(self, dy: tf.Tensor, x: tf.Tensor, *rest: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """Returns both sums, of this replica, dgamma, dbeta, and what `input_gradient` may need.
 
         ``rest``: the factors, and the mask.
@@ -198,6 +208,7 @@ class _Normalization(NamedTuple):
 class _Pieces(NamedTuple):
     """The operations between the collectives: those of `_Normalization`, or compiled ones."""
 
+    sums: Callable[..., Sums]
     outputs: Callable[..., tuple[tf.Tensor, ...]]
     gradient_sums: Callable[..., tuple[tf.Tensor, ...]]
     input_gradient: Callable[..., tf.Tensor]
@@ -205,27 +216,38 @@ class _Pieces(NamedTuple):
 
 @functools.cache
 def _pieces(normalization: _Normalization) -> _Pieces:
-    if not normalization.kernels.compiled:
-        return _Pieces(
-            normalization.outputs, normalization.gradient_sums, normalization.input_gradient
-        )
-    plain = normalization._replace(kernels=PLAIN)
+    axes, kernels = normalization.axes, normalization.kernels
+    piece = functools.partial(compiled, axes=axes) if kernels.compiled else shared
+    own = normalization._replace(kernels=PLAIN) if kernels.compiled else normalization
 
+    def sums(x: tf.Tensor, *mask: tf.Tensor) -> Sums:
+        return local_sums(x, axes, *mask)
+
+    # A piece of its own already where XLA compiles.
+    outputs, all_sums = piece(own.outputs), sums if kernels.compiled else shared(sums)
+    if kernels.fused and not (kernels.compiled_gradient or normalization.masked):
+        return _Pieces(all_sums, outputs, shared(own.gradient_sums), shared(own.input_gradient))
+
+    # Where no kernel makes it along with the sums, dy * scale is not kept during the collective.
     def gradient_sums(*inputs: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        # In one kernel with the input's gradient, dy * scale costs no memory.
-        return plain.gradient_sums(*inputs)[:-1]
+        return own.gradient_sums(*inputs)[:-1]
 
-    def input_gradient(dy: tf.Tensor, x: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
-        total, *others = rest
-        return plain.input_gradient(dy, x, total, None, *others)
+    def input_gradient(
+        dy: tf.Tensor, x: tf.Tensor, total: tf.Tensor, *rest: tf.Tensor
+    ) -> tf.Tensor:
+        return own.input_gradient(dy, x, total, None, *rest)
 
-    axes = normalization.axes
-    sums, dx = compiled(gradient_sums, axes), compiled(input_gradient, axes)
+    only_sums, dx = piece(gradient_sums), piece(input_gradient)
     return _Pieces(
-        compiled(plain.outputs, axes),
-        lambda *inputs: (*sums(*inputs), None),
+        all_sums,
+        outputs,
+        lambda *inputs: (*only_sums(*inputs), None),
         lambda dy, x, total, _, *rest: dx(dy, x, total, *rest),
     )
+
+
+_Normalized = tuple[tf.Tensor, Moments, Callable[[tf.Tensor], tuple[tf.Tensor, ...]]]
+"""The outputs, the moments that the moving statistics take up, and the gradient."""
 
 
 def _normalize(
@@ -234,49 +256,50 @@ def _normalize(
     mask: tf.Tensor | None,
     correction: Correction | None,
     bessel: bool,
-) -> Callable[..., tuple[Any, Callable]]:
+) -> Callable[..., _Normalized]:
     pieces = _pieces(normalization)
+    masks = [] if mask is None else [mask]
 
-    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Callable]:
-        merged, taken_up = replicas.merge(local_sums(x, normalization.axes, mask), bessel)
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> _Normalized:
+        merged, taken_up = replicas.merge(pieces.sums(x, *masks), bessel)
         renorm: Sequence[tf.Tensor] = ()
         if correction is not None:
             mean, variance = (tf.cast(part, gamma.dtype) for part in merged[1:])
             renorm = [tf.stop_gradient(part) for part in correction(mean, variance)]
         y, *factors = pieces.outputs(x, gamma, beta, *merged, *renorm)
         y.set_shape(x.shape)  # which a compiled piece does not know
-        rest = factors if mask is None else [*factors, mask]
+        rest = [*factors, *masks]
 
-        def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             sums, dgamma, dbeta, scaled = pieces.gradient_sums(dy, x, *rest)
             total = replicas.all_reduce_sum(sums, "gradient")
             dx = pieces.input_gradient(dy, x, total, scaled, *rest)
             dx.set_shape(x.shape)
             return dx, dgamma, dbeta
 
-        return (y, *taken_up), gradient
+        return y, taken_up, gradient
 
     return normalize
 
 
 def _normalize_alone(
     normalization: _Normalization, replicas: Replicas, bessel: bool
-) -> Callable[..., tuple[Any, Callable]]:
+) -> Callable[..., _Normalized]:
     """Is `_normalize` for a single replica: no collective between the passes."""
     kernels = _kernels_alone(normalization)
 
-    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Callable]:
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> _Normalized:
         y, first, second, reliable = kernels.forward(x, gamma, beta)
         y.set_shape(x.shape)
         count = count_elements(x, normalization.axes)
         _, taken_up = replicas.merge(Sums(count, first, second), bessel)
 
-        def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             dx, *others = kernels.backward(dy, x, gamma, beta, first, second, reliable)
             dx.set_shape(x.shape)
             return dx, *others
 
-        return (y, *taken_up), gradient
+        return y, taken_up, gradient
 
     return normalize
 
@@ -293,12 +316,12 @@ class _KernelsAlone(NamedTuple):
 
 @functools.cache
 def _kernels_alone(normalization: _Normalization) -> _KernelsAlone:
-    alone = Replicas(lambda tensor, name: tensor, alone=True)
     axes, epsilon = normalization.axes, normalization.epsilon
     plain = normalization._replace(kernels=PLAIN)
 
     def moments(x: tf.Tensor, *sums: tf.Tensor) -> Moments:
-        return alone.merge(Sums(count_elements(x, axes), *sums))[0]
+        own = Sums(count_elements(x, axes), *sums)
+        return unpack(pack(own), own)
 
     def gradients(
         by: _Normalization, dy: tf.Tensor, x: tf.Tensor, *factors: tf.Tensor
@@ -342,8 +365,8 @@ def _kernels_alone(normalization: _Normalization) -> _KernelsAlone:
     if normalization.kernels.compiled:
         return _KernelsAlone(compiled(forward, axes), compiled(backward, axes))
     return _KernelsAlone(
-        with_recomputed_gradient(axes, forward, checked_forward),
-        with_recomputed_gradient(axes, backward, checked_backward),
+        shared(with_recomputed_gradient(axes, forward, checked_forward)),
+        shared(with_recomputed_gradient(axes, backward, checked_backward)),
     )
 
 
