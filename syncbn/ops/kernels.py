@@ -56,7 +56,7 @@ def choose(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> Kernels:
     in_function = tf.compat.v1.executing_eagerly_outside_functions()
     if xla.compiles_everything():
         return PLAIN
-    if on_gpus():
+    if xla.on_gpus():
         return PLAIN._replace(compiled=in_function)
     if x.dtype == tf.float64 or tuple(axes) != (x.shape.rank - 1,):
         return PLAIN
@@ -66,11 +66,6 @@ def choose(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> Kernels:
     # XLA compiles anew for each shape that comes.
     once = x.shape.is_fully_defined() and not tf.executing_eagerly()
     return Kernels(fused, compiled_gradient=fused and once and in_function and not masked)
-
-
-def on_gpus() -> bool:
-    """Says whether TensorFlow uses GPUs here."""
-    return bool(tf.config.get_visible_devices("GPU"))
 
 
 def scale_and_offset(

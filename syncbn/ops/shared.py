@@ -2,7 +2,7 @@
 
 A model has dozens of normalizations and a few shapes of them, on several replicas. What is the same
 in all of them is one function of the graph, called in as many places: it is traced once, optimized
-once, and the graph has one node for each call.
+once, and the graph has one node for each call. On a GPU it is one kernel, or few.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.lru_cache(_MOST_TRACES)
-    def trace(*specs: tf.TensorSpec) -> Callable[..., Any]:
+    def trace(by_xla: bool, *specs: tf.TensorSpec) -> Callable[..., Any]:
+        if by_xla:
+            how = {"jit_compile": True}
+        else:
+            how = {"experimental_attributes": {"_noinline": True}}
         # Outside of the graph, replica and device that are the first to call it. In the graph of
         # the caller it would be optimized once for each call.
-        traced = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+        traced = tf.function(function, autograph=False, **how)
         with tf.init_scope(), tf.device(None):
             return traced.get_concrete_function(*specs)
 
@@ -42,7 +46,8 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*inputs: tf.Tensor) -> Any:
         if not _in_place() or has_tangent(*inputs):
             return function(*inputs)
-        return trace(*(tf.TensorSpec(one.shape, one.dtype) for one in inputs))(*inputs)
+        specs = (tf.TensorSpec(one.shape, one.dtype) for one in inputs)
+        return trace(xla.on_gpus(), *specs)(*inputs)
 
     return call
 

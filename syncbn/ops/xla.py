@@ -18,6 +18,11 @@ from tensorflow.compiler.tf2xla.python import xla as tf2xla
 from tensorflow.python.ops import control_flow_util
 
 
+def on_gpus() -> bool:
+    """Says whether TensorFlow uses GPUs here, for which XLA makes kernels of what we spell out."""
+    return bool(tf.config.get_visible_devices("GPU"))
+
+
 def compiles_everything() -> bool:
     """Says whether a function that XLA compiles as a whole is being traced."""
     if tf.executing_eagerly():

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.ops import kernels
+from syncbn.ops import kernels, xla
 from tests import replicas as kinds
 from tests.cases import RENORM, some_groups, splits
 from tests.contract import Case, check
@@ -31,7 +31,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def gpus(monkeypatch):
-    monkeypatch.setattr(kernels, "on_gpus", lambda: True)
+    monkeypatch.setattr(xla, "on_gpus", lambda: True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=map(str, CASES))
