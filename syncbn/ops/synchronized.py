@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn.ops.channels import broadcast, statistics_dtype, sum_to_channels, where
-from syncbn.ops.differentiation import local, with_recomputed_gradient
+from syncbn.ops.differentiation import kept, local, of_shape, with_recomputed_gradient
 from syncbn.ops.kernels import Kernels, choose, gradient_sums, input_gradient, scale_and_offset
 from syncbn.ops.moments import (
     Moments,
@@ -165,7 +165,8 @@ def _normalize(
         factors = normalization.prepared(merged, gamma, beta)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            return normalization.gradients(dy, x, factors, replicas)
+            how, *tensors = kept((normalization, x, factors))
+            return how.gradients(of_shape(dy, x.shape), *tensors, replicas)
 
         return (normalization.outputs(x, factors), *taken_up), gradient
 
@@ -185,7 +186,8 @@ def _normalize_alone(
         _, taken_up = replicas.merge(Sums(count, first, second), bessel)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            return kernels.backward(dy, x, gamma, beta, first, second, reliable)
+            tensors = kept((x, gamma, beta, first, second, reliable))
+            return kernels.backward(of_shape(dy, x.shape), *tensors)
 
         return (y, *taken_up), gradient
 
@@ -275,11 +277,12 @@ def center(
         y = _subtract(tuple(axes))(x, mean, rest)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tf.Tensor:
-            wide_dy = tf.cast(dy, dtype)
+            x_, count, chosen = kept((x, merged.count, mask))
+            wide_dy = tf.cast(of_shape(dy, x.shape), dtype)
             sum_dy = replicas.all_reduce_sum(sum_to_channels(wide_dy, axes), "gradient")
-            mean_dy = tf.cast(tf.math.divide_no_nan(sum_dy, merged.count), dtype)
-            shift = tf.broadcast_to(broadcast(mean_dy, x, axes), tf.shape(x, tf.int64))
-            return tf.cast(wide_dy - where(mask, shift), x.dtype)
+            mean_dy = tf.cast(tf.math.divide_no_nan(sum_dy, count), dtype)
+            shift = tf.broadcast_to(broadcast(mean_dy, x_, axes), tf.shape(x_, tf.int64))
+            return tf.cast(wide_dy - where(chosen, shift), x.dtype)
 
         return (y, taken_up.count, taken_up.mean), gradient
 
