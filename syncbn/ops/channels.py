@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from syncbn.ops import xla
+
 _BLOCK = 64  # rows that are summed in the dtype of the elements
 
 
@@ -86,6 +88,16 @@ def sum_to_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     if behind:
         x = tf.reduce_sum(x, behind, keepdims=True)
     return tf.reshape(tf.reduce_sum(tf.cast(x, tf.float64), reduced), [-1])
+
+
+def sums_to_channels(parts: Sequence[tf.Tensor], axes: Sequence[int]) -> list[tf.Tensor]:
+    """Returns `sum_to_channels` of several tensors of like shapes, for which XLA reads them once."""
+    if not xla.compiles_everything():
+        return [sum_to_channels(part, axes) for part in parts]
+    # It widens each element where it adds it up, and writes none.
+    wide = [tf.cast(part, tf.float64) for part in parts]
+    sums = xla.sum_together(wide, reduction_axes(parts[0].shape.rank, axes))
+    return [tf.reshape(one, [-1]) for one in sums]
 
 
 def _sum_rows(x: tf.Tensor, channels: int, rows: int | None) -> tf.Tensor:

@@ -20,7 +20,9 @@ def local(tensor: tf.Tensor) -> tf.Tensor:
     TensorFlow fails to differentiate a custom gradient, in a branch of a branch or loop, whose
     input is captured from outside.
     """
-    return tensor if tf.executing_eagerly() else tf.identity(tensor)
+    graph = tf.compat.v1.get_default_graph()
+    own = tf.executing_eagerly() or getattr(tensor, "graph", None) is graph
+    return tensor if own else tf.identity(tensor)
 
 
 def kept(structure: Any) -> Any:
@@ -125,6 +127,28 @@ def with_recomputed_gradient(
         return call(*map(local, inputs))
 
     return operation
+
+
+def compiled(function: Callable[..., Any], axes: Sequence[int]) -> Callable[..., Any]:
+    """Returns ``function`` as an operation that XLA compiles, and `with_recomputed_gradient`.
+
+    It is traced once for each dtype and number of channels, whatever the other sizes are, and XLA
+    compiles it once for each shape that comes. Make it once, not in each call.
+    """
+
+    @functools.cache
+    def traced(*specs: tf.TensorSpec) -> Callable[..., Any]:
+        # A function of its own for each: TensorFlow would warn of one that is traced often.
+        @functools.wraps(function)
+        def piece(*inputs: tf.Tensor) -> Any:
+            return function(*inputs)
+
+        return tf.function(piece, jit_compile=True, autograph=False, input_signature=specs)
+
+    def kernel(*inputs: tf.Tensor) -> Any:
+        return traced(*(tf.TensorSpec(_known(one, axes), one.dtype) for one in inputs))(*inputs)
+
+    return with_recomputed_gradient(axes, function, kernel)
 
 
 def _known(tensor: tf.Tensor, axes: Sequence[int]) -> tuple[int | None, ...]:

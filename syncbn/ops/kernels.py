@@ -20,7 +20,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from syncbn.ops import xla
-from syncbn.ops.channels import broadcast, channel_count, known_rows, sum_to_channels, where
+from syncbn.ops.channels import broadcast, channel_count, known_rows, sums_to_channels, where
 from syncbn.ops.differentiation import with_recomputed_gradient
 
 # From how many elements on the fused kernels win, on CPUs. `benchmarks/kernels.py` prints the table
@@ -41,25 +41,36 @@ class Kernels(NamedTuple):
 
     fused: bool
     """TensorFlow's fused batch norm, where it serves."""
-    compiled: bool
+    compiled_gradient: bool
     """One that XLA compiles, for the input's gradient."""
+    compiled: bool = False
+    """All that lies between the collectives, each piece by XLA."""
+
+
+PLAIN = Kernels(fused=False, compiled_gradient=False)
 
 
 def choose(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> Kernels:
     """Returns the fastest kernels that serve ``x``, by its static shape."""
-    # On GPUs nothing was measured. There plain operations serve any number of rows and are
-    # deterministic where that is asked for; cuDNN's inference form is neither.
-    if tf.config.get_visible_devices("GPU"):
-        return Kernels(fused=False, compiled=False)
-    if x.dtype == tf.float64 or tuple(axes) != (x.shape.rank - 1,) or xla.compiles_everything():
-        return Kernels(fused=False, compiled=False)
+    # What XLA compiles as a whole needs no piece of its own, and a session's graph is no place.
+    in_function = tf.compat.v1.executing_eagerly_outside_functions()
+    if xla.compiles_everything():
+        return PLAIN
+    if on_gpus():
+        return PLAIN._replace(compiled=in_function)
+    if x.dtype == tf.float64 or tuple(axes) != (x.shape.rank - 1,):
+        return PLAIN
     # An unknown size, that of the batch mostly, counts as one.
     elements = math.prod(size or 1 for size in x.shape)
     fused = elements >= FUSED_FROM_ELEMENTS and elements <= MOST_FUSED_ROWS * x.shape[-1]
-    # XLA compiles anew for each shape that comes; and a session's graph is no place for it.
+    # XLA compiles anew for each shape that comes.
     once = x.shape.is_fully_defined() and not tf.executing_eagerly()
-    in_function = tf.compat.v1.executing_eagerly_outside_functions()
-    return Kernels(fused, compiled=fused and once and in_function and not masked)
+    return Kernels(fused, compiled_gradient=fused and once and in_function and not masked)
+
+
+def on_gpus() -> bool:
+    """Says whether TensorFlow uses GPUs here."""
+    return bool(tf.config.get_visible_devices("GPU"))
 
 
 def scale_and_offset(
@@ -120,10 +131,10 @@ def gradient_sums(
 ) -> tuple[GradientSums, tf.Tensor]:
     """Returns this replica's sums, and ``dy * scale``, which the kernel makes along with them.
 
-    The latter has the dtype of ``dy`` if `kernels.compiled` and is of no use then, else that of
-    ``scale``. ``mask`` only says that ``x`` may hold NaN or Inf where ``dy`` is zero.
+    The latter has the dtype of ``dy`` if `kernels.compiled_gradient` and is of no use then, else
+    that of ``scale``. ``mask`` only says that ``x`` may hold NaN or Inf where ``dy`` is zero.
     """
-    if not kernels.compiled:  # with which nothing but the sums is taken from here
+    if not kernels.compiled_gradient:  # with which nothing but the sums is taken from here
         dy, x = tf.cast(dy, scale.dtype), tf.cast(x, scale.dtype)
 
     operation = _gradient_sums(tuple(axes), kernels.fused and mask is None, mask is not None)
@@ -140,7 +151,7 @@ def _gradient_sums(
         wide_dy, centered = tf.cast(dy, scale.dtype), tf.cast(x, mean.dtype) - mean
         # Zero times NaN is NaN: what a mask hides must not come back through a zero gradient.
         multiply = tf.math.multiply_no_nan if masked else tf.multiply
-        sums = (sum_to_channels(part, axes) for part in (wide_dy, multiply(centered, wide_dy)))
+        sums = sums_to_channels([wide_dy, multiply(centered, wide_dy)], axes)
         return *sums, tf.cast(wide_dy * scale, dy.dtype)
 
     def kernel(
@@ -175,7 +186,7 @@ def input_gradient(
     x: tf.Tensor,
     mean: tf.Tensor,
     scale: tf.Tensor,
-    scaled: tf.Tensor,
+    scaled: tf.Tensor | None,
     slope: tf.Tensor,
     offset: tf.Tensor,
     axes: Sequence[int],
@@ -184,11 +195,13 @@ def input_gradient(
 ) -> tf.Tensor:
     """Returns ``dy * scale - ((x - mean) * slope + offset)``, shape and dtype of ``x``.
 
-    ``scaled`` is what `gradient_sums` has returned of the same. Where ``mask`` is false, the result
-    is ``dy * scale``.
+    ``scaled`` is what `gradient_sums` has returned of the same, if it is kept. Where ``mask`` is
+    false, the result is ``dy * scale``.
     """
-    if kernels.compiled:
+    if kernels.compiled_gradient:
         return _compiled_line(tuple(axes))(dy, x, mean, scale, slope, offset)
+    if scaled is None:
+        scaled = tf.cast(dy, scale.dtype) * broadcast(scale, dy, axes)
     wide_x = tf.cast(where(mask, x), mean.dtype)
     shift = scale_and_offset(wide_x, mean, slope, offset, axes, kernels.fused)
     return tf.cast(scaled - where(mask, shift), x.dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import tensorflow as tf
 
 from syncbn.ops.moments import Moments, Sums, pack, unbiased, unpack
+from syncbn.ops.shared import shared
 
 
 class Replicas:
@@ -29,5 +31,12 @@ class Replicas:
             sums: This replica's own.
             bessel: Whether the latter have the unbiased variance.
         """
-        merged = unpack(self.all_reduce_sum(pack(sums), "statistics"), sums)
+        total = self.all_reduce_sum(pack(sums), "statistics")
+        like = Sums(*(None if part is None else tf.TensorSpec(part.shape) for part in sums))
+        merged = _unpacking(like)(total)
         return merged, unbiased(merged) if bessel else merged
+
+
+@functools.cache
+def _unpacking(like: Sums) -> Callable[[tf.Tensor], Moments]:
+    return shared(lambda packed: unpack(packed, like))

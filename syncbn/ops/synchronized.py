@@ -15,9 +15,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from syncbn.ops.channels import broadcast, statistics_dtype, sum_to_channels, where
-from syncbn.ops.differentiation import kept, local, of_shape, with_recomputed_gradient
-from syncbn.ops.kernels import Kernels, choose, gradient_sums, input_gradient, scale_and_offset
+from syncbn.ops.channels import broadcast, statistics_dtype, sums_to_channels, where
+from syncbn.ops.differentiation import (
+    compiled,
+    kept,
+    local,
+    of_shape,
+    with_recomputed_gradient,
+)
+from syncbn.ops.kernels import (
+    PLAIN,
+    Kernels,
+    choose,
+    gradient_sums,
+    input_gradient,
+    scale_and_offset,
+)
 from syncbn.ops.moments import (
     Moments,
     Sums,
@@ -26,9 +39,12 @@ from syncbn.ops.moments import (
     exact_sums,
     first_sums,
     local_sums,
+    pack,
     rounded,
+    unpack,
 )
 from syncbn.ops.replicas import Replicas
+from syncbn.ops.shared import shared
 from syncbn.ops.training_kernels import gradient_alone, normalize_alone
 
 Correction = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -74,72 +90,23 @@ def batch_normalize(
     dtype = statistics_dtype(x.dtype)
     kernels = choose(x, axes, masked=mask is not None)
     x, gamma, beta = local(x), local(tf.cast(gamma, dtype)), local(tf.cast(beta, dtype))
-    normalization = _Normalization(axes, epsilon, kernels, mask, correction)
-    if (
-        replicas.alone
-        and kernels.fused
-        and mask is None
-        and correction is None
-        and _is_positive(epsilon, dtype)
-    ):
+    normalization = _Normalization(tuple(axes), epsilon, kernels, mask is not None)
+    in_one_kernel = kernels.compiled or (kernels.fused and _is_positive(epsilon, dtype))
+    if replicas.alone and in_one_kernel and mask is None and correction is None:
         normalize = _normalize_alone(normalization, replicas, bessel)
     else:
-        normalize = _normalize(normalization, replicas, bessel)
-    y, *taken_up = tf.custom_gradient(normalize)(x, gamma, beta)
-    return y, _cut_off(dtype, *taken_up)
+        normalize = _normalize(normalization, replicas, mask, correction, bessel)
+    taken_up: list[Moments] = []
 
+    # The moments are not among its results, or a tape would make zeros for their gradients.
+    @tf.custom_gradient
+    def outputs(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        y, moments, gradient = normalize(x, gamma, beta)
+        taken_up.append(moments)
+        return y, gradient
 
-class _Normalization(NamedTuple):
-    """How to normalize with given moments, and its gradient."""
-
-    axes: Sequence[int]
-    epsilon: float
-    kernels: Kernels
-    mask: tf.Tensor | None
-    correction: Correction | None
-
-    def prepared(self, moments: Moments, gamma: tf.Tensor, beta: tf.Tensor) -> _Factors:
-        """Returns the channel vectors that the batch's moments make."""
-        mean, rest = rounded(moments.mean, gamma.dtype)
-        variance = tf.cast(moments.variance, gamma.dtype)
-        inverse_deviation = _inverse_deviation(variance, self.epsilon)
-        scale, offset, r, d = gamma * inverse_deviation, beta, None, None
-        if self.correction is not None:
-            r, d = map(tf.stop_gradient, self.correction(mean, variance))
-            scale, offset = scale * r, beta + gamma * d
-        return _Factors(moments.count, mean, rest, inverse_deviation, scale, offset, r, d)
-
-    def outputs(self, x: tf.Tensor, by: _Factors) -> tf.Tensor:
-        offset = by.offset - by.rest * by.scale
-        return scale_and_offset(x, by.mean, by.scale, offset, self.axes, self.kernels.fused)
-
-    def gradients(
-        self, dy: tf.Tensor, x: tf.Tensor, by: _Factors, replicas: Replicas
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns dx, dgamma and dbeta."""
-        # With x^ the normalized input, n the count over all replicas, and both sums over all
-        # replicas:  dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
-        # The sums run over masked elements too, which also were normalized with the
-        # statistics; the two corrections go to the elements that made the statistics.
-        dtype = by.scale.dtype
-        (first, centered), scaled = gradient_sums(
-            dy, x, by.mean, by.scale, self.axes, self.kernels, self.mask
-        )
-        sums = tf.stack([first, centered - tf.cast(by.rest, first.dtype) * first])
-        dbeta, dgamma = tf.unstack(tf.cast(sums, dtype))
-        dgamma *= by.inverse_deviation
-        if self.correction is not None:
-            dgamma = by.r * dgamma + by.d * dbeta
-        total = replicas.all_reduce_sum(sums, "gradient")
-        means = tf.cast(tf.math.divide_no_nan(total, by.count), dtype)
-        mean_dy, mean_dy_x = tf.unstack(means)
-        # In this order: the cube of a small deviation's inverse is beyond float32.
-        slope = by.scale * (by.inverse_deviation * (by.inverse_deviation * mean_dy_x))
-        offset = by.scale * mean_dy - by.rest * slope
-        dx = input_gradient(
-            dy, x, by.mean, by.scale, scaled, slope, offset, self.axes, self.kernels, self.mask
-        )
-        return dx, dgamma, dbeta
+    y = outputs(x, gamma, beta)
+    return y, _cut_off(dtype, *taken_up[0])
 
 
 class _Factors(NamedTuple):
@@ -152,44 +119,195 @@ class _Factors(NamedTuple):
     inverse_deviation: tf.Tensor
     scale: tf.Tensor
     offset: tf.Tensor
-    r: tf.Tensor | None
-    d: tf.Tensor | None
+    r: tf.Tensor | None = None
+    """Of batch renormalization, as ``d``."""
+    d: tf.Tensor | None = None
+
+    def tensors(self) -> list[tf.Tensor]:
+        return [part for part in self if part is not None]
+
+
+class _Normalization(NamedTuple):
+    """How to normalize with given moments, and its gradient: what a replica does by itself."""
+
+    axes: tuple[int, ...]
+    epsilon: float
+    kernels: Kernels
+    masked: bool
+
+    def outputs(
+        self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *rest: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        """Returns y, and the factors.
+
+        ``rest``: the batch's count, mean and variance, and r and d of batch renormalization.
+        """
+        by = self.factors(gamma, beta, *rest)
+        offset = by.offset - by.rest * by.scale
+        y = scale_and_offset(x, by.mean, by.scale, offset, self.axes, self.kernels.fused)
+        return y, *by.tensors()
+
+    def factors(
+        self,
+        gamma: tf.Tensor,
+        beta: tf.Tensor,
+        count: tf.Tensor,
+        mean: tf.Tensor,
+        variance: tf.Tensor,
+        *renorm: tf.Tensor,
+    ) -> _Factors:
+        """Returns the channel vectors that the batch's moments make."""
+        mean, rest = rounded(mean, gamma.dtype)
+        inverse_deviation = _inverse_deviation(tf.cast(variance, gamma.dtype), self.epsilon)
+        scale, offset = gamma * inverse_deviation, beta
+        if renorm:
+            r, d = renorm
+            scale, offset = scale * r, beta + gamma * d
+        return _Factors(count, mean, rest, inverse_deviation, scale, offset, *renorm)
+
+    # With x^ the normalized input, n the count over all replicas, and both sums over all
+    # replicas:  dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
+    # The sums run over masked elements too, which also were normalized with the
+    # statistics; the two corrections go to the elements that made the statistics.
+
+    def gradient_sums(self, dy: tf.Tensor, x: tf.Tensor, *rest: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Returns both sums, of this replica, dgamma, dbeta, and what `input_gradient` may need.
+
+        ``rest``: the factors, and the mask.
+        """
+        by, mask = self._parted(rest)
+        (first, centered), scaled = gradient_sums(
+            dy, x, by.mean, by.scale, self.axes, self.kernels, mask
+        )
+        centered -= tf.cast(by.rest, first.dtype) * first
+        dbeta, dgamma = (tf.cast(part, by.scale.dtype) for part in (first, centered))
+        dgamma *= by.inverse_deviation
+        if by.r is not None:
+            dgamma = by.r * dgamma + by.d * dbeta
+        return tf.concat([first, centered], 0), dgamma, dbeta, scaled
+
+    def input_gradient(
+        self,
+        dy: tf.Tensor,
+        x: tf.Tensor,
+        total: tf.Tensor,
+        scaled: tf.Tensor | None,
+        *rest: tf.Tensor,
+    ) -> tf.Tensor:
+        """Returns dx, of the sums over all replicas. ``rest`` is that of `gradient_sums`."""
+        by, mask = self._parted(rest)
+        sums = tf.split(total, 2)
+        means = (tf.math.divide_no_nan(part, by.count) for part in sums)
+        mean_dy, mean_dy_x = (tf.cast(part, by.scale.dtype) for part in means)
+        # In this order: the cube of a small deviation's inverse is beyond float32.
+        slope = by.scale * (by.inverse_deviation * (by.inverse_deviation * mean_dy_x))
+        offset = by.scale * mean_dy - by.rest * slope
+        return input_gradient(
+            dy, x, by.mean, by.scale, scaled, slope, offset, self.axes, self.kernels, mask
+        )
+
+    def _parted(self, rest: Sequence[tf.Tensor]) -> tuple[_Factors, tf.Tensor | None]:
+        *factors, mask = rest if self.masked else (*rest, None)
+        return _Factors(*factors), mask
+
+
+class _Pieces(NamedTuple):
+    """The operations between the collectives: those of `_Normalization`, or compiled ones."""
+
+    sums: Callable[..., Sums]
+    outputs: Callable[..., tuple[tf.Tensor, ...]]
+    gradient_sums: Callable[..., tuple[tf.Tensor, ...]]
+    input_gradient: Callable[..., tf.Tensor]
+
+
+@functools.cache
+def _pieces(normalization: _Normalization) -> _Pieces:
+    axes, kernels = normalization.axes, normalization.kernels
+    piece = functools.partial(compiled, axes=axes) if kernels.compiled else shared
+    own = normalization._replace(kernels=PLAIN) if kernels.compiled else normalization
+
+    def sums(x: tf.Tensor, *mask: tf.Tensor) -> Sums:
+        return local_sums(x, axes, *mask)
+
+    # A piece of its own already where XLA compiles.
+    outputs, all_sums = piece(own.outputs), sums if kernels.compiled else shared(sums)
+    if kernels.fused and not (kernels.compiled_gradient or normalization.masked):
+        return _Pieces(all_sums, outputs, shared(own.gradient_sums), shared(own.input_gradient))
+
+    # Where no kernel makes it along with the sums, dy * scale is not kept during the collective.
+    def gradient_sums(*inputs: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return own.gradient_sums(*inputs)[:-1]
+
+    def input_gradient(
+        dy: tf.Tensor, x: tf.Tensor, total: tf.Tensor, *rest: tf.Tensor
+    ) -> tf.Tensor:
+        return own.input_gradient(dy, x, total, None, *rest)
+
+    only_sums, dx = piece(gradient_sums), piece(input_gradient)
+    return _Pieces(
+        all_sums,
+        outputs,
+        lambda *inputs: (*only_sums(*inputs), None),
+        lambda dy, x, total, _, *rest: dx(dy, x, total, *rest),
+    )
+
+
+_Normalized = tuple[tf.Tensor, Moments, Callable[[tf.Tensor], tuple[tf.Tensor, ...]]]
+"""The outputs, the moments that the moving statistics take up, and the gradient."""
 
 
 def _normalize(
-    normalization: _Normalization, replicas: Replicas, bessel: bool
-) -> Callable[..., tuple[Any, Callable]]:
-    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Callable]:
-        sums = local_sums(x, normalization.axes, normalization.mask)
-        merged, taken_up = replicas.merge(sums, bessel)
-        factors = normalization.prepared(merged, gamma, beta)
+    normalization: _Normalization,
+    replicas: Replicas,
+    mask: tf.Tensor | None,
+    correction: Correction | None,
+    bessel: bool,
+) -> Callable[..., _Normalized]:
+    pieces = _pieces(normalization)
+    masks = [] if mask is None else [mask]
 
-        def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            how, *tensors = kept((normalization, x, factors))
-            return how.gradients(of_shape(dy, x.shape), *tensors, replicas)
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> _Normalized:
+        merged, taken_up = replicas.merge(pieces.sums(x, *masks), bessel)
+        renorm: Sequence[tf.Tensor] = ()
+        if correction is not None:
+            mean, variance = (tf.cast(part, gamma.dtype) for part in merged[1:])
+            renorm = [tf.stop_gradient(part) for part in correction(mean, variance)]
+        y, *factors = pieces.outputs(x, gamma, beta, *merged, *renorm)
+        y.set_shape(x.shape)  # which a compiled piece does not know
+        rest = [*factors, *masks]
 
-        return (normalization.outputs(x, factors), *taken_up), gradient
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            dy, (x_, *others) = of_shape(dy, x.shape), kept((x, *rest))
+            sums, dgamma, dbeta, scaled = pieces.gradient_sums(dy, x_, *others)
+            total = replicas.all_reduce_sum(sums, "gradient")
+            dx = pieces.input_gradient(dy, x_, total, scaled, *others)
+            dx.set_shape(x.shape)
+            return dx, dgamma, dbeta
+
+        return y, taken_up, gradient
 
     return normalize
 
 
 def _normalize_alone(
     normalization: _Normalization, replicas: Replicas, bessel: bool
-) -> Callable[..., tuple[Any, Callable]]:
+) -> Callable[..., _Normalized]:
     """Is `_normalize` for a single replica: no collective between the passes."""
-    axes = tuple(normalization.axes)
-    kernels = _kernels_alone(axes, normalization.epsilon, normalization.kernels)
+    kernels = _kernels_alone(normalization)
 
-    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Callable]:
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> _Normalized:
         y, first, second, reliable = kernels.forward(x, gamma, beta)
-        count = count_elements(x, axes)
+        y.set_shape(x.shape)
+        count = count_elements(x, normalization.axes)
         _, taken_up = replicas.merge(Sums(count, first, second), bessel)
 
-        def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             tensors = kept((x, gamma, beta, first, second, reliable))
-            return kernels.backward(of_shape(dy, x.shape), *tensors)
+            dx, *others = kernels.backward(of_shape(dy, x.shape), *tensors)
+            dx.set_shape(x.shape)
+            return dx, *others
 
-        return (y, *taken_up), gradient
+        return y, taken_up, gradient
 
     return normalize
 
@@ -205,50 +323,58 @@ class _KernelsAlone(NamedTuple):
 
 
 @functools.cache
-def _kernels_alone(axes: tuple[int, ...], epsilon: float, kernels: Kernels) -> _KernelsAlone:
-    alone = Replicas(lambda tensor, name: tensor, alone=True)
-    rounding = _Normalization(axes, epsilon, kernels, None, None)
-    plain = rounding._replace(kernels=Kernels(fused=False, compiled=False))
+def _kernels_alone(normalization: _Normalization) -> _KernelsAlone:
+    axes, epsilon = normalization.axes, normalization.epsilon
+    plain = normalization._replace(kernels=PLAIN)
 
-    def factors(
-        x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *sums: tf.Tensor
-    ) -> tuple[Moments, _Factors]:
-        moments, _ = alone.merge(Sums(count_elements(x, axes), *sums))
-        return moments, plain.prepared(moments, gamma, beta)
+    def moments(x: tf.Tensor, *sums: tf.Tensor) -> Moments:
+        own = Sums(count_elements(x, axes), *sums)
+        return unpack(pack(own), own)
+
+    def gradients(
+        by: _Normalization, dy: tf.Tensor, x: tf.Tensor, *factors: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        sums, dgamma, dbeta, scaled = by.gradient_sums(dy, x, *factors)
+        return by.input_gradient(dy, x, sums, scaled, *factors), dgamma, dbeta
 
     def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
         sums = exact_sums(x, count_elements(x, axes), axes, None)
-        return plain.outputs(x, factors(x, gamma, beta, *sums)[1]), *sums, tf.constant(True)
+        y, *_ = plain.outputs(x, gamma, beta, *moments(x, *sums))
+        return y, *sums, tf.constant(True)
 
     def checked_forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
         rough_y, *rough = normalize_alone(x, gamma, beta, epsilon, axes)
         *sums, reliable = checked_sums(x, Moments(count_elements(x, axes), *rough), axes)
 
         def outputs() -> tf.Tensor:
-            return rounding.outputs(x, factors(x, gamma, beta, *sums)[1])
+            return normalization.outputs(x, gamma, beta, *moments(x, *sums))[0]
 
         return tf.cond(reliable, lambda: rough_y, outputs), *sums, reliable
 
     def backward(
         dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *sums: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        return plain.gradients(dy, x, factors(x, gamma, beta, *sums[:2])[1], alone)
+        factors = plain.factors(gamma, beta, *moments(x, *sums[:2]))
+        return gradients(plain, dy, x, *factors.tensors())
 
     def checked_backward(
         dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *checked: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         *sums, reliable = checked
-        moments, by = factors(x, gamma, beta, *sums)
-        variance = tf.cast(moments.variance, gamma.dtype)
+        merged = moments(x, *sums)
+        by = normalization.factors(gamma, beta, *merged)
+        variance = tf.cast(merged.variance, gamma.dtype)
         return tf.cond(
             reliable,
             lambda: gradient_alone(dy, x, gamma, by.mean, variance, epsilon, axes),
-            lambda: rounding.gradients(dy, x, by, alone),
+            lambda: gradients(normalization, dy, x, *by.tensors()),
         )
 
+    if normalization.kernels.compiled:
+        return _KernelsAlone(compiled(forward, axes), compiled(backward, axes))
     return _KernelsAlone(
-        with_recomputed_gradient(axes, forward, checked_forward),
-        with_recomputed_gradient(axes, backward, checked_backward),
+        shared(with_recomputed_gradient(axes, forward, checked_forward)),
+        shared(with_recomputed_gradient(axes, backward, checked_backward)),
     )
 
 
@@ -268,35 +394,59 @@ def center(
         without a variance, cut off from the gradient. The gradient is that of the loss summed over
         the replicas.
     """
-    dtype = statistics_dtype(x.dtype)
+    pieces = _centering(tuple(axes), choose(x, axes).compiled)
+    rest = [] if mask is None else [mask]
 
     @tf.custom_gradient
     def subtract_mean(x: tf.Tensor) -> tuple[Any, Any]:
         merged, taken_up = replicas.merge(first_sums(x, axes, mask))
-        mean, rest = rounded(merged.mean, dtype)
-        y = _subtract(tuple(axes))(x, mean, rest)
+        y = pieces.outputs(x, merged.mean)
+        y.set_shape(x.shape)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tf.Tensor:
-            x_, count, chosen = kept((x, merged.count, mask))
-            wide_dy = tf.cast(of_shape(dy, x.shape), dtype)
-            sum_dy = replicas.all_reduce_sum(sum_to_channels(wide_dy, axes), "gradient")
-            mean_dy = tf.cast(tf.math.divide_no_nan(sum_dy, count), dtype)
-            shift = tf.broadcast_to(broadcast(mean_dy, x_, axes), tf.shape(x_, tf.int64))
-            return tf.cast(wide_dy - where(chosen, shift), x.dtype)
+            dy, others = of_shape(dy, x.shape), kept((merged.count, *rest))
+            total = replicas.all_reduce_sum(pieces.gradient_sum(dy), "gradient")
+            dx = pieces.input_gradient(dy, total, *others)
+            dx.set_shape(x.shape)
+            return dx
 
         return (y, taken_up.count, taken_up.mean), gradient
 
     y, *taken_up = subtract_mean(local(x))
-    return y, _cut_off(dtype, *taken_up)
+    return y, _cut_off(statistics_dtype(x.dtype), *taken_up)
+
+
+class _Centering(NamedTuple):
+    """The operations of centering between the collectives."""
+
+    outputs: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+    gradient_sum: Callable[[tf.Tensor], tf.Tensor]
+    input_gradient: Callable[..., tf.Tensor]
 
 
 @functools.cache
-def _subtract(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
-    def plain(x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
-        mean, rest = (broadcast(vector, x, axes) for vector in vectors)
-        return tf.cast(tf.cast(x, mean.dtype) - mean - rest, x.dtype)
+def _centering(axes: tuple[int, ...], by_xla: bool) -> _Centering:
+    def outputs(x: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
+        wide_x = tf.cast(x, statistics_dtype(x.dtype))
+        mean, rest = (broadcast(vector, x, axes) for vector in rounded(mean, wide_x.dtype))
+        return tf.cast(wide_x - mean - rest, x.dtype)
 
-    return with_recomputed_gradient(axes, plain)
+    def gradient_sum(dy: tf.Tensor) -> tf.Tensor:
+        return sums_to_channels([tf.cast(dy, statistics_dtype(dy.dtype))], axes)[0]
+
+    def input_gradient(
+        dy: tf.Tensor, total: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        wide_dy = tf.cast(dy, statistics_dtype(dy.dtype))
+        mean_dy = tf.cast(tf.math.divide_no_nan(total, count), wide_dy.dtype)
+        shift = broadcast(mean_dy, dy, axes)
+        if mask is not None:
+            shift = where(mask, tf.broadcast_to(shift, tf.shape(dy, tf.int64)))
+        return tf.cast(wide_dy - shift, dy.dtype)
+
+    if by_xla:
+        return _Centering(*(compiled(one, axes) for one in (outputs, gradient_sum, input_gradient)))
+    return _Centering(with_recomputed_gradient(axes, outputs), gradient_sum, input_gradient)
 
 
 def _cut_off(

@@ -1,0 +1,55 @@
+"""Functions that are traced once for all layers of a model that call them alike.
+
+A model has dozens of normalizations and a few shapes of them, on several replicas. What is the same
+in all of them is one function of the graph, called in as many places: it is traced once, optimized
+once, and the graph has one node for each call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn.ops import xla
+from syncbn.ops.differentiation import has_tangent
+
+# Of each function, for the shapes and dtypes that were called last.
+_MOST_TRACES = 256
+
+
+def shared(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns ``function``, of which a graph holds one trace for inputs of like shapes and dtypes.
+
+    Make it once, not in each call: it keeps the traces.
+
+    Args:
+        function: Of tensors, to tensors in any structure. Whatever else it depends on never
+            changes, nor does it matter where it is called.
+    """
+
+    @functools.lru_cache(_MOST_TRACES)
+    def trace(*specs: tf.TensorSpec) -> Callable[..., Any]:
+        # Outside of the graph, replica and device that are the first to call it. In the graph of
+        # the caller it would be optimized once for each call.
+        traced = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+        with tf.init_scope(), tf.device(None):
+            return traced.get_concrete_function(*specs)
+
+    @functools.wraps(function)
+    def call(*inputs: tf.Tensor) -> Any:
+        if not _in_place() or has_tangent(*inputs):
+            return function(*inputs)
+        return trace(*(tf.TensorSpec(one.shape, one.dtype) for one in inputs))(*inputs)
+
+    return call
+
+
+def _in_place() -> bool:
+    """Says whether calls of functions are worth their while here."""
+    # XLA makes one of all that it compiles as a whole; graphs of sessions are no place for
+    # functions.
+    in_function = tf.compat.v1.executing_eagerly_outside_functions()
+    return in_function and not tf.executing_eagerly() and not xla.compiles_everything()
