@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import json
 import os
@@ -66,7 +65,7 @@ def kernels_of(chosen: kernels.Kernels | None) -> Iterator[None]:
     """Makes the layers take these kernels, where `kernels.choose` would choose by itself."""
     with contextlib.ExitStack() as stack:
         for module in (moments, synchronized) if chosen else ():
-            stack.enter_context(mock.patch.object(module, "choose", lambda *_, **__: chosen))
+            stack.enter_context(mock.patch.object(module, "choose", return_value=chosen))
         yield
 
 
@@ -132,8 +131,13 @@ def contract(report: dict[str, Any]) -> None:
             seconds = time.monotonic() - begin
             said = {"passed": passed, "failures": failures, "seconds": seconds}
             report.setdefault("contract", {})[f"{size} replicas, {way}"] = said
-            print(f"contract, {size} replicas, {way}: {passed} passed, {len(failures)} failed, "
-                  f"{seconds:.0f} s", *failures, sep="\n  ", flush=True)
+            print(
+                f"contract, {size} replicas, {way}: {passed} passed, {len(failures)} failed, "
+                f"{seconds:.0f} s",
+                *failures,
+                sep="\n  ",
+                flush=True,
+            )
 
 
 # ----------------------------------------------------------------------------------------- layers
@@ -148,7 +152,8 @@ def contestants() -> dict[str, tuple[Callable[..., Any], kernels.Kernels | None]
         "syncbn, of two, plain": (lambda **o: sync(communicator=Pair(), **o), kernels.PLAIN),
         "Keras 3": (tf.keras.layers.BatchNormalization, None),
         "Keras 3 synchronized": (
-            lambda **o: tf.keras.layers.BatchNormalization(synchronized=True, **o), None
+            lambda **o: tf.keras.layers.BatchNormalization(synchronized=True, **o),
+            None,
         ),
         "tf_keras (cuDNN)": (tf_keras.layers.BatchNormalization, None),
     }
@@ -296,11 +301,11 @@ def model(report: dict[str, Any]) -> None:
     if not GPU:
         size = 224  # the network's own; one image is enough
         images, labels = tf.zeros([1, 224, 224, 3]), labels[:1]
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     steps = {}
     for name, make in makers.items():
         with tf.device(device):
             network, optimizer = make(), tf.keras.optimizers.SGD(0.01, 0.9)
-            loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             optimizer.build(network.trainable_variables)
 
         def step(network: Any = network, optimizer: Any = optimizer) -> tf.Tensor:
@@ -374,15 +379,25 @@ def torch(report: dict[str, Any], python: str) -> None:
     script = Path(__file__).with_name("torch_kernels.py")
     shapes = ["x".join(map(str, shape)) for shape in SHAPES]
     command = [python, str(script), "--shapes", *shapes, "--dtypes", *DTYPES[:2]]
-    clean = {k: v for k, v in os.environ.items() if k not in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean)
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME")
+    }
+    done = subprocess.run(  # noqa: S603  (the user names the interpreter)
+        command, capture_output=True, text=True, timeout=120, env=clean
+    )
     if done.returncode:
         print("PyTorch:", done.stderr[-1500:], flush=True)
         return
     report["torch"] = json.loads(done.stdout.splitlines()[-1])
     for key, times in report["torch"]["seconds"].items():
-        print("PyTorch", key, {name: f"{1e6 * value:.0f} us" for name, value in times.items()},
-              flush=True)
+        print(
+            "PyTorch",
+            key,
+            {name: f"{1e6 * value:.0f} us" for name, value in times.items()},
+            flush=True,
+        )
 
 
 def table(report: dict[str, Any]) -> str:
@@ -411,7 +426,9 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="folder for gpu_check.json")
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, "torch"], default=list(PARTS))
-    parser.add_argument("--torch", default="python3", metavar="PYTHON", help="a Python that has PyTorch for CUDA")
+    parser.add_argument(
+        "--torch", default="python3", metavar="PYTHON", help="a Python that has PyTorch for CUDA"
+    )
     parser.add_argument("--memory", type=int, default=24000, help="MB of each half of the GPU")
     given = parser.parse_args()
     device = tf.config.list_physical_devices(KIND)[0]

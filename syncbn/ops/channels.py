@@ -91,7 +91,7 @@ def sum_to_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
 
 
 def sums_to_channels(parts: Sequence[tf.Tensor], axes: Sequence[int]) -> list[tf.Tensor]:
-    """Returns `sum_to_channels` of several tensors of like shapes, for which XLA reads them once."""
+    """Returns `sum_to_channels` of each of several tensors of like shapes; by XLA, in one pass."""
     if not xla.compiles_everything():
         return [sum_to_channels(part, axes) for part in parts]
     # It widens each element where it adds it up, and writes none.

@@ -121,7 +121,8 @@ def first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None)
     """Returns this replica's sums without the squares; the arguments are those of `local_sums`."""
     if choose(x, axes).compiled:
         inputs = [x] if mask is None else [x, mask]
-        return Sums(*_compiled_first_sum(tuple(axes))(*inputs), None)
+        count, first = _compiled_first_sum(tuple(axes))(*inputs)
+        return Sums(count, first, None)
     count = count_elements(x, axes, mask)
     inputs = [x, count] if mask is None else [x, count, mask]
     return Sums(count, _first_sum(tuple(axes))(*inputs), None)

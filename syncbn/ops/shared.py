@@ -32,13 +32,14 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.lru_cache(_MOST_TRACES)
     def trace(by_xla: bool, *specs: tf.TensorSpec) -> Callable[..., Any]:
-        if by_xla:
-            how = {"jit_compile": True}
-        else:
-            how = {"experimental_attributes": {"_noinline": True}}
         # Outside of the graph, replica and device that are the first to call it. In the graph of
         # the caller it would be optimized once for each call.
-        traced = tf.function(function, autograph=False, **how)
+        traced = tf.function(
+            function,
+            autograph=False,
+            jit_compile=by_xla or None,
+            experimental_attributes=None if by_xla else {"_noinline": True},
+        )
         with tf.init_scope(), tf.device(None):
             return traced.get_concrete_function(*specs)
 

@@ -12,6 +12,8 @@ import tensorflow as tf
 # kernels on a GPU, each of which reads all of them. Tried with TensorFlow 2.21.
 from tensorflow.compiler.tf2xla.python import xla as tf2xla
 
+from syncbn.ops.differentiation import has_tangent
+
 # There is no public way to learn this while a function is traced; after the trace XLA's own
 # message names neither the layer nor the remedy. Tried with TensorFlow 2.16 and 2.21;
 # tests/single/test_jit.py holds it.
@@ -73,9 +75,11 @@ def sum_together(parts: Sequence[tf.Tensor], dimensions: Sequence[int]) -> list[
     if _TOGETHER == "complex" and len(parts) == 2:
         total = tf.reduce_sum(tf.complex(*parts), list(dimensions))
         return [tf.math.real(total), tf.math.imag(total)]
-    if _TOGETHER == "apart":
+    if _TOGETHER == "apart" or has_tangent(
+        *parts
+    ):  # forward mode goes through a gradient's insides
         return [tf.reduce_sum(part, list(dimensions)) for part in parts]
-    shape = tf.shape(parts[0])
+    shape, rank = tf.shape(parts[0]), parts[0].shape.rank
 
     @tf.custom_gradient
     def sums(*parts: tf.Tensor) -> tuple[list[tf.Tensor], Callable]:
@@ -85,7 +89,7 @@ def sum_together(parts: Sequence[tf.Tensor], dimensions: Sequence[int]) -> list[
         )
 
         def gradient(*upstream: tf.Tensor) -> list[tf.Tensor]:
-            kept = [1 if d in dimensions else parts[0].shape[d] for d in range(len(shape))]
+            kept = [1 if d in dimensions else parts[0].shape[d] for d in range(rank)]
             return [tf.broadcast_to(tf.reshape(one, kept), shape) for one in upstream]
 
         return totals, gradient

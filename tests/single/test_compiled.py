@@ -1,4 +1,4 @@
-"""The pieces that XLA compiles where there are GPUs, on a CPU: right, and compiled only when new."""
+"""What XLA compiles where there are GPUs, on a CPU: right, and traced only once."""
 
 import numpy as np
 import pytest
