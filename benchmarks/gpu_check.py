@@ -276,7 +276,9 @@ def model(report: dict[str, Any]) -> None:
 
     def plain(synchronized: bool = False) -> Any:
         tf.keras.utils.set_random_seed(1)
-        made = tf.keras.applications.ResNet50(weights=None, classifier_activation=None)
+        made = tf.keras.applications.ResNet50(
+            weights=None, input_shape=(size, size, 3), classifier_activation=None
+        )
         if not synchronized:
             return made
 
@@ -298,9 +300,6 @@ def model(report: dict[str, Any]) -> None:
         "syncbn": lambda: converted("local"),
         "syncbn, of two": lambda: converted(Pair()),
     }
-    if not GPU:
-        size = 224  # the network's own; one image is enough
-        images, labels = tf.zeros([1, 224, 224, 3]), labels[:1]
     loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     steps = {}
     for name, make in makers.items():

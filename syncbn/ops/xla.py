@@ -12,12 +12,12 @@ import tensorflow as tf
 # kernels on a GPU, each of which reads all of them. Tried with TensorFlow 2.21.
 from tensorflow.compiler.tf2xla.python import xla as tf2xla
 
-from syncbn.ops.differentiation import has_tangent
-
 # There is no public way to learn this while a function is traced; after the trace XLA's own
 # message names neither the layer nor the remedy. Tried with TensorFlow 2.16 and 2.21;
 # tests/single/test_jit.py holds it.
 from tensorflow.python.ops import control_flow_util
+
+from syncbn.ops.differentiation import has_tangent
 
 
 def on_gpus() -> bool:
