@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import json
 import os
@@ -43,7 +42,7 @@ SHAPES = (
     else [(2, 8, 8, 4), (2, 4, 4, 4, 2)]
 )
 DTYPES = ["float32", "bfloat16", "float16"]
-CALLS, ROUNDS = (10, 5) if GPU else (2, 2)
+CALLS, ROUNDS = (20, 5) if GPU else (2, 2)
 PASSES = 8
 """Over memory: three forward, five backward, when every kernel reads and writes once."""
 
@@ -66,7 +65,7 @@ def kernels_of(chosen: kernels.Kernels | None) -> Iterator[None]:
     """Makes the layers take these kernels, where `kernels.choose` would choose by itself."""
     with contextlib.ExitStack() as stack:
         for module in (moments, synchronized) if chosen else ():
-            stack.enter_context(mock.patch.object(module, "choose", lambda *_, **__: chosen))
+            stack.enter_context(mock.patch.object(module, "choose", return_value=chosen))
         yield
 
 
@@ -132,8 +131,13 @@ def contract(report: dict[str, Any]) -> None:
             seconds = time.monotonic() - begin
             said = {"passed": passed, "failures": failures, "seconds": seconds}
             report.setdefault("contract", {})[f"{size} replicas, {way}"] = said
-            print(f"contract, {size} replicas, {way}: {passed} passed, {len(failures)} failed, "
-                  f"{seconds:.0f} s", *failures, sep="\n  ", flush=True)
+            print(
+                f"contract, {size} replicas, {way}: {passed} passed, {len(failures)} failed, "
+                f"{seconds:.0f} s",
+                *failures,
+                sep="\n  ",
+                flush=True,
+            )
 
 
 # ----------------------------------------------------------------------------------------- layers
@@ -148,7 +152,8 @@ def contestants() -> dict[str, tuple[Callable[..., Any], kernels.Kernels | None]
         "syncbn, of two, plain": (lambda **o: sync(communicator=Pair(), **o), kernels.PLAIN),
         "Keras 3": (tf.keras.layers.BatchNormalization, None),
         "Keras 3 synchronized": (
-            lambda **o: tf.keras.layers.BatchNormalization(synchronized=True, **o), None
+            lambda **o: tf.keras.layers.BatchNormalization(synchronized=True, **o),
+            None,
         ),
         "tf_keras (cuDNN)": (tf_keras.layers.BatchNormalization, None),
     }
@@ -159,50 +164,56 @@ def seconds_of(steps: dict[str, Callable[[], object]]) -> dict[str, dict[str, fl
 
     ``"called"``: one after another, by the clock; the host prepares the next one meanwhile, and may
     be what takes longer. ``"device"``: of the device's work alone. For that, calls queue up behind
-    something long, whose own time is taken off.
+    long work, whose own time is taken off; absent where it did not last until the last call was
+    queued.
     """
     times: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
+    sync = tf.test.experimental.sync_devices
 
-    def seconds(*functions: Callable[[], object]) -> float:
+    def seconds(*functions: Callable[[], object]) -> tuple[float, float]:
         begin = time.perf_counter()
         for function in functions:
             function()
-        tf.test.experimental.sync_devices()
-        return time.perf_counter() - begin
+        queued = time.perf_counter() - begin
+        sync()
+        return time.perf_counter() - begin, queued
 
     for step in steps.values():
         seconds(step, step, step)
-    seconds(long_work)
+    busy = long_work()
+    seconds(busy)
     for _ in range(ROUNDS):
         for name, step in steps.items():
-            called = seconds(*[step] * CALLS) / CALLS
-            times[name].setdefault("called", []).append(called)
+            called = seconds(*[step] * CALLS)[0]
+            times[name].setdefault("called", []).append(called / CALLS)
             if GPU:
-                queued = [long_work] * (1 + int(1.2 * called * CALLS / LONG[0]))
-                alone = seconds(*queued)
-                device = (seconds(*queued, *[step] * CALLS) - alone) / CALLS
-                times[name].setdefault("device", []).append(device)
+                long = [busy] * (1 + int(1.5 * called / 0.03))
+                seconds(*long)  # the clocks of the device rise under load
+                alone = seconds(*long)[0]
+                both, queued = seconds(*long, *[step] * CALLS)
+                if queued < alone:
+                    times[name].setdefault("device", []).append((both - alone) / CALLS)
     return {
         name: {sense: statistics.median(values) for sense, values in own.items()}
         for name, own in times.items()
     }
 
 
-LONG = [0.02]
-"""Seconds that `long_work` takes at the least."""
-
-
-@tf.function(autograph=False)
-def long_work() -> tf.Tensor:
-    """Keeps the device busy for twenty milliseconds or more: no host needs as long for a call."""
+def long_work() -> Callable[[], object]:
+    """Returns what keeps a GPU busy for thirty milliseconds or more, and returns at once."""
+    size = 8192 if GPU else 8
     with tf.device(f"{KIND}:0"):
-        size = 8192 if GPU else 8
         factor = tf.random.stateless_normal([size, size], [7, 8])
-        return tf.reduce_sum(factor @ factor)
+
+    @tf.function(autograph=False)
+    def multiply(factor: tf.Tensor) -> tf.Tensor:
+        with tf.device(f"{KIND}:0"):
+            return (factor @ factor) @ factor
+
+    return lambda: multiply(factor)
 
 
 def layer_step(
-    strategy: tf.distribute.Strategy,
     make: Callable[..., Any],
     chosen: kernels.Kernels | None,
     shape: tuple[int, ...],
@@ -210,21 +221,18 @@ def layer_step(
 ) -> Callable[[], object]:
     """Returns a layer's forward and backward pass on one input."""
     policy = dtype if dtype == "float32" else f"mixed_{dtype}"
-    with strategy.scope():
+    with tf.device(f"{KIND}:0"):
         layer = make(dtype=policy)
         layer.build((None, *shape[1:]))
-    with tf.device(f"{KIND}:0"):
         x, dy = (tf.cast(tf.random.stateless_normal(shape, [1, seed]), dtype) for seed in (1, 2))
 
-    def replica(x: tf.Tensor, dy: tf.Tensor) -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = layer(x, training=True)
-        return [y, *tape.gradient(y, [x, *layer.trainable_variables], output_gradients=dy)]
-
     @tf.function
-    def step(x: tf.Tensor, dy: tf.Tensor) -> object:
-        return strategy.run(replica, args=(x, dy))
+    def step(x: tf.Tensor, dy: tf.Tensor) -> list[tf.Tensor]:
+        with tf.device(f"{KIND}:0"):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True)
+            return [y, *tape.gradient(y, [x, *layer.trainable_variables], output_gradients=dy)]
 
     with kernels_of(chosen):
         step(x, dy)
@@ -241,13 +249,12 @@ def shown(times: dict[str, dict[str, float]]) -> dict[str, str]:
 
 def layers(report: dict[str, Any]) -> None:
     """Measures a layer's passes at each shape and dtype."""
-    strategy = strategy_of(1)
     for shape in SHAPES:
         for dtype in DTYPES[: 2 if GPU else 1]:
             steps, failed = {}, {}
             for name, (make, chosen) in contestants().items():
                 try:
-                    steps[name] = layer_step(strategy, make, chosen, shape, dtype)
+                    steps[name] = layer_step(make, chosen, shape, dtype)
                 except Exception as error:
                     failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
             key = f"{'x'.join(map(str, shape))} {dtype}"
@@ -269,7 +276,9 @@ def model(report: dict[str, Any]) -> None:
 
     def plain(synchronized: bool = False) -> Any:
         tf.keras.utils.set_random_seed(1)
-        made = tf.keras.applications.ResNet50(weights=None, classifier_activation=None)
+        made = tf.keras.applications.ResNet50(
+            weights=None, input_shape=(size, size, 3), classifier_activation=None
+        )
         if not synchronized:
             return made
 
@@ -291,14 +300,11 @@ def model(report: dict[str, Any]) -> None:
         "syncbn": lambda: converted("local"),
         "syncbn, of two": lambda: converted(Pair()),
     }
-    if not GPU:
-        size = 224  # the network's own; one image is enough
-        images, labels = tf.zeros([1, 224, 224, 3]), labels[:1]
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     steps = {}
     for name, make in makers.items():
         with tf.device(device):
             network, optimizer = make(), tf.keras.optimizers.SGD(0.01, 0.9)
-            loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             optimizer.build(network.trainable_variables)
 
         def step(network: Any = network, optimizer: Any = optimizer) -> tf.Tensor:
@@ -372,15 +378,25 @@ def torch(report: dict[str, Any], python: str) -> None:
     script = Path(__file__).with_name("torch_kernels.py")
     shapes = ["x".join(map(str, shape)) for shape in SHAPES]
     command = [python, str(script), "--shapes", *shapes, "--dtypes", *DTYPES[:2]]
-    clean = {k: v for k, v in os.environ.items() if k not in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean)
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME")
+    }
+    done = subprocess.run(  # noqa: S603  (the user names the interpreter)
+        command, capture_output=True, text=True, timeout=120, env=clean
+    )
     if done.returncode:
         print("PyTorch:", done.stderr[-1500:], flush=True)
         return
     report["torch"] = json.loads(done.stdout.splitlines()[-1])
     for key, times in report["torch"]["seconds"].items():
-        print("PyTorch", key, {name: f"{1e6 * value:.0f} us" for name, value in times.items()},
-              flush=True)
+        print(
+            "PyTorch",
+            key,
+            {name: f"{1e6 * value:.0f} us" for name, value in times.items()},
+            flush=True,
+        )
 
 
 def table(report: dict[str, Any]) -> str:
@@ -409,7 +425,9 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="folder for gpu_check.json")
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, "torch"], default=list(PARTS))
-    parser.add_argument("--torch", default="python3", metavar="PYTHON", help="a Python that has PyTorch for CUDA")
+    parser.add_argument(
+        "--torch", default="python3", metavar="PYTHON", help="a Python that has PyTorch for CUDA"
+    )
     parser.add_argument("--memory", type=int, default=24000, help="MB of each half of the GPU")
     given = parser.parse_args()
     device = tf.config.list_physical_devices(KIND)[0]

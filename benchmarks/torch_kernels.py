@@ -36,9 +36,7 @@ def median_seconds(function: Callable[[], object]) -> float:
 
 def measure(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, float]:
     """Returns seconds, for channels in the last axis, as they lie in memory."""
-    x, dy = (
-        torch.randn(shape, device="cuda").to(dtype).movedim(-1, 1) for _ in range(2)
-    )
+    x, dy = (torch.randn(shape, device="cuda").to(dtype).movedim(-1, 1) for _ in range(2))
     channels, count = shape[-1], torch.full([1], x.numel() / shape[-1], device="cuda")
     gamma, beta = torch.ones(channels, device="cuda"), torch.zeros(channels, device="cuda")
     mean, inverse = torch.batch_norm_stats(x, 1e-3)

@@ -123,13 +123,6 @@ REFUSALS = [
         kinds=("forward mode",),
     ),
     Refusal(
-        "AssertionError",
-        "",
-        constructs=("tf.recompute_grad in tf.cond",),
-        kinds=("second derivatives",),
-        engines=("local",),
-    ),
-    Refusal(
         "`dtype` <dtype: 'variant'> is not compatible with",
         "TensorFlow has no forward mode for loops in a graph that collect outputs.",
         plain=True,
@@ -195,7 +188,7 @@ REFUSALS = [
         "AssertionError",
         "TensorFlow has no forward mode for branches of branches in a graph.",
         plain=True,
-        constructs=("tf.case", "tf.cond in tf.cond", "tf.cond in tf.vectorized_map"),
+        constructs=("tf.case", "tf.cond in tf.cond", "training=tensor in tf.cond"),
         apart_from=("tf.function",),
         kinds=("forward mode",),
         graph=True,
@@ -209,12 +202,20 @@ REFUSALS = [
         graph=True,
     ),
     Refusal(
-        "AssertionError",
-        "Nor, in a graph, for a branch with a custom gradient in it, as these layers have.",
-        constructs=BRANCHES,
-        apart_from=("tf.function", "tf.function in tf.cond"),
+        "'NoneType' object is not iterable",
+        "TensorFlow cannot vectorize an assignment in a branch, and then fails to say so.",
+        plain=True,
+        constructs=("tf.cond in tf.vectorized_map",),
         kinds=("forward mode",),
-        graph=True,
+        engines=("local",),
+    ),
+    Refusal(
+        "AssertionError",
+        "`tf.recompute_grad` gives first derivatives only, and says no more in a branch.",
+        plain=True,
+        constructs=("tf.recompute_grad in tf.cond",),
+        kinds=("second derivatives",),
+        engines=("local",),
     ),
 ]
 

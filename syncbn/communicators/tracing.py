@@ -12,7 +12,7 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_v2_func_graphs
 
 from syncbn.ops import xla
-from syncbn.ops.differentiation import has_tangent
+from syncbn.ops.differentiation import differentiates_copy, has_tangent
 
 
 def refuse_xla(engine: str) -> None:
@@ -30,12 +30,14 @@ def refuse_xla(engine: str) -> None:
 
 
 def refuse_forward_mode(engine: str, tensor: tf.Tensor) -> None:
-    """Raises where a `tf.autodiff.ForwardAccumulator` inside of a graph follows ``tensor``.
+    """Raises where a `tf.autodiff.ForwardAccumulator` inside of a graph goes through a collective.
 
     Raises:
-        NotImplementedError: TensorFlow would take the tangent of a collective for zero.
+        NotImplementedError: TensorFlow would take the tangent of a collective for zero. Also where
+            it follows something else through the branch of the collective, of whose copy the
+            collective has no gradient.
     """
-    if not tf.executing_eagerly() and has_tangent(tensor):
+    if not tf.executing_eagerly() and (has_tangent(tensor) or differentiates_copy()):
         raise NotImplementedError(
             f"Forward-mode differentiation cannot follow a collective of {engine} inside of a "
             "graph. Received: a training call under a tf.autodiff.ForwardAccumulator that was made "

@@ -25,6 +25,54 @@ def local(tensor: tf.Tensor) -> tf.Tensor:
     return tensor if own else tf.identity(tensor)
 
 
+def kept(structure: Any) -> Any:
+    """Returns what a gradient keeps of its forward pass, of the graph that is differentiated.
+
+    In forward mode that is a copy where the forward pass is a branch of a graph, and TensorFlow
+    fails where a custom gradient takes tensors of the branch itself. Names are the same in both.
+
+    Args:
+        structure: Nested. What is no tensor of a branch that was copied stays what it is.
+    """
+    copies = {copy.name.removesuffix("_rewritten"): copy for copy in _copied_branches()}
+
+    def of_copy(value: Any) -> Any:
+        name = getattr(getattr(value, "graph", None), "name", None)
+        if name not in copies:
+            return value
+        return of_shape(copies[name].get_tensor_by_name(value.name), value.shape)
+
+    return tf.nest.map_structure(of_copy, structure) if copies else structure
+
+
+def of_shape(tensor: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+    """Returns ``tensor``, of which a copy may know less than the graph that it is one of."""
+    if tf.executing_eagerly():
+        return tensor
+    tensor = tf.convert_to_tensor(tensor)
+    tensor.set_shape(shape)
+    return tensor
+
+
+def differentiates_copy() -> bool:
+    """Says whether what is being traced is a gradient of a copy of a branch, as forward mode's."""
+    return any(True for _ in _copied_branches())
+
+
+def _copied_branches() -> Iterator[Any]:
+    """Yields the graphs that gradients are being traced of, where TensorFlow made them anew."""
+    if tf.executing_eagerly():
+        return
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        # There is no public way to learn this. Tried with TensorFlow 2.21;
+        # tests/single/test_accuracy.py holds it.
+        branch = getattr(graph, "_forward_graph", None)
+        if branch is not None and not getattr(branch, "is_control_flow_graph", False):
+            yield branch
+        graph = getattr(graph, "outer_graph", None)
+
+
 def has_tangent(*tensors: tf.Tensor) -> bool:
     """Says whether a `tf.autodiff.ForwardAccumulator` follows one of ``tensors`` here."""
     return bool(forwardprop_util.pack_tangents(list(tensors)).tangents)
@@ -63,7 +111,7 @@ def with_recomputed_gradient(
     def call(*inputs: tf.Tensor) -> tuple[Any, Callable]:
         def gradient(*upstream: tf.Tensor) -> list[tf.Tensor | None]:
             if not tf.executing_eagerly():
-                return vector_jacobian_product(inputs, upstream)
+                return vector_jacobian_product(kept(inputs), upstream)
             with _running_functions():
                 return eager_product(*(_known(one, axes) for one in inputs))(inputs, upstream)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from syncbn.ops import xla
-from syncbn.ops.channels import broadcast, channel_count, known_rows, sum_to_channels, where
+from syncbn.ops.channels import broadcast, channel_count, known_rows, sums_to_channels, where
 from syncbn.ops.differentiation import with_recomputed_gradient
 
 # From how many elements on the fused kernels win, on CPUs. `benchmarks/kernels.py` prints the table
@@ -60,7 +60,7 @@ def choose(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> Kernels:
     in_function = tf.compat.v1.executing_eagerly_outside_functions()
     if xla.compiles_everything():
         return PLAIN
-    if on_gpus():
+    if xla.on_gpus():
         return PLAIN._replace(compiled=in_function)
     if x.dtype == tf.float64 or tuple(axes) != (x.shape.rank - 1,):
         return PLAIN
@@ -71,11 +71,6 @@ def choose(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> Kernels:
     once = x.shape.is_fully_defined() and not tf.executing_eagerly()
     large = fused and elements >= COMPILED_FROM_ELEMENTS
     return Kernels(fused, compiled_gradient=large and once and in_function and not masked)
-
-
-def on_gpus() -> bool:
-    """Says whether TensorFlow uses GPUs here."""
-    return bool(tf.config.get_visible_devices("GPU"))
 
 
 def scale_and_offset(
@@ -156,7 +151,7 @@ def _gradient_sums(
         wide_dy, centered = tf.cast(dy, scale.dtype), tf.cast(x, mean.dtype) - mean
         # Zero times NaN is NaN: what a mask hides must not come back through a zero gradient.
         multiply = tf.math.multiply_no_nan if masked else tf.multiply
-        sums = (sum_to_channels(part, axes) for part in (wide_dy, multiply(centered, wide_dy)))
+        sums = sums_to_channels([wide_dy, multiply(centered, wide_dy)], axes)
         return *sums, tf.cast(wide_dy * scale, dy.dtype)
 
     def kernel(

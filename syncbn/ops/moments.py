@@ -16,6 +16,7 @@ from syncbn.ops.channels import (
     reduction_axes,
     statistics_dtype,
     sum_to_channels,
+    sums_to_channels,
     where,
 )
 from syncbn.ops.differentiation import compiled, with_recomputed_gradient
@@ -120,7 +121,8 @@ def first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None)
     """Returns this replica's sums without the squares; the arguments are those of `local_sums`."""
     if choose(x, axes).compiled:
         inputs = [x] if mask is None else [x, mask]
-        return Sums(*_compiled_first_sum(tuple(axes))(*inputs), None)
+        count, first = _compiled_first_sum(tuple(axes))(*inputs)
+        return Sums(count, first, None)
     count = count_elements(x, axes, mask)
     inputs = [x, count] if mask is None else [x, count, mask]
     return Sums(count, _first_sum(tuple(axes))(*inputs), None)
@@ -178,12 +180,11 @@ def _exact(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
     def sums(
         x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        if _in_one_pass(x):
+        if _is_small(x) and not xla.compiles_everything():
             wide = tf.cast(where(mask, x), tf.float64)
             return _sum_of_few(wide, axes), _sum_of_few(tf.square(wide), axes)
         centered, pivot = _about_a_pivot(x, count, axes, mask)
-        off = sum_to_channels(centered, axes)
-        squares = sum_to_channels(tf.square(centered), axes)
+        off, squares = sums_to_channels([centered, tf.square(centered)], axes)
         first = count * pivot
         return first + off, squares + pivot * (first + 2.0 * off)
 
@@ -210,19 +211,17 @@ def _compiled_first_sum(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor,
 @functools.cache
 def _first_sum(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
     def plain(x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
-        if _in_one_pass(x):
+        if _is_small(x) and not xla.compiles_everything():
             return _sum_of_few(tf.cast(where(mask, x), tf.float64), axes)
         centered, pivot = _about_a_pivot(x, count, axes, mask)
-        return count * pivot + sum_to_channels(centered, axes)
+        return count * pivot + sums_to_channels([centered], axes)[0]
 
     return with_recomputed_gradient(axes, plain)
 
 
-def _in_one_pass(x: tf.Tensor) -> bool:
+def _is_small(x: tf.Tensor) -> bool:
     """Says whether fewer operations, in float64, are faster than more in the dtype of ``x``."""
-    # XLA makes one kernel of them, which reads the elements once.
-    small = x.shape.is_fully_defined() and x.shape.num_elements() <= _FEW_ELEMENTS
-    return small or xla.compiles_everything()
+    return x.shape.is_fully_defined() and x.shape.num_elements() <= _FEW_ELEMENTS
 
 
 def _sum_of_few(wide: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
@@ -233,6 +232,13 @@ def _about_a_pivot(
     x: tf.Tensor, count: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns ``x`` less a pivot near its mean, and the pivot, float64."""
+    if xla.compiles_everything():
+        # It adds up in float64 (`sums_to_channels`), for which any element is near enough, and
+        # spares a pass. One that the mask hides counts as zero.
+        one = tuple(slice(None if axis in axes else 1) for axis in range(x.shape.rank))
+        wide = tf.cast(where(mask, x), tf.float64)
+        pivot = tf.stop_gradient(_sum_of_few(wide[one], axes))
+        return where(mask, wide - broadcast(pivot, x, axes)), pivot
     x = tf.cast(x, statistics_dtype(x.dtype))
     first = sum_to_channels(where(mask, x), axes)
     # No sum depends on it, so neither does a gradient.
@@ -282,8 +288,11 @@ def rounded(mean: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
 
     Of a mean of a million standard deviations float32 takes a thirtieth of a deviation.
     """
-    result = tf.cast(mean, dtype)
-    return result, tf.cast(mean - tf.cast(result, mean.dtype), dtype)
+    if dtype == tf.float32 and xla.compiles_everything():
+        kept = xla.rounded_to_float32(mean)
+    else:
+        kept = tf.cast(tf.cast(mean, dtype), mean.dtype)
+    return tf.cast(kept, dtype), tf.cast(mean - kept, dtype)
 
 
 def unbiased(moments: Moments) -> Moments:

@@ -15,8 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from syncbn.ops.channels import broadcast, statistics_dtype, sum_to_channels, where
-from syncbn.ops.differentiation import compiled, local, with_recomputed_gradient
+from syncbn.ops.channels import broadcast, statistics_dtype, sums_to_channels, where
+from syncbn.ops.differentiation import (
+    compiled,
+    kept,
+    local,
+    of_shape,
+    with_recomputed_gradient,
+)
 from syncbn.ops.kernels import (
     PLAIN,
     Kernels,
@@ -271,9 +277,10 @@ def _normalize(
         rest = [*factors, *masks]
 
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            sums, dgamma, dbeta, scaled = pieces.gradient_sums(dy, x, *rest)
+            dy, (x_, *others) = of_shape(dy, x.shape), kept((x, *rest))
+            sums, dgamma, dbeta, scaled = pieces.gradient_sums(dy, x_, *others)
             total = replicas.all_reduce_sum(sums, "gradient")
-            dx = pieces.input_gradient(dy, x, total, scaled, *rest)
+            dx = pieces.input_gradient(dy, x_, total, scaled, *others)
             dx.set_shape(x.shape)
             return dx, dgamma, dbeta
 
@@ -295,7 +302,8 @@ def _normalize_alone(
         _, taken_up = replicas.merge(Sums(count, first, second), bessel)
 
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            dx, *others = kernels.backward(dy, x, gamma, beta, first, second, reliable)
+            tensors = kept((x, gamma, beta, first, second, reliable))
+            dx, *others = kernels.backward(of_shape(dy, x.shape), *tensors)
             dx.set_shape(x.shape)
             return dx, *others
 
@@ -396,8 +404,9 @@ def center(
         y.set_shape(x.shape)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tf.Tensor:
+            dy, others = of_shape(dy, x.shape), kept((merged.count, *rest))
             total = replicas.all_reduce_sum(pieces.gradient_sum(dy), "gradient")
-            dx = pieces.input_gradient(dy, total, merged.count, *rest)
+            dx = pieces.input_gradient(dy, total, *others)
             dx.set_shape(x.shape)
             return dx
 
@@ -423,7 +432,7 @@ def _centering(axes: tuple[int, ...], by_xla: bool) -> _Centering:
         return tf.cast(wide_x - mean - rest, x.dtype)
 
     def gradient_sum(dy: tf.Tensor) -> tf.Tensor:
-        return sum_to_channels(tf.cast(dy, statistics_dtype(dy.dtype)), axes)
+        return sums_to_channels([tf.cast(dy, statistics_dtype(dy.dtype))], axes)[0]
 
     def input_gradient(
         dy: tf.Tensor, total: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None

@@ -193,3 +193,15 @@ def running(folder):
             if "benchmarks.worker" in arguments and any(str(folder) in one for one in arguments):
                 found.append(arguments)
     return found
+
+
+def test_the_check_for_gpus_runs_on_a_cpu_in_its_place(tmp_path):
+    check = [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(tmp_path)]
+    program = [("gpu_check", [*check, "--parts", "layers", "memory", "contract"], {})]
+    finished = processes.run(program, limit=300)
+    assert finished.code == 0, finished.output
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert not report["gpu"]
+    assert {one["passed"] > 0 for one in report["contract"].values()} == {True}
+    assert [one["failures"] for one in report["contract"].values()] == [[]] * 5
+    assert "| 2x8x8x4 float32 |" in finished.output

@@ -7,6 +7,7 @@ import tensorflow as tf
 import syncbn
 from syncbn.ops import channels, kernels, moments, virtual
 from tests import oracle, processes
+from tests.keras import KERAS_3
 
 AXES = (1,)
 MAKERS = [syncbn.SyncBatchNormalization, syncbn.SyncCentering]
@@ -138,3 +139,76 @@ def test_forward_mode_differentiates_as_finite_differences_do(make, shape, graph
     truth = (plain(wide + step) - plain(wide - step)) / 2e-5
     ours = (tf.function(product) if graph else product)(x)
     np.testing.assert_allclose(ours, truth, atol=2e-5 * np.abs(truth).max())
+
+
+FOLLOWED = [
+    (syncbn.SyncBatchNormalization, "inputs"),
+    (syncbn.SyncBatchNormalization, "gamma"),
+    (syncbn.SyncBatchNormalization, "another factor"),
+    (syncbn.SyncCentering, "inputs"),
+    (syncbn.SyncCentering, "another factor"),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("shape", [(6, 5), (64, 48, 64)], ids=["plain", "fused"])
+@pytest.mark.parametrize(("make", "followed"), FOLLOWED)
+def test_forward_mode_goes_through_a_branch_of_a_graph(make, followed, shape, masked):
+    # TensorFlow differentiates a copy of the branch, whatever is followed.
+    rng = np.random.default_rng(0)
+    mask = tf.constant(rng.random(shape[:-1]) < 0.7) if masked else None
+    layer = make(dtype="float32")
+    layer.build((None, *shape[1:]))
+    x = tf.constant(rng.normal(size=shape), tf.float32)
+    channels = tf.constant(rng.normal(1.5, 0.3, shape[-1]), tf.float32)
+    if make is syncbn.SyncBatchNormalization:
+        layer.set_weights([channels, *layer.get_weights()[1:]])
+
+    @tf.function
+    def product(x, factor, tangent):
+        primals = {"inputs": x, "another factor": factor}
+        if followed == "gamma":
+            primals["gamma"] = layer.gamma.value if KERAS_3 else layer.gamma
+        with tf.autodiff.ForwardAccumulator(primals[followed], tangent) as accumulator:
+            y = tf.cond(
+                tf.reduce_all(x > -1e9),
+                lambda: (x + factor * layer(x, training=True, mask=mask)) ** 3,
+                lambda: x,
+            )
+        return accumulator.jvp(y)
+
+    def plain(x, gamma, factor):
+        if make is syncbn.SyncCentering:
+            y = oracle.centering(x, x, mask=mask).y
+        else:
+            y = oracle.batch_normalization(x, x, gamma, 0.0, mask=mask).y
+        return (x + factor * y) ** 3
+
+    at = dict(zip(["inputs", "gamma", "another factor"], [x, channels, channels], strict=True))
+    tangent = tf.constant(rng.normal(size=at[followed].shape), tf.float32)
+    wide = {name: value.numpy().astype("float64") for name, value in at.items()}
+    step = 1e-5 * tangent.numpy().astype("float64")
+    ends = (plain(*{**wide, followed: wide[followed] + way * step}.values()) for way in (1, -1))
+    truth = (next(ends) - next(ends)) / 2e-5
+    ours = product(x, channels, tangent)
+    np.testing.assert_allclose(ours, truth, atol=2e-5 * np.abs(truth).max())
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_forward_mode_in_a_branch_does_not_forget_the_shape(make):
+    x = np.random.default_rng(0).normal(size=(2, 6, 3)).astype("float32")
+    layer = make(dtype="float32")
+    layer.build((None, 3))
+
+    def product(x, tangent):
+        def branch():
+            same = tf.numpy_function(lambda: np.ones((6, 3), "float32"), [], tf.float32)
+            same.set_shape([None, 3])  # which is not in a copy
+            return layer(same * x, training=True) ** 3
+
+        with tf.autodiff.ForwardAccumulator(x, tangent) as accumulator:
+            y = tf.cond(tf.reduce_all(x > -1e9), branch, lambda: x)
+        return accumulator.jvp(y)
+
+    eager = product(*map(tf.constant, x))  # of which the tests above say that it is right
+    np.testing.assert_allclose(tf.function(product)(*x), eager, rtol=1e-5, atol=1e-5)

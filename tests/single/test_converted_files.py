@@ -314,6 +314,19 @@ def test_what_comes_back_is_synchronized_and_equal(build, way, collectives, tmp_
         assert_synchronized_and_equal(one, made(build), collectives)
 
 
+@every_model
+def test_a_converted_model_is_an_instance_of_the_class_that_it_was_of(build):
+    model = made(build)
+    own = type(model)
+    convert_sync_batchnorm(model)
+    assert isinstance(model, own)
+    # What Keras makes of its config has the layers there.
+    assert (type(model) is own) == own.__module__.startswith(("keras.", "tf_keras."))
+    assert type(model).__name__ == own.__name__
+    revert_sync_batchnorm(model)
+    assert type(model) is own
+
+
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 @pytest.mark.parametrize("way", EXPORTS, ids=lambda way: way.__name__)
 @every_model

@@ -117,16 +117,20 @@ def test_keras_3_itself_takes_no_unknown_rank():
         tf.function(lambda x: plain(x), [tf.TensorSpec(None)])(np.ones((2, 3), "float32"))
 
 
-@pytest.mark.skipif(KERAS_3, reason="Keras 3 itself takes no unknown rank, as tested above")
+@pytest.mark.parametrize("known", [False, True], ids=["", "known"])
 @pytest.mark.parametrize("shape", [(3,), (4, 4, 3)])
-def test_a_pipeline_with_a_numpy_function_trains_and_predicts(shape):
+def test_a_pipeline_with_a_numpy_function_trains_and_predicts(shape, known):
+    if KERAS_3 and not known:
+        pytest.skip("Keras 3 itself takes no unknown rank, as tested above")
     layers = [syncbn.SyncBatchNormalization(momentum=0.0), syncbn.SyncCentering(momentum=0.0)]
     model = keras.Sequential([keras.Input(shape), *layers, keras.layers.Flatten()])
     model.compile("sgd", "mse")
     x = np.random.default_rng(0).normal(3, 2, size=(8, *shape)).astype("float32")
     plain = tf.data.Dataset.from_tensor_slices(x).batch(8)
     data = plain.map(lambda x: tf.numpy_function(lambda x: x, [x], tf.float32))
-    model.fit(data.map(lambda x: (x, tf.reshape(x, [8, -1]))), verbose=0)
+    if known:
+        data = data.map(lambda x: tf.ensure_shape(x, [None] * len(shape) + [3]))
+    model.fit(data.map(lambda x: (x, tf.reshape(x, [8, -1]))), shuffle=False, verbose=0)
     reduced = tuple(range(len(shape)))
     np.testing.assert_allclose(layers[0].moving_mean, x.mean(reduced), rtol=1e-5)
     y = model.predict(data, verbose=0)

@@ -155,7 +155,7 @@ def test_fused_kernels_are_chosen_for_large_channels_last_inputs_only(monkeypatc
 def test_xla_compiles_in_functions_for_known_shapes_only():
     def compiled():
         shapes = (8, 56, 56, 64), (None, 56, 56, 64), (2, 7, 7, 512)
-        return [kernels.choose(tf.TensorSpec(shape), (3,)).compiled for shape in shapes]
+        return [kernels.choose(tf.TensorSpec(shape), (3,)).compiled_gradient for shape in shapes]
 
     assert compiled() == [False, False, False]
     with tf.Graph().as_default():  # of a session

@@ -131,3 +131,34 @@ def test_a_wrapper_that_asks_for_training_trains(make):
     model.compile(keras.optimizers.SGD(0.0), "mse")
     model.fit(x, x, batch_size=8, verbose=0)
     np.testing.assert_allclose(layer.moving_mean, x.mean(0), rtol=1e-6)
+
+
+def pruned(model):
+    """Returns a copy with wrappers around layers of known classes, as packages for pruning do."""
+    known = (keras.layers.BatchNormalization, keras.layers.Dense)
+
+    def wrapped(layer):
+        if type(layer) not in known:
+            raise ValueError(f"{type(layer)} is not supported")
+        return Asking(type(layer).from_config(layer.get_config()))
+
+    return keras.models.clone_model(model, clone_function=wrapped)
+
+
+def test_what_knows_layers_by_their_class_is_given_plain_ones(mirrored):
+    x = np.random.default_rng(3).normal(5, 1, size=(8, 3)).astype("float32")
+    with mirrored(2).strategy.scope():
+        plain = keras.layers.BatchNormalization(momentum=0.0)
+        model = keras.Sequential([keras.Input((3,)), plain, keras.layers.Dense(1)])
+        syncbn.convert_sync_batchnorm(model)
+        with pytest.raises(ValueError, match="SyncBatchNormalization'> is not supported"):
+            pruned(model)
+        syncbn.revert_sync_batchnorm(model)
+        copy = pruned(model)
+        assert len(syncbn.convert_sync_batchnorm(copy).converted) == 1
+        copy.compile(keras.optimizers.SGD(0.0), "mse")
+    copy.fit(x, x[:, :1], batch_size=8, verbose=0)
+    syncbn.assert_synchronized(copy)
+    ((mean, variance, _),) = syncbn.moving_statistics(copy).values()
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(variance, x.astype("float64").var(0), rtol=1e-5)

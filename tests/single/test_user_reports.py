@@ -116,6 +116,8 @@ def test_a_saved_model_has_gradients(model, tmp_path):
 
 def test_jit_compile_with_mixed_precision_under_a_strategy(mirrored):
     """keras#21366: LossScaleOptimizer and jit_compile=True crashed with a merge_call error."""
+    # With some weights the scaled gradient overflows, and Keras applies it all the same here.
+    keras.utils.set_random_seed(0)
     with mirrored(2).strategy.scope():
         layers = [keras.layers.Dense(4, dtype="mixed_float16")]
         layers.append(syncbn.SyncBatchNormalization(dtype="mixed_float16", momentum=0.0))
@@ -133,3 +135,81 @@ def test_jit_compile_with_mixed_precision_under_a_strategy(mirrored):
     model.fit(X, X[:, :1], batch_size=16, verbose=0)
     seen = model.layers[0](X).numpy().astype("float64")
     np.testing.assert_allclose(layers[1].moving_variance, seen.var(0), rtol=1e-3)
+
+
+class Branches(keras.Model):
+    """Takes a branch at each step, as a filter that has to settle does."""
+
+    def __init__(self):
+        super().__init__()
+        self.settling = syncbn.SyncBatchNormalization(momentum=0.5)
+        self.settled = syncbn.SyncBatchNormalization()
+
+    def call(self, x, training=None):
+        for _ in range(3):
+            x = tf.cond(
+                tf.reduce_max(x) > -1e9,
+                lambda x=x: x + tf.sin(self.settling(x, training=training)),
+                lambda x=x: x - tf.sin(self.settled(x, training=training)),
+            )
+        return x
+
+
+def test_branches_one_after_another_are_fitted():
+    """tensorflow#39874: eagerly they worked, and in `fit` they raised a bare AssertionError."""
+    model = Branches()
+    for layer in model.settling, model.settled:
+        layer.build((None, 3))
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    model.fit(X, X**2, batch_size=len(X), verbose=0)
+
+    gamma, beta, x = tf.ones([3], tf.float64), tf.zeros([3], tf.float64), tf.constant(X, tf.float64)
+    target, moving = x**2, np.zeros(3)
+    with tf.GradientTape() as tape:
+        tape.watch([gamma, beta])
+        for _ in range(3):
+            mean = tf.reduce_mean(x, 0)
+            moving = (moving + mean.numpy()) / 2
+            variance = tf.reduce_mean((x - mean) ** 2, 0)
+            x += tf.sin(gamma * (x - mean) / tf.sqrt(variance + 1e-3) + beta)
+        loss = tf.reduce_mean((x - target) ** 2)
+    dgamma, dbeta = tape.gradient(loss, [gamma, beta])
+    np.testing.assert_allclose(model.settling.gamma, gamma - dgamma, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.settling.beta, beta - dbeta, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.settling.moving_mean, moving, rtol=1e-5)
+    for weight, initial in zip(model.settled.get_weights(), (1, 0, 0, 1), strict=True):
+        np.testing.assert_array_equal(weight, np.full(3, initial))
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_forward_mode_follows_the_moving_statistics(training, graph):
+    """pytorch#73541: tangents of them ended with an error that did not say what was wrong."""
+    rng = np.random.default_rng(0)
+    layer = syncbn.SyncBatchNormalization(dtype="float64")
+    layer.build((None, 3))
+    weights = rng.uniform(1, 2, size=(4, 3))
+    layer.set_weights(list(weights))
+    x, *tangents = rng.normal(size=(6, 8, 3))
+    tangents = [tangents[0], *(tangent[0] for tangent in tangents[1:])]
+    variables = [layer.gamma, layer.beta, layer.moving_mean, layer.moving_variance]
+    variables = [variable.value if KERAS_3 else variable for variable in variables]
+
+    def product(x):
+        with tf.autodiff.ForwardAccumulator([x, *variables], tangents) as accumulator:
+            y = layer(x, training=training)
+        return accumulator.jvp(y)
+
+    def plain(x, gamma, beta, mean, variance):
+        if training:  # by which they move, and of which nothing comes
+            mean, variance = x.mean(0), x.var(0)
+        return gamma * (x - mean) / np.sqrt(variance + 1e-3) + beta
+
+    tangents = [tf.constant(tangent) for tangent in tangents]
+    ends = (
+        plain(*(value + way * t.numpy() for value, t in zip((x, *weights), tangents, strict=True)))
+        for way in (1e-6, -1e-6)
+    )
+    truth = (next(ends) - next(ends)) / 2e-6
+    ours = (tf.function(product) if graph else product)(tf.constant(x))
+    np.testing.assert_allclose(ours, truth, rtol=1e-6, atol=1e-7)
