@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -314,7 +313,7 @@ class SynchronizedLayer(keras_api.StatisticsLayer):
         return moved
 
 
-@functools.partial(shared, inline=True)
+@shared
 def _moved(count: tf.Tensor, rate: tf.Tensor, *averages_and_targets: tf.Tensor) -> list[tf.Tensor]:
     """Returns the averages, as many as targets, moved towards these by ``rate``.
 

@@ -16,6 +16,7 @@ from syncbn.ops.channels import (
     reduction_axes,
     statistics_dtype,
     sum_to_channels,
+    sum_wide,
     sums_to_channels,
     where,
 )
@@ -182,7 +183,7 @@ def _exact(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
     ) -> tuple[tf.Tensor, tf.Tensor]:
         if _is_small(x) and not xla.compiles_everything():
             wide = tf.cast(where(mask, x), tf.float64)
-            return _sum_of_few(wide, axes), _sum_of_few(tf.square(wide), axes)
+            return sum_wide(wide, axes), sum_wide(tf.square(wide), axes)
         centered, pivot = _about_a_pivot(x, count, axes, mask)
         off, squares = sums_to_channels([centered, tf.square(centered)], axes)
         first = count * pivot
@@ -212,7 +213,7 @@ def _compiled_first_sum(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor,
 def _first_sum(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
     def plain(x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
         if _is_small(x) and not xla.compiles_everything():
-            return _sum_of_few(tf.cast(where(mask, x), tf.float64), axes)
+            return sum_wide(tf.cast(where(mask, x), tf.float64), axes)
         centered, pivot = _about_a_pivot(x, count, axes, mask)
         return count * pivot + sums_to_channels([centered], axes)[0]
 
@@ -224,10 +225,6 @@ def _is_small(x: tf.Tensor) -> bool:
     return x.shape.is_fully_defined() and x.shape.num_elements() <= _FEW_ELEMENTS
 
 
-def _sum_of_few(wide: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
-    return tf.reshape(tf.reduce_sum(wide, reduction_axes(wide.shape.rank, axes)), [-1])
-
-
 def _about_a_pivot(
     x: tf.Tensor, count: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -237,7 +234,7 @@ def _about_a_pivot(
         # spares a pass. One that the mask hides counts as zero.
         one = tuple(slice(None if axis in axes else 1) for axis in range(x.shape.rank))
         wide = tf.cast(where(mask, x), tf.float64)
-        pivot = tf.stop_gradient(_sum_of_few(wide[one], axes))
+        pivot = tf.stop_gradient(sum_wide(wide[one], axes))
         return where(mask, wide - broadcast(pivot, x, axes)), pivot
     x = tf.cast(x, statistics_dtype(x.dtype))
     first = sum_to_channels(where(mask, x), axes)

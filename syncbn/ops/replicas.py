@@ -39,4 +39,4 @@ class Replicas:
 
 @functools.cache
 def _unpacking(like: Sums) -> Callable[[tf.Tensor], Moments]:
-    return shared(lambda packed: unpack(packed, like), inline=True)
+    return shared(lambda packed: unpack(packed, like))

@@ -2,9 +2,7 @@
 
 A model has dozens of normalizations and a few shapes of them, on several replicas. What is the same
 in all of them is one function, called in as many places: it is traced once, and the graph has one
-node for each call. TensorFlow would put the function in the place of each of them before the graph
-runs for the first time, and optimize as many copies; unless told otherwise, as here. On a GPU it is
-one kernel, or few.
+node for each call. On a GPU it is one kernel, or few.
 """
 
 from __future__ import annotations
@@ -21,8 +19,13 @@ from syncbn.ops.differentiation import has_tangent
 # Of each function, for the shapes and dtypes that were called last.
 _MOST_TRACES = 256
 
+# Before a graph runs for the first time, TensorFlow puts functions in the place of their calls, and
+# optimizes as many copies. Those of so many elements, or of unknown ones, are called instead: it
+# takes some 20 µs, but they also are of more operations.
+_CALLED_FROM_ELEMENTS = 1 << 16
 
-def shared(function: Callable[..., Any], inline: bool = False) -> Callable[..., Any]:
+
+def shared(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns ``function``, of which a graph holds one trace for inputs of like shapes and dtypes.
 
     Make it once, not in each call: it keeps the traces.
@@ -30,18 +33,20 @@ def shared(function: Callable[..., Any], inline: bool = False) -> Callable[..., 
     Args:
         function: Of tensors, to tensors in any structure. Whatever else it depends on never
             changes, nor does it matter where it is called.
-        inline: Whether TensorFlow puts it in the place of each call before it runs the graph. For
-            few operations on few numbers, which a call (some 10 µs) would outlast.
     """
 
     @functools.lru_cache(_MOST_TRACES)
     def trace(by_xla: bool, *specs: tf.TensorSpec) -> Callable[..., Any]:
+        few = all(
+            one.shape.is_fully_defined() and one.shape.num_elements() < _CALLED_FROM_ELEMENTS
+            for one in specs
+        )
         # Outside of the graph, replica and device that are the first to call it.
         traced = tf.function(
             function,
             autograph=False,
             jit_compile=by_xla or None,
-            experimental_attributes=None if by_xla or inline else {"_noinline": True},
+            experimental_attributes=None if by_xla or few else {"_noinline": True},
         )
         with tf.init_scope(), tf.device(None):
             return traced.get_concrete_function(*specs)
