@@ -42,7 +42,7 @@ SHAPES = (
     else [(2, 8, 8, 4), (2, 4, 4, 4, 2)]
 )
 DTYPES = ["float32", "bfloat16", "float16"]
-CALLS, ROUNDS = (20, 5) if GPU else (2, 2)
+CALLS, ROUNDS = (20, 3) if GPU else (2, 2)
 PASSES = 8
 """Over memory: three forward, five backward, when every kernel reads and writes once."""
 
