@@ -2,6 +2,7 @@
 
 from syncbn.training.broadcast import broadcast
 from syncbn.training.callbacks import AverageMetrics, BroadcastVariables
+from syncbn.training.horovod import init_horovod
 from syncbn.training.join import join
 from syncbn.training.learning_rate import LearningRateSchedule, LearningRateWarmup
 from syncbn.training.multi_worker import mend_keras_fit
@@ -17,6 +18,7 @@ __all__ = [
     "LearningRateWarmup",
     "broadcast",
     "distribute",
+    "init_horovod",
     "join",
     "mend_keras_fit",
     "prediction_variables",

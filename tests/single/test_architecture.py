@@ -74,6 +74,7 @@ def test_the_public_names():
         "LearningRateWarmup",
         "broadcast",
         "distribute",
+        "init_horovod",
         "join",
         "mend_keras_fit",
         "prediction_variables",
