@@ -55,9 +55,7 @@ def state_of(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
         names = optimizer.get_slot_names()
         slots = [_slot(optimizer, one, name) for one in variables for name in names]
         return [slot for slot in slots if slot is not None]
-    indices = (
-        optimizer._trainable_variables_indices if KERAS_3 else getattr(optimizer, "_index_dict", {})
-    )
+    indices = getattr(optimizer, _INDICES, {})
     own = [indices[key] for key in map(optimizer._var_key, variables) if key in indices]
     state = optimizer_variables(optimizer)
     known = {id(one) for one in state}

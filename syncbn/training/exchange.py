@@ -33,11 +33,22 @@ class Exchange:
         self.communicator = check(communicator)
         self.local = local
         self.scale_local_gradients = scale_local_gradients
+        self.compared = False
+        """Whether workers know that they have the same gradients; the first call compares them."""
 
     @property
     def name(self) -> str:
         """The name of the communicator, which is what is saved of it."""
         return self.communicator if isinstance(self.communicator, str) else self.communicator.name
+
+    def kinds(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> tuple[str, ...]:
+        """Returns what must be the same of gradients on all workers, in words."""
+        local = self._local_among(variables)
+        pairs = zip(gradients, local, strict=True)
+        return tuple("local" if own else _description(gradient) for gradient, own in pairs)
+
+    def _local_among(self, variables: Sequence[Any]) -> list[bool]:
+        return self.local.among(variables) if self.local else [False] * len(variables)
 
     def __call__(
         self,
@@ -45,7 +56,6 @@ class Exchange:
         variables: Sequence[Any],
         name: str,
         *,
-        compare: bool,
         not_finite_together: bool = False,
     ) -> list[Gradient]:
         """Returns the means over all workers of gradients, each in its own form.
@@ -54,7 +64,6 @@ class Exchange:
             gradients: The same ones on all workers; but those of local variables may differ.
             variables: What they are gradients of.
             name: Of the collectives.
-            compare: Whether to compare them over the workers first.
             not_finite_together: Whether a local gradient that is not finite makes those of the
                 other workers NaN, so that all of them see it.
 
@@ -75,9 +84,11 @@ class Exchange:
             return list(gradients)
         if communicator.size == 1:
             return list(gradients)
-        local = self.local.among(variables) if self.local else [False] * len(gradients)
-        if compare:
-            _require_same_gradients(communicator, gradients, local)
+        local = self._local_among(variables)
+        # Not in the graph of a session, which cannot compute while it is built.
+        if not self.compared and tf.compat.v1.executing_eagerly_outside_functions():
+            _require_same_gradients(communicator, self.kinds(gradients, variables))
+            self.compared = True
         shared = [g for g, own in zip(gradients, local, strict=True) if not own]
         own_gradients = [g for g, own in zip(gradients, local, strict=True) if own]
         if own_gradients and not_finite_together:
@@ -92,28 +103,18 @@ class Exchange:
         ]
 
 
-def _require_same_gradients(
-    communicator: Communicator, gradients: Sequence[Gradient], local: Sequence[bool]
-) -> None:
+def _require_same_gradients(communicator: Communicator, kinds: Sequence[str]) -> None:
     """Raises where workers would average different things."""
-    # Not in the graph of a session, which cannot compute while it is built.
-    if not tf.compat.v1.executing_eagerly_outside_functions():
-        return
-    kinds = [
-        "local" if own else description(gradient)
-        for gradient, own in zip(gradients, local, strict=True)
-    ]
     with tf.init_scope():
         require_agreement(
             processes(communicator),
             [*kinds, f"{local_replicas()} replicas"],
-            [*(f"gradient {n}" for n in range(len(gradients))), "of a process"],
+            [*(f"gradient {n}" for n in range(len(kinds))), "of a process"],
             "gradients",
         )
 
 
-def description(gradient: Gradient) -> str:
-    """Returns what must be the same of a gradient on all workers."""
+def _description(gradient: Gradient) -> str:
     if gradient is None:
         return "none"
     if isinstance(gradient, tf.IndexedSlices):
@@ -128,8 +129,8 @@ def _zero_or_nan(gradients: Sequence[Gradient]) -> tf.Tensor:
         for gradient in gradients
         if gradient is not None
     ]
-    finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in values])
-    return tf.where(finite, 0.0, float("nan"))
+    finite = [tf.reduce_all(tf.math.is_finite(value)) for value in values]
+    return tf.where(tf.reduce_all([True, *finite]), 0.0, float("nan"))
 
 
 def _scaled(gradient: Gradient, workers: int, addend: tf.Tensor | None) -> Gradient:

@@ -110,7 +110,6 @@ def distribute(
     changed._syncbn_local = exchange.local
     changed._syncbn_forgot_local = False
     changed._syncbn_accumulation = Accumulation(passes, average_aggregated_gradients)
-    changed._syncbn_compared = False
     return changed
 
 
@@ -132,7 +131,6 @@ class _Distributed:
     _syncbn_local: LocalVariables
     _syncbn_forgot_local: bool
     _syncbn_accumulation: Accumulation
-    _syncbn_compared: bool
 
     def register_local_var(self, var: Any) -> None:
         """Makes variables local: see `distribute`.
@@ -189,15 +187,12 @@ class _Distributed:
         return getattr(self, "iterations", None)
 
     def _average(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
-        averaged = self._syncbn_exchange(
+        return self._syncbn_exchange(
             gradients,
             variables,
             f"syncbn/gradients/{type(self).__name__}",
-            compare=not self._syncbn_compared,
             not_finite_together=inner_optimizer(self) is not None,
         )
-        self._syncbn_compared = True
-        return averaged
 
     def _require_known_norms(self) -> None:
         """Raises where workers would clip the variables that they share differently."""

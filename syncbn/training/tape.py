@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.tracing import unconverted
-from syncbn.training.exchange import Exchange, description
+from syncbn.training.exchange import Exchange
 from syncbn.training.local import LocalVariables
 
 _compared: set[tuple[str, ...]] = set()
@@ -103,9 +103,9 @@ class DistributedGradientTape:
         """
         flat = tf.nest.flatten(sources)
         gradients = self._tape.gradient(target, flat, *args, **kwargs)
-        kinds = tuple(map(description, gradients))
-        averaged = self._exchange(
-            gradients, flat, "syncbn/tape", compare=not _compared.issuperset([kinds])
-        )
-        _compared.add(kinds)
+        kinds = self._exchange.kinds(gradients, flat)
+        self._exchange.compared = kinds in _compared
+        averaged = self._exchange(gradients, flat, "syncbn/tape")
+        if self._exchange.compared:
+            _compared.add(kinds)
         return tf.nest.pack_sequence_as(sources, averaged)

@@ -1,5 +1,7 @@
 """Variables of each worker's own, neither averaged nor broadcast: the numbers of one process."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -184,6 +186,17 @@ def test_a_step_that_one_worker_must_skip_is_skipped_by_all(replicas):
         moved = gradient == 1.0
         np.testing.assert_allclose(shared, [1.0 - moved])
         np.testing.assert_allclose(own, [1.0 - moved / replicas.size], rtol=1e-6)
+
+
+@workers.on_one_level
+def test_a_local_variable_may_have_no_gradient(replicas):
+    weights = [tf.Variable([0.0]), tf.Variable([0.0])]
+    optimizer = training.distribute(LossScaleOptimizer(keras.optimizers.SGD(1.0)), local=weights[1])
+    optimizer.build(weights)
+    one = tf.constant([float(optimizer.dynamic_scale) if KERAS_3 else 1.0])
+    with pytest.warns(UserWarning, match="Gradients do not exist") if KERAS_3 else nullcontext():
+        optimizer.apply_gradients(zip([one, None], weights, strict=True))
+    np.testing.assert_allclose(weights, [[-1.0], [0.0]])
 
 
 @workers.on_one_level
