@@ -69,6 +69,7 @@ def test_the_public_names():
         "AverageMetrics",
         "BroadcastVariables",
         "broadcast",
+        "compile_around_collectives",
         "distribute",
         "join",
         "mend_keras_fit",
