@@ -22,7 +22,8 @@ def compile_around_collectives() -> None:
     One call in each process, first in the script: before anything is computed, and before a
     strategy is made. ``--xla`` of the launchers does the same from outside. What runs eagerly is
     not compiled. XLA compiles anew for each shape that comes: batch with ``drop_remainder=True``.
-    ``tf.config.optimizer.set_jit(False)`` takes it back.
+    On CPUs it does not always pay; see docs/sharp-bits.md. `tf.config.optimizer.set_jit(False)`
+    takes it back.
 
     With GPUs in sight only these are compiled for, and the call may come at any time.
 
