@@ -2,6 +2,7 @@
 
 from syncbn.training.broadcast import broadcast
 from syncbn.training.callbacks import AverageMetrics, BroadcastVariables
+from syncbn.training.clustering import compile_around_collectives
 from syncbn.training.horovod import init_horovod
 from syncbn.training.join import join
 from syncbn.training.learning_rate import LearningRateSchedule, LearningRateWarmup
@@ -17,6 +18,7 @@ __all__ = [
     "LearningRateSchedule",
     "LearningRateWarmup",
     "broadcast",
+    "compile_around_collectives",
     "distribute",
     "init_horovod",
     "join",

@@ -73,6 +73,7 @@ def test_the_public_names():
         "LearningRateSchedule",
         "LearningRateWarmup",
         "broadcast",
+        "compile_around_collectives",
         "distribute",
         "init_horovod",
         "join",
