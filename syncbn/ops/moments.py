@@ -163,9 +163,9 @@ def exact_sums(
 
     Of few elements, and where XLA compiles it, it takes them in float64, which is as accurate as
     what travels. Else the second of two passes runs about a pivot, the mean as the first pass has
-    it, and what that is off is put right: the corrected two-pass algorithm of Chan, Golub & LeVeque,
-    "Algorithms for Computing the Sample Variance" (1983), equation 1.7, and its counterpart for the
-    mean.
+    it, and what that is off is put right: the corrected two-pass algorithm of Chan, Golub &
+    LeVeque, "Algorithms for Computing the Sample Variance" (1983), equation 1.7, and its
+    counterpart for the mean.
     """
     inputs = [x, count] if mask is None else [x, count, mask]
     return _exact_sums(tuple(axes))(*inputs)
