@@ -110,12 +110,15 @@ tf.config.set_logical_device_configuration(
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
     normalization = syncbn.SyncBatchNormalization(momentum=0.0)
-    layers = [tf.keras.layers.Dense(8, tf.sin), normalization, tf.keras.layers.Dense(1)]
+    dense = tf.keras.layers.Dense(8)
+    wave = tf.keras.layers.Lambda(lambda h: tf.sin(h) * tf.exp(-tf.square(h)) + tf.cos(h) * h)
+    layers = [dense, wave, normalization, tf.keras.layers.Dense(1)]
     model = tf.keras.Sequential([tf.keras.Input((4,)), *layers])
     model.compile(tf.keras.optimizers.SGD(0.0), "mse")
 x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
 model.fit(x, x[:, :1], batch_size=8, epochs=2, verbose=0, shuffle=False)
-hidden = np.sin(x.astype("float64") @ layers[0].kernel.numpy().astype("float64"))
+h = x.astype("float64") @ dense.kernel.numpy().astype("float64")
+hidden = np.sin(h) * np.exp(-np.square(h)) + np.cos(h) * h
 np.testing.assert_allclose(normalization.moving_mean, hidden.mean(0), atol=1e-6)
 np.testing.assert_allclose(normalization.moving_variance, hidden.var(0), rtol=1e-5)
 text = "".join(p.read_text() for p in pathlib.Path(os.environ["FOLDER"]).glob("*.before_opt*.txt"))
