@@ -9,7 +9,7 @@ show that it runs. What it finds is printed as it comes, then as a table, and wr
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import gc
 import json
 import os
@@ -17,10 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -29,7 +28,6 @@ import tf_keras
 
 import syncbn
 from benchmarks.machine import describe
-from syncbn.ops import kernels, moments, synchronized
 from tests import replicas as kinds
 from tests.cases import splits
 from tests.contract import Case, check
@@ -42,7 +40,7 @@ SHAPES = (
     else [(2, 8, 8, 4), (2, 4, 4, 4, 2)]
 )
 DTYPES = ["float32", "bfloat16", "float16"]
-CALLS, ROUNDS = (20, 5) if GPU else (2, 2)
+CALLS, ROUNDS = (20, 3) if GPU else (2, 2)
 PASSES = 8
 """Over memory: three forward, five backward, when every kernel reads and writes once."""
 
@@ -58,15 +56,6 @@ class Pair:
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         """Returns twice the tensor."""
         return tensor + tensor
-
-
-@contextlib.contextmanager
-def kernels_of(chosen: kernels.Kernels | None) -> Iterator[None]:
-    """Makes the layers take these kernels, where `kernels.choose` would choose by itself."""
-    with contextlib.ExitStack() as stack:
-        for module in (moments, synchronized) if chosen else ():
-            stack.enter_context(mock.patch.object(module, "choose", return_value=chosen))
-        yield
 
 
 # --------------------------------------------------------------------------------------- contract
@@ -105,25 +94,18 @@ def strategy_of(size: int) -> tf.distribute.Strategy:
 
 
 def contract(report: dict[str, Any]) -> None:
-    """Runs the contract's cases, on one replica and two, by each kind of kernels, clustered too."""
-    ways = {
-        "chosen": (None, ""),
-        "plain": (kernels.PLAIN, ""),
-        "clustered": (None, "autoclustering"),
-    }
+    """Runs the contract's cases, on one replica and two, also under automatic clustering."""
+    ways = {"as they are": "", "clustered": "autoclustering"}
     for size in (2, 1):
         replicas = kinds.Strategy(strategy_of(size))
-        for way, (chosen, jit) in ways.items():
-            if size == 1 and way == "plain":
-                continue
+        for way, jit in ways.items():
             passed, failures, begin = 0, [], time.monotonic()
             tf.config.optimizer.set_jit(jit)
             for case in contract_cases(size):
                 if jit and not case.graph:
                     continue
                 try:
-                    with kernels_of(chosen):
-                        check(replicas, case)
+                    check(replicas, case)
                     passed += 1
                 except Exception as error:
                     failures.append(f"{case}: {type(error).__name__}: {str(error)[:300]}")
@@ -143,19 +125,17 @@ def contract(report: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------- layers
 
 
-def contestants() -> dict[str, tuple[Callable[..., Any], kernels.Kernels | None]]:
-    """Returns, by name, what makes a layer and which kernels it takes."""
+def contestants() -> dict[str, Callable[..., Any]]:
+    """Returns, by name, what makes a layer."""
     sync = syncbn.SyncBatchNormalization
     return {
-        "syncbn": (lambda **o: sync(communicator="local", **o), None),
-        "syncbn, of two": (lambda **o: sync(communicator=Pair(), **o), None),
-        "syncbn, of two, plain": (lambda **o: sync(communicator=Pair(), **o), kernels.PLAIN),
-        "Keras 3": (tf.keras.layers.BatchNormalization, None),
-        "Keras 3 synchronized": (
-            lambda **o: tf.keras.layers.BatchNormalization(synchronized=True, **o),
-            None,
+        "syncbn": functools.partial(sync, communicator="local"),
+        "syncbn, of two": functools.partial(sync, communicator=Pair()),
+        "Keras 3": tf.keras.layers.BatchNormalization,
+        "Keras 3 synchronized": functools.partial(
+            tf.keras.layers.BatchNormalization, synchronized=True
         ),
-        "tf_keras (cuDNN)": (tf_keras.layers.BatchNormalization, None),
+        "tf_keras (cuDNN)": tf_keras.layers.BatchNormalization,
     }
 
 
@@ -215,7 +195,6 @@ def long_work() -> Callable[[], object]:
 
 def layer_step(
     make: Callable[..., Any],
-    chosen: kernels.Kernels | None,
     shape: tuple[int, ...],
     dtype: str,
 ) -> Callable[[], object]:
@@ -234,8 +213,7 @@ def layer_step(
                 y = layer(x, training=True)
             return [y, *tape.gradient(y, [x, *layer.trainable_variables], output_gradients=dy)]
 
-    with kernels_of(chosen):
-        step(x, dy)
+    step(x, dy)
     return lambda: step(x, dy)
 
 
@@ -252,9 +230,9 @@ def layers(report: dict[str, Any]) -> None:
     for shape in SHAPES:
         for dtype in DTYPES[: 2 if GPU else 1]:
             steps, failed = {}, {}
-            for name, (make, chosen) in contestants().items():
+            for name, make in contestants().items():
                 try:
-                    steps[name] = layer_step(make, chosen, shape, dtype)
+                    steps[name] = layer_step(make, shape, dtype)
                 except Exception as error:
                     failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
             key = f"{'x'.join(map(str, shape))} {dtype}"
@@ -341,10 +319,10 @@ def memory(report: dict[str, Any]) -> None:
         print("memory: TensorFlow counts it on GPUs only", flush=True)
         return
     shape, number, device = (16, 112, 112, 64), 4, "GPU:0"
-    for name, (make, chosen) in contestants().items():
+    for name, make in contestants().items():
         if name == "Keras 3 synchronized":
             continue
-        with kernels_of(chosen), tf.device(device):
+        with tf.device(device):
             stack = [make() for _ in range(number)]
             x = tf.random.stateless_normal(shape, [1, 2])
             for layer in stack:

@@ -17,7 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
 
 from syncbn.ops import kernels, moments, training_kernels
-from syncbn.ops.kernels import Kernels
+from syncbn.ops.kernels import PLAIN, Kernels
 
 SHAPES = [
     (16, 64),
@@ -28,11 +28,14 @@ SHAPES = [
     (25088, 64),
     (100352, 64),
 ]
-PLAIN, FUSED, COMPILED = Kernels(False, False), Kernels(True, False), Kernels(True, True)
+FUSED, COMPILED = Kernels(True, False), Kernels(True, True)
 
 
 def variants(shape: tuple[int, int], dtype: str) -> dict[str, list[Callable[[], object]]]:
-    """Returns, by what they do, functions on inputs of ``shape``: plain, fused, compiled."""
+    """Returns, by what they do, functions on inputs of ``shape``: plain, fused, compiled.
+
+    Compiled is what XLA makes of the plain one, and what GPUs are given.
+    """
     x, dy = (tf.cast(tf.random.stateless_normal(shape, [1, seed]), dtype) for seed in (1, 2))
     vector = tf.random.stateless_normal(shape[1:], [1, 3])
     count = tf.constant(shape[0], tf.float64)
@@ -48,6 +51,12 @@ def variants(shape: tuple[int, int], dtype: str) -> dict[str, list[Callable[[], 
         scaled = tf.cast(dy, tf.float32)  # another kernel has made it
         return kernels.input_gradient(dy, x, *[vector] * 2, scaled, *[vector] * 2, axes, chosen)
 
+    def compiled(function: Callable[[], object]) -> Callable[[], object]:
+        return tf.function(function, jit_compile=True, autograph=False)
+
+    def exact() -> object:
+        return moments.exact_sums(x, count, axes, None)
+
     def one_replica() -> object:
         return training_kernels.normalize_alone(x, vector, vector, 1e-3, axes)
 
@@ -55,12 +64,17 @@ def variants(shape: tuple[int, int], dtype: str) -> dict[str, list[Callable[[], 
         return training_kernels.gradient_alone(dy, x, vector, vector, tf.square(vector), 1e-3, axes)
 
     return {
-        "moments": [
-            lambda: moments.exact_sums(x, count, axes, None),
-            lambda: training_kernels.rough_moments(x, axes),
+        "moments": [exact, lambda: training_kernels.rough_moments(x, axes), compiled(exact)],
+        "normalize": [
+            lambda: normalize(PLAIN),
+            lambda: normalize(FUSED),
+            compiled(lambda: normalize(PLAIN)),
         ],
-        "normalize": [lambda: normalize(PLAIN), lambda: normalize(FUSED)],
-        "gradient sums": [lambda: sums(PLAIN), lambda: sums(FUSED)],
+        "gradient sums": [
+            lambda: sums(PLAIN),
+            lambda: sums(FUSED),
+            compiled(lambda: sums(PLAIN)),
+        ],
         "input gradient": [
             lambda: gradient(PLAIN),
             lambda: gradient(FUSED),

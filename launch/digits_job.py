@@ -95,7 +95,7 @@ def start(engine: str, replicas: int | None) -> Job:
     elif engine == "horovod":
         import horovod.tensorflow as hvd
 
-        hvd.init()
+        training.init_horovod()
         job = Job(engine, hvd.size(), hvd.rank(), hvd.size())
         _use_own_gpu(hvd.local_rank())
     else:

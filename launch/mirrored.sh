@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Start a command that uses MirroredStrategy: one process, a replica on each GPU.
 #
-# usage: launch/mirrored.sh [--gpus N] [--] COMMAND...
+# usage: launch/mirrored.sh [--gpus N] [--xla] [--] COMMAND...
 #
 #   --gpus N   let the command see N GPUs only   (default: all that this machine has, or those
 #              that CUDA_VISIBLE_DEVICES names)
+#   --xla      let XLA compile what lies between collectives: sets TF_XLA_FLAGS, to go before yours
 #
 # MirroredStrategy() takes the GPUs that it sees, so the command needs no flag for their number.
 # Without GPUs it takes the one CPU; several replicas on CPUs are the command's own business (in
@@ -22,6 +23,7 @@ while [ $# -gt 0 ]; do
     --gpus) [ $# -ge 2 ] || die "--gpus needs a value"; gpus=$2
       [[ $gpus =~ ^[1-9][0-9]*$ ]] || die "--gpus must be a positive number. Received: '$gpus'"
       shift 2 ;;
+    --xla) export TF_XLA_FLAGS="--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit ${TF_XLA_FLAGS:-}"; shift ;;
     --) shift; break ;;
     -*) die "unknown argument: $1 (see --help)" ;;
     *) break ;;

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Start one copy of a command per rank, under the MPI whose mpirun comes first on the PATH.
 #
-# usage: launch/mpi.sh -np N [--hosts HOSTS | --hostfile FILE] [--oversubscribe] [--] COMMAND...
+# usage: launch/mpi.sh -np N [--hosts HOSTS | --hostfile FILE] [--oversubscribe] [--xla] [--] COMMAND...
 #
 #   -np N             the number of ranks
 #   --hosts HOSTS     where they run, and how many on each: host1:2,host2:2   (default: here)
 #   --hostfile FILE   the same in a file, as this MPI writes it: lines of `host1 slots=2` for Open
 #                     MPI, of `host1:2` for MPICH
 #   --oversubscribe   let there be more ranks than cores or slots; MPICH always does
+#   --xla             let XLA compile what lies between collectives: sets TF_XLA_FLAGS, to go before
+#                     yours
 #
 # Open MPI 4 and 5 and MPICH say the same in different words; this script knows them. It marks each
 # line of output with its rank. It binds no rank to a core: Open MPI binds each of two to one, where
@@ -35,6 +37,7 @@ while [ $# -gt 0 ]; do
     --hosts) [ $# -ge 2 ] || die "--hosts needs a value"; hosts=$2; shift 2 ;;
     --hostfile) [ $# -ge 2 ] || die "--hostfile needs a value"; hostfile=$2; shift 2 ;;
     --oversubscribe) oversubscribe=1; shift ;;
+    --xla) export TF_XLA_FLAGS="--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit ${TF_XLA_FLAGS:-}"; shift ;;
     --) shift; break ;;
     -*) die "unknown argument: $1 (see --help)" ;;
     *) break ;;

@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     """Parses the command line; exits with 2 where it is wrong."""
     description, _, epilog = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
-        usage="%(prog)s (--workers N | --host HOSTS --index I) -- COMMAND...",
+        usage="%(prog)s (--workers N | --host HOSTS --index I) [--xla] -- COMMAND...",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -59,6 +59,11 @@ def arguments() -> argparse.Namespace:
         type=int,
         metavar="I",
         help="which of them to start here (default: $SLURM_PROCID)",
+    )
+    parser.add_argument(
+        "--xla",
+        action="store_true",
+        help="let XLA compile what lies between collectives: sets TF_XLA_FLAGS, to go before yours",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what each worker runs")
     given = parser.parse_args()
@@ -229,6 +234,9 @@ def main() -> int:
     if not shutil.which(given.command[0]):
         sys.exit(f"multiworker.py: no such command: {given.command[0]}")
     check_inherited(given.host)
+    if given.xla:
+        own = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
+        os.environ["TF_XLA_FLAGS"] = f"{own} {os.environ.get('TF_XLA_FLAGS', '')}"
     received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, lambda number, _: received.append(number))

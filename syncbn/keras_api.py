@@ -163,8 +163,8 @@ def named_layers(model: Any) -> dict[str, Any]:
 
 
 def variable(weight: Any) -> Any:
-    """Returns the variable of TensorFlow that a weight of Keras is."""
-    return weight.value if KERAS_3 else weight
+    """Returns the variable of TensorFlow that a weight of Keras, or that itself, is."""
+    return weight.value if KERAS_3 and isinstance(weight, keras.Variable) else weight
 
 
 def short_name(weight: Any) -> str:

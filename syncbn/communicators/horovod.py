@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from syncbn.communicators import horovod_settings
 from syncbn.communicators.launcher import require_whole_job
 from syncbn.communicators.order import AddUp, Order, Turn
 from syncbn.communicators.tracing import refuse_forward_mode, refuse_xla
@@ -15,6 +16,9 @@ from syncbn.communicators.tracing import refuse_forward_mode, refuse_xla
 
 class HorovodCommunicator:
     """All Horovod processes, or those of one process set.
+
+    Where Horovod has settings of its own that make small messages slow, rank 0 logs that once (see
+    `syncbn.training.init_horovod`).
 
     Args:
         process_set: A `horovod.tensorflow.ProcessSet` that this process belongs to, or ``None``
@@ -31,13 +35,7 @@ class HorovodCommunicator:
     supports_jit = False
 
     def __init__(self, process_set: Any = None):
-        try:
-            import horovod.tensorflow as hvd
-        except ImportError as error:
-            raise ImportError(
-                "communicator='horovod' needs Horovod with TensorFlow support. It has no wheels "
-                "and its last release does not build as it is: run launch/install_horovod.sh."
-            ) from error
+        hvd = import_horovod()
         if not hvd.is_initialized():
             raise RuntimeError(
                 "communicator='horovod' needs Horovod to be initialized. Received: a process in "
@@ -56,6 +54,8 @@ class HorovodCommunicator:
                 "A process can only use a process set that it belongs to. Received: "
                 f"{self._process_set} on rank {hvd.rank()}. Give each process its own set."
             )
+        if hvd.size() > 1 and hvd.rank() == 0:
+            horovod_settings.advise_once()
 
     @property
     def size(self) -> int:
@@ -136,6 +136,22 @@ class HorovodCommunicator:
         return self._hvd.grouped_allreduce(
             tensors, op=self._hvd.Sum, name=name, process_set=self._process_set
         )
+
+
+def import_horovod() -> Any:
+    """Returns the module ``horovod.tensorflow``.
+
+    Raises:
+        ImportError: Horovod with TensorFlow support is not installed.
+    """
+    try:
+        import horovod.tensorflow as hvd
+    except ImportError as error:
+        raise ImportError(
+            "communicator='horovod' needs Horovod with TensorFlow support. It has no wheels "
+            "and its last release does not build as it is: run launch/install_horovod.sh."
+        ) from error
+    return hvd
 
 
 def _wire_dtype(dtype: tf.DType) -> tf.DType:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from syncbn import keras_api
+from syncbn.communicators import horovod_settings
 from syncbn.communicators.launcher import launched
 from syncbn.doctor import engines, processes
-from syncbn.models.report import cycle_time_advice
 
 
 class Result(NamedTuple):
@@ -130,16 +130,18 @@ def try_out(engine: str, limit: float) -> Result:
         if reason:
             return Result(engine, "failed", None, reason, _proxy(engine) or advice, output)
         seconds = float(file.read_text())
-    return Result(engine, "ok", 1e3 * seconds, advice="; ".join(_hints(engine, seconds)))
+    return Result(engine, "ok", 1e3 * seconds, advice="; ".join(_hints(engine)))
 
 
 def _unusable(engine: str, unusable: engines.Unusable) -> Result:
     return Result(engine, unusable.status, None, unusable.reason, unusable.advice)
 
 
-def _hints(engine: str, seconds: float) -> Iterator[str]:
+def _hints(engine: str) -> Iterator[str]:
     if engine.startswith("horovod"):
-        yield from filter(None, [cycle_time_advice(seconds)])
+        controller = engine.removeprefix("horovod-")
+        yield f"with {horovod_settings.in_force(controller, 2)}"
+        yield from filter(None, [horovod_settings.advice(controller, 2)])
     if engine in ("mpi", "horovod-mpi") and processes.root_needs():
         yield f"jobs that root starts need {processes.root_needs()}"
 

@@ -12,6 +12,7 @@ from syncbn.communicators.exchange import DIGEST_PARTS, digest
 from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.models.job import Job, job_of
 from syncbn.models.statistics import normalizations, uncalled
+from syncbn.training.local import local_variables
 
 
 def assert_synchronized(
@@ -25,7 +26,8 @@ def assert_synchronized(
 
     Args:
         model: A built model or layer of `tf.keras`. The statistics are those of the layers of this
-            package and of Keras' `BatchNormalization`.
+            package and of Keras' `BatchNormalization`. What its optimizer keeps local (see
+            `syncbn.training.distribute`) is not compared.
         communicator: What joins the replicas: as for `syncbn.SyncBatchNormalization`, and
             ``"auto"`` also finds the strategy that the model was built under.
         weights: Whether to compare all weights of the model.
@@ -39,7 +41,7 @@ def assert_synchronized(
     job = job_of(model, communicator)
     what = "weights" if weights else "moving statistics"
     names, rows = [], []
-    for name, weight in _weights(model) if weights else _statistics(model):
+    for name, weight in _shared(model, _weights(model) if weights else _statistics(model)):
         names.append(name)
         rows.append([_digests(copy.numpy()) for copy in job.copies(weight)])
     digests = np.reshape(rows, (len(names), len(job.ranks), 2 * DIGEST_PARTS)).swapaxes(0, 1)
@@ -96,6 +98,12 @@ def _difference(job: Job, names: list[str], digests: np.ndarray, count: int, wha
         "Start from equal weights (syncbn.training.broadcast), let every replica make every "
         "training call, and use synchronized layers."
     )
+
+
+def _shared(model: Any, named: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    local = local_variables(getattr(model, "optimizer", None))
+    owns = local.among(weight for _, weight in named)
+    return [one for one, own in zip(named, owns, strict=True) if not own]
 
 
 def _statistics(model: Any) -> list[tuple[str, Any]]:

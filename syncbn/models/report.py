@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from syncbn import keras_api
+from syncbn.communicators import horovod_settings
 from syncbn.communicators.base import Communicator
 from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.models.job import Job, job_of
@@ -58,6 +58,8 @@ class Report(NamedTuple):
     size: int | None = None
     """How many replicas it joins."""
     advice: tuple[str, ...] = ()
+    settings: str = ""
+    """What Horovod was told of small messages, where it was measured."""
 
     @property
     def total(self) -> LayerReport:
@@ -97,7 +99,9 @@ class Report(NamedTuple):
         return [_row(layer) for layer in (*self.layers, self.total)]
 
     def _notes(self) -> list[str]:
-        measured = [f"Measured over {self.engine}, {self.size} replicas."] if self.engine else []
+        settings = f", with {self.settings}" if self.settings else ""
+        measured = [f"Measured over {self.engine}, {self.size} replicas{settings}."]
+        measured = measured if self.engine else []
         if self.size == 1:
             measured = ["There is one replica here, which sends nothing: nothing was measured."]
         return [*measured, *(f"- {advice}" for advice in self.advice)]
@@ -132,8 +136,9 @@ def report(model: Any, communicator: str | Communicator | None = None) -> Report
         different = sorted({payload for row in rows for payload in row.forward + row.backward})
         latencies = {payload: job.latency(*payload) for payload in different}
         rows = [_with_seconds(row, latencies) for row in rows]
-    advice = [*_advice(rows), *_measured_advice(rows, job, latencies.values())]
-    return Report(tuple(rows), job.communicator.name, job.size, tuple(advice))
+    advice = [*_advice(rows), *_measured_advice(rows, job)]
+    settings = horovod_settings.in_force() if job.communicator.name == "horovod" else ""
+    return Report(tuple(rows), job.communicator.name, job.size, tuple(advice), settings)
 
 
 _HEADINGS = ("layer", "input", "channels", "engine", "collectives", "bytes", "ms", "note")
@@ -189,20 +194,6 @@ _BEST_BATCH = 128
 """The largest normalization batch of those that gave the best accuracy, 32 to 128 samples: Wu &
 Johnson, "Rethinking 'Batch' in BatchNorm" (2021)."""
 
-_SLOW_CYCLE = 0.5e-3
-"""A latency in seconds that Horovod has where it looks for work once in its default millisecond,
-and has not where it does so every 0.1 ms (two processes, MPI: 1.1 ms against 0.2 ms)."""
-
-
-def cycle_time_advice(seconds: float) -> str | None:
-    """Returns what to do about an all-reduce of Horovod that takes so long, if that is known."""
-    if seconds < _SLOW_CYCLE or "HOROVOD_CYCLE_TIME" in os.environ:
-        return None
-    return (
-        "Horovod looks for work once in a millisecond, and every collective waits for that: set "
-        "HOROVOD_CYCLE_TIME=0.1, as launch/horovod.sh does"
-    )
-
 
 def _advice(rows: Sequence[LayerReport]) -> list[str]:
     plain = [row.name for row in rows if row.note == "not synchronized"]
@@ -217,12 +208,10 @@ def _advice(rows: Sequence[LayerReport]) -> list[str]:
     return [f"{them} the statistics of each replica alone: {convert} {makes}"]
 
 
-def _measured_advice(
-    rows: Sequence[LayerReport], job: Job, latencies: Iterable[float]
-) -> list[str]:
+def _measured_advice(rows: Sequence[LayerReport], job: Job) -> list[str]:
     advice = []
     if job.communicator.name == "horovod":
-        slow = cycle_time_advice(min(latencies, default=0.0))
+        slow = horovod_settings.advice()
         advice += [f"{slow}."] if slow else []
     # Only where the model was built for batches of one known size, which are then those of a
     # replica; under a strategy, Keras may have had those of all together.

@@ -87,30 +87,22 @@ def sum_to_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     if tuple(axes) == tuple(range(rank - len(axes), rank)):
         channels = channel_count(x, axes)
         return _sum_rows(tf.reshape(x, [-1, channels]), channels, known_rows(x, axes))
-    # What lies behind the channels is contiguous, and TensorFlow itself adds that up pairwise.
+    # What lies behind the channels is contiguous, and TensorFlow itself adds that up pairwise. XLA
+    # has another way, but widens each element where it adds it up.
     reduced = reduction_axes(rank, axes)
     behind = [axis for axis in reduced if axis > max(axes)]
-    if behind:
+    if behind and not xla.compiles_everything():
         x = tf.reduce_sum(x, behind, keepdims=True)
     return tf.reshape(tf.reduce_sum(tf.cast(x, tf.float64), reduced), [-1])
 
 
 def sum_wide(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """Sums float64 ``x`` over all but ``axes`` in one go. Returns a channel vector."""
-    if tuple(axes) == (x.shape.rank - 1,) and not xla.on_gpus():
-        # A sum over all dimensions but the last, up to three times as fast as `tf.reduce_sum`.
+    by_xla = xla.compiles_everything() or xla.on_gpus()
+    if tuple(axes) == (x.shape.rank - 1,) and not by_xla:
+        # A sum over all dimensions but the last, on CPUs up to twice as fast as `tf.reduce_sum`.
         return tf.raw_ops.BiasAddGrad(out_backprop=x)
     return tf.reshape(tf.reduce_sum(x, reduction_axes(x.shape.rank, axes)), [-1])
-
-
-def sums_to_channels(parts: Sequence[tf.Tensor], axes: Sequence[int]) -> list[tf.Tensor]:
-    """Returns `sum_to_channels` of each of several tensors of like shapes; by XLA, in one pass."""
-    if not xla.compiles_everything():
-        return [sum_to_channels(part, axes) for part in parts]
-    # It widens each element where it adds it up, and writes none.
-    wide = [tf.cast(part, tf.float64) for part in parts]
-    sums = xla.sum_together(wide, reduction_axes(parts[0].shape.rank, axes))
-    return [tf.reshape(one, [-1]) for one in sums]
 
 
 def _sum_rows(x: tf.Tensor, channels: int, rows: int | None) -> tf.Tensor:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from syncbn.ops import xla
-from syncbn.ops.channels import broadcast, channel_count, known_rows, sums_to_channels, where
+from syncbn.ops.channels import broadcast, channel_count, known_rows, sum_to_channels, where
 from syncbn.ops.differentiation import with_recomputed_gradient
 
 # From how many elements on the fused kernels win, on CPUs. `benchmarks/kernels.py` prints the table
@@ -151,7 +151,7 @@ def _gradient_sums(
         wide_dy, centered = tf.cast(dy, scale.dtype), tf.cast(x, mean.dtype) - mean
         # Zero times NaN is NaN: what a mask hides must not come back through a zero gradient.
         multiply = tf.math.multiply_no_nan if masked else tf.multiply
-        sums = sums_to_channels([wide_dy, multiply(centered, wide_dy)], axes)
+        sums = (sum_to_channels(part, axes) for part in (wide_dy, multiply(centered, wide_dy)))
         return *sums, tf.cast(wide_dy * scale, dy.dtype)
 
     def kernel(

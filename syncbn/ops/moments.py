@@ -17,7 +17,6 @@ from syncbn.ops.channels import (
     statistics_dtype,
     sum_to_channels,
     sum_wide,
-    sums_to_channels,
     where,
 )
 from syncbn.ops.differentiation import compiled, with_recomputed_gradient
@@ -163,10 +162,11 @@ def exact_sums(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the sums of the elements and of their squares, float64, whatever their mean.
 
-    Of few elements it takes them in float64, which is as accurate as what travels. Of more, the
-    second of two passes runs about a pivot, the mean as the first pass has it, and what that
-    is off is put right: the corrected two-pass algorithm of Chan, Golub & LeVeque, "Algorithms for
-    Computing the Sample Variance" (1983), equation 1.7, and its counterpart for the mean.
+    Of few elements, and where XLA compiles it, it takes them in float64, which is as accurate as
+    what travels. Else the second of two passes runs about a pivot, the mean as the first pass has
+    it, and what that is off is put right: the corrected two-pass algorithm of Chan, Golub &
+    LeVeque, "Algorithms for Computing the Sample Variance" (1983), equation 1.7, and its
+    counterpart for the mean.
     """
     inputs = [x, count] if mask is None else [x, count, mask]
     return _exact_sums(tuple(axes))(*inputs)
@@ -185,7 +185,7 @@ def _exact(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
             wide = tf.cast(where(mask, x), tf.float64)
             return sum_wide(wide, axes), sum_wide(tf.square(wide), axes)
         centered, pivot = _about_a_pivot(x, count, axes, mask)
-        off, squares = sums_to_channels([centered, tf.square(centered)], axes)
+        off, squares = (_sum(part, axes) for part in (centered, tf.square(centered)))
         first = count * pivot
         return first + off, squares + pivot * (first + 2.0 * off)
 
@@ -215,7 +215,7 @@ def _first_sum(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
         if _is_small(x) and not xla.compiles_everything():
             return sum_wide(tf.cast(where(mask, x), tf.float64), axes)
         centered, pivot = _about_a_pivot(x, count, axes, mask)
-        return count * pivot + sums_to_channels([centered], axes)[0]
+        return count * pivot + _sum(centered, axes)
 
     return with_recomputed_gradient(axes, plain)
 
@@ -225,13 +225,17 @@ def _is_small(x: tf.Tensor) -> bool:
     return x.shape.is_fully_defined() and x.shape.num_elements() <= _FEW_ELEMENTS
 
 
+def _sum(centered: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    return (sum_wide if xla.compiles_everything() else sum_to_channels)(centered, axes)
+
+
 def _about_a_pivot(
     x: tf.Tensor, count: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns ``x`` less a pivot near its mean, and the pivot, float64."""
     if xla.compiles_everything():
-        # It adds up in float64 (`sums_to_channels`), for which any element is near enough, and
-        # spares a pass. One that the mask hides counts as zero.
+        # It widens each element where it adds it up. In float64 any element is near enough to the
+        # mean, which spares a pass; one that the mask hides counts as zero.
         one = tuple(slice(None if axis in axes else 1) for axis in range(x.shape.rank))
         wide = tf.cast(where(mask, x), tf.float64)
         pivot = tf.stop_gradient(sum_wide(wide[one], axes))
@@ -285,10 +289,12 @@ def rounded(mean: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
 
     Of a mean of a million standard deviations float32 takes a thirtieth of a deviation.
     """
-    if dtype == tf.float32 and xla.compiles_everything():
-        kept = xla.rounded_to_float32(mean)
-    else:
-        kept = tf.cast(tf.cast(mean, dtype), mean.dtype)
+    if dtype == mean.dtype:
+        return mean, tf.zeros_like(mean)
+    # Not by a cast there and back, which XLA leaves out on a GPU: by dropping the bits that float32
+    # does not have. The gradient goes through what is left.
+    bits = tf.bitwise.bitwise_and(tf.bitcast(mean, tf.int64), ~((1 << (52 - 23)) - 1))
+    kept = tf.stop_gradient(tf.bitcast(bits, tf.float64))
     return tf.cast(kept, dtype), tf.cast(mean - kept, dtype)
 
 

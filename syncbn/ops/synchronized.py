@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from syncbn.ops.channels import broadcast, statistics_dtype, sums_to_channels, where
+from syncbn.ops.channels import broadcast, statistics_dtype, sum_to_channels, where
 from syncbn.ops.differentiation import (
     compiled,
     kept,
@@ -432,7 +432,7 @@ def _centering(axes: tuple[int, ...], by_xla: bool) -> _Centering:
         return tf.cast(wide_x - mean - rest, x.dtype)
 
     def gradient_sum(dy: tf.Tensor) -> tf.Tensor:
-        return sums_to_channels([tf.cast(dy, statistics_dtype(dy.dtype))], axes)[0]
+        return sum_to_channels(tf.cast(dy, statistics_dtype(dy.dtype)), axes)
 
     def input_gradient(
         dy: tf.Tensor, total: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None

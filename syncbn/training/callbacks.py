@@ -11,12 +11,14 @@ from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.exchange import require_agreement, sum_arrays
 from syncbn.communicators.resolve import check, resolve
 from syncbn.communicators.strategy import local_replicas
+from syncbn.keras_optimizers import optimizer_variables
 from syncbn.layers.synchronized import SynchronizedLayer
 from syncbn.training.broadcast import broadcast
+from syncbn.training.local import shared_variables
 from syncbn.training.optimizer import averages_only_inside
 
 
-class _WorkerCallback(keras_api.keras.callbacks.Callback):
+class WorkerCallback(keras_api.keras.callbacks.Callback):
     """A callback that talks to the other workers."""
 
     def __init__(self, communicator: str | Communicator) -> None:
@@ -29,7 +31,7 @@ class _WorkerCallback(keras_api.keras.callbacks.Callback):
             return processes(resolve(self._communicator))
 
 
-class BroadcastVariables(_WorkerCallback):
+class BroadcastVariables(WorkerCallback):
     """Starts the training of all workers from the variables of one of them.
 
     Weights, moving statistics and the optimizer's state are those of worker ``root`` from the first
@@ -38,13 +40,17 @@ class BroadcastVariables(_WorkerCallback):
     batch. Under tf.distribute it does nothing, as variables are created equal there; where each
     process of a job has a strategy, all copies of all processes get the values.
 
+    Variables that the optimizer keeps local (see `distribute`) stay as they are, and so does the
+    optimizer's state of them.
+
     Args:
         root: The rank of the worker that has the values.
         communicator: As for `syncbn.SyncBatchNormalization`.
 
     Raises:
         ValueError: when training begins: workers have different models, or numbers of replicas, or
-            ``root`` is no rank.
+            ``root`` is no rank. Or there are local variables, and the optimizer was loaded and has
+            not been told them again, or has state of which it is not known what it belongs to.
         RuntimeError: when training begins: Keras has wrapped a distributed optimizer in one that
             scales the loss (see `distribute`).
     """
@@ -94,14 +100,13 @@ class BroadcastVariables(_WorkerCallback):
         if communicator.name == "tf.distribute":
             return  # and outside of the strategy's scope it joins nothing
         # In Keras 3 `variables` has the states of random generators too, which stay different.
-        variables = list(self.model.weights)
+        variables, optimizer = list(self.model.weights), self.model.optimizer
         if with_optimizer:
-            of_optimizer = self.model.optimizer.variables
-            variables += of_optimizer() if callable(of_optimizer) else of_optimizer
-        broadcast(variables, self.root, communicator)
+            variables += optimizer_variables(optimizer)
+        broadcast(shared_variables(variables, optimizer), self.root, communicator)
 
 
-class AverageMetrics(_WorkerCallback):
+class AverageMetrics(WorkerCallback):
     """Reports the metrics of all workers together, at the end of each epoch.
 
     The sums and counts that make up a metric are added up over the workers, so that every sample

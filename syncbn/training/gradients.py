@@ -34,7 +34,7 @@ def average(gradients: Sequence[Gradient], communicator: Communicator, name: str
         if isinstance(gradient, tf.IndexedSlices):
             sparse.append(index)
         elif gradient is not None:
-            dense.setdefault(_wire_dtype(gradient.dtype), []).append(index)
+            dense.setdefault(wire_dtype(gradient.dtype), []).append(index)
     for dtype, indices in dense.items():
         wires = [tf.cast(gradients[index], dtype) for index in indices]
         totals = _sum(wires, communicator, f"{name}/{dtype.name}")
@@ -85,7 +85,7 @@ def _gather(
             )
             for part, tensor in (
                 ("indices", tf.cast(gradient.indices, tf.float64)),
-                ("values", tf.cast(gradient.values, _wire_dtype(gradient.dtype))),
+                ("values", tf.cast(gradient.values, wire_dtype(gradient.dtype))),
             )
         )
         indices = tf.cast(indices, gradient.indices.dtype)
@@ -93,6 +93,7 @@ def _gather(
     return gathered
 
 
-def _wire_dtype(dtype: tf.DType) -> tf.DType:
+def wire_dtype(dtype: tf.DType) -> tf.DType:
+    """Returns the dtype in which gradients of ``dtype`` are added up."""
     # A sum over many workers can overflow in 16 bits where their mean does not.
     return tf.float32 if dtype.size < 4 else dtype

@@ -28,6 +28,9 @@ def test_every_engine_of_this_machine_works():
     for one in engines:
         assert one["status"] == "ok", one
         assert 0 < one["milliseconds"] < 1000, one
+        if one["engine"].startswith("horovod"):
+            assert "with HOROVOD_CYCLE_TIME=1, HOROVOD_CACHE_CAPACITY=1024" in one["advice"], one
+            assert "set HOROVOD_CYCLE_TIME=0.1" in one["advice"], one
     machine = found(finished.output)["machine"]
     assert "with gloo, mpi" in machine["Horovod"]
     assert "Open MPI" in machine["mpi4py"]

@@ -18,7 +18,7 @@ def commands(name, script):
     python = [sys.executable, script]
     if name in ("mirrored.py", "whole_model.py"):
         return [(name, python, {})]
-    if name in ("horovod_job.py", "train.py"):
+    if name in ("horovod_job.py", "train.py", "warmup.py"):
         return [(name, processes.horovodrun(2, "gloo", *python), {})]
     if name in ("mpi_job.py", "nested_job.py"):
         return [(name, processes.mpirun(2, *python), {})]
@@ -28,7 +28,7 @@ def commands(name, script):
 
 def test_there_is_an_example_for_each_engine():
     jobs = ["mirrored.py", "horovod_job.py", "mpi_job.py", "multiworker_job.py", "nested_job.py"]
-    assert list(EXAMPLES) == [*jobs, "train.py", "whole_model.py"]
+    assert list(EXAMPLES) == [*jobs, "train.py", "warmup.py", "whole_model.py"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -37,7 +37,7 @@ def test_the_example_runs(name, tmp_path):
     script.write_text(EXAMPLES[name])
     finished = processes.run(commands(name, str(script)), limit=120)
     assert finished.code == 0, finished.output
-    if name in ("mirrored.py", "multiworker_job.py", "train.py"):
+    if name in ("mirrored.py", "multiworker_job.py", "train.py", "warmup.py"):
         assert "Epoch 2/2" in finished.output
     elif name == "whole_model.py":
         assert "52 of 52 normalizations converted" in finished.output

@@ -416,6 +416,26 @@ def test_multiworker_ends_when_nobody_reads_its_output():
     assert finished.code == 128 + signal.SIGPIPE, finished.output
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        ["mirrored.sh"],
+        ["mpi.sh", "-np", "1"],
+        ["horovod.sh", "-np", "1"],
+        ["multiworker.py", "--workers", "1"],
+    ],
+    ids=lambda start: start[0],
+)
+def test_xla_goes_before_the_flags_that_a_user_has(start):
+    show = ["--", "bash", "-c", 'echo "flags $TF_XLA_FLAGS."']
+    own = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
+    finished = launch(*start, "--xla", *show, TF_XLA_FLAGS="--tf_xla_min_cluster_size=8")
+    assert finished.code == 0, finished.output
+    assert f"flags {own} --tf_xla_min_cluster_size=8." in finished.output, finished.output
+    finished = launch(*start, *show, TF_XLA_FLAGS="--mine")
+    assert "flags --mine." in finished.output, finished.output
+
+
 def test_the_slurm_template_starts_the_workers_of_one_cluster(tmp_path):
     script = LAUNCH / "slurm.sbatch"
     finished = processes.run([("shellcheck", ["shellcheck", str(script)], {})], limit=20)

@@ -13,20 +13,29 @@ PYTEST = [sys.executable, "-m", "pytest", "--color=no", "-q", "-p", "no:cachepro
 SUITE = [*PYTEST, "tests/parallel"]
 # What does not depend on the number of replicas runs with two.
 OF_TWO = [
+    "accumulation",
     "agreement",
     "collectives",
     "control_flow",
     "distribute",
     "engines",
     "equivalence",
+    "local_variables",
     "second_derivatives",
+    "tape",
     "user_reports",
     "worker_fit",
 ]
 # On two levels: what depends on communication, each on one of the engines.
 NESTED = {
-    "mpi+mirrored": ["nested", "agreement", "collectives", "same_job"],
-    "horovod-gloo+mirrored": ["nested", "contract", "groups", "second_derivatives"],
+    "mpi+mirrored": ["nested", "agreement", "collectives", "learning_rate", "same_job", "tape"],
+    "horovod-gloo+mirrored": [
+        "nested",
+        "contract",
+        "groups",
+        "local_variables",
+        "second_derivatives",
+    ],
 }
 # Three ranks of MPI wait busily, on two cores; Horovod over Gloo runs the rest.
 FEW = ["groups", "join", "same_job"]

@@ -2,7 +2,9 @@
 
 ``SYNCBN_TEST_ENGINE`` names the engine: ``mirrored:N`` (in one process), ``multiworker``,
 ``horovod`` or ``mpi``, ``horovod+mirrored:N`` or ``mpi+mirrored:N`` (N replicas in each process).
-`tests/launchers/test_suite.py` starts them all.
+`tests/launchers/test_suite.py` starts them all. ``local`` is one replica, for `test_clustering.py`.
+
+With ``SYNCBN_TEST_CLUSTERS`` XLA compiles what it can: see `tests/clusters.py`.
 """
 
 import faulthandler
@@ -10,6 +12,7 @@ import os
 
 import pytest
 
+from tests import clusters  # noqa: F401  (before TensorFlow starts)
 from tests import replicas as kinds
 
 ENGINE, _, SIZE = os.environ.get("SYNCBN_TEST_ENGINE", "mirrored:2").partition(":")
@@ -31,6 +34,8 @@ def replicas():
     """The replicas that the engine joins."""
     if ENGINE == "multiworker":
         return kinds.multiworker()
+    if ENGINE == "local":
+        return kinds.Process(0, 1)
     across, *mirrored = ENGINE.split("+")
     if across == "mirrored" or mirrored:
         kinds.use_logical_devices(int(SIZE) + len(mirrored))  # some processes may have one more

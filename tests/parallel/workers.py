@@ -13,6 +13,10 @@ in_separate_processes = pytest.mark.skipif(
     ENGINE in ("mirrored", "multiworker"), reason="tf.distribute has this built in"
 )
 
+on_one_level = pytest.mark.skipif(
+    "mirrored" in ENGINE or ENGINE == "multiworker", reason="one replica in each process"
+)
+
 if KERAS_3:
     LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
 else:

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from syncbn import training
+from syncbn.keras_optimizers import optimizer_variables, state_of
 from tests.keras import KERAS_3, keras
 
 OPTIMIZERS = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Ftrl", "Nadam"]
@@ -24,6 +25,109 @@ def test_a_distributed_optimizer_is_of_the_same_class_and_round_trips(name):
     assert type(copy) is type(optimizer)
     assert copy.get_config() == optimizer.get_config()
     assert copy.get_config()["communicator"] == "local"
+
+
+def test_how_it_exchanges_round_trips():
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    optimizer = training.distribute(
+        keras.optimizers.SGD(0.1),
+        local=layer,
+        scale_local_gradients=False,
+        backward_passes_per_step=3,
+        average_aggregated_gradients=True,
+    )
+    copy = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert copy.get_config() == optimizer.get_config()
+    # Which variables are local is nothing that a file can say.
+    weight = tf.Variable(1.0)
+    with pytest.raises(ValueError, match="must be told which variables are local"):
+        copy.apply_gradients([(tf.constant(1.0), weight)])
+    copy.register_local_var(layer)
+    for _ in range(3):
+        copy.apply_gradients([(tf.constant(1.0), weight)])
+    assert float(weight) == pytest.approx(0.9)
+
+
+def test_passes_add_up_in_one_process_too():
+    for optimizer in (
+        keras.optimizers.SGD(0.1),
+        tf.compat.v1.train.GradientDescentOptimizer(0.1),
+    ):
+        weight = tf.Variable([1.0, 2.0])
+        training.distribute(optimizer, backward_passes_per_step=2)
+        step = tf.function(
+            lambda g, o=optimizer, w=weight: (o.apply_gradients([(g, w)]), tf.constant(0))[1]
+        )
+        for number in range(3):
+            step(tf.constant([1.0, number]))
+        np.testing.assert_allclose(weight, [1 - 0.2, 2 - 0.1], rtol=1e-6)
+
+
+def test_halves_are_added_up_in_single_precision():
+    weight = tf.Variable(tf.zeros([1], tf.float16))
+    optimizer = training.distribute(keras.optimizers.SGD(1.0), backward_passes_per_step=4)
+    for gradient in 2048.0, 1.0, 1.0, -2048.0:  # 2049 is no half
+        optimizer.apply_gradients([(tf.constant([gradient], tf.float16), weight)])
+    np.testing.assert_array_equal(weight, [-2.0])
+
+
+def test_local_variables_and_the_norm_of_all_gradients_exclude_each_other():
+    weight = tf.Variable([1.0])
+    optimizer = keras.optimizers.SGD(0.1, global_clipnorm=1.0)
+    training.distribute(optimizer, local=weight)
+    with pytest.raises(ValueError, match=r"Received: global_clipnorm=1\.0\. Use clipnorm"):
+        optimizer.apply_gradients([(tf.constant([1.0]), weight)])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_is_known_what_an_optimizer_keeps_of_a_variable(name):
+    # As many variables as an optimizer has of its own, which must not be taken for them.
+    weights = [tf.Variable(tf.fill([n + 1], float(n))) for n in range(2)]
+    optimizer = getattr(keras.optimizers, name)(0.1)
+    if name in ("SGD", "RMSprop"):
+        optimizer = getattr(keras.optimizers, name)(0.1, momentum=0.9)
+    optimizer.apply_gradients([(tf.ones_like(weight), weight) for weight in weights])
+    state = [one for one in optimizer_variables(optimizer) if len(one.shape)]
+    assert state
+    for weight in weights:
+        own = [one for one in state if one.shape[0] == weight.shape[0]]
+        assert [id(one) for one in state_of(optimizer, [weight])] == [id(one) for one in own]
+
+
+def test_an_optimizer_whose_state_is_not_known_is_refused_where_variables_are_local():
+    class Odd(keras.optimizers.SGD):
+        def build(self, variables):
+            super().build(variables)
+            make = {"shape": [2, 2], "name": "odd"}
+            self.odd = self.add_variable(**make, **({} if KERAS_3 else {"dtype": "float32"}))
+
+    weight = tf.Variable([1.0])
+    optimizer = training.distribute(Odd(0.1), local=weight)
+    optimizer.build([weight])
+    with pytest.raises(ValueError, match=r"Received: Odd, of whose .*odd"):
+        state_of(optimizer, [weight])
+
+
+def test_a_learning_rate_needs_a_rate_and_a_warm_up_needs_epochs():
+    with pytest.raises(ValueError, match="`base_rate` must be positive"):
+        training.LearningRateSchedule(0.0, 1.0)
+    with pytest.raises(ValueError, match="`warmup_epochs` must be positive"):
+        training.LearningRateWarmup(0.1, 0)
+    with pytest.raises(ValueError, match="`communicator` must be one of"):
+        training.LearningRateWarmup(0.1, communicator="nccl")
+
+
+def test_one_replica_warms_up_to_what_it_has():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.RMSprop(0.5, momentum=0.9), "mse")
+    x = np.ones((4, 3), "float32")
+    callbacks = [
+        training.LearningRateWarmup(0.1, 1),
+        training.LearningRateSchedule(0.1, 0.5, start_epoch=1),
+    ]
+    history = model.fit(x, x[:, :1], epochs=2, verbose=0, callbacks=callbacks).history
+    np.testing.assert_allclose(history["learning_rate"], [0.1, 0.05], rtol=1e-6)
 
 
 def test_it_trains_as_before_in_one_process():
@@ -81,6 +185,11 @@ def test_distribute_says_what_it_cannot_take():
         training.distribute("sgd")
     with pytest.raises(ValueError, match="`communicator` must be one of"):
         training.distribute(keras.optimizers.SGD(), "nccl")
+    with pytest.raises(TypeError, match="must be variables or layers"):
+        training.distribute(keras.optimizers.SGD(), local=["head"])
+    for passes in 0, 1.5:
+        with pytest.raises(ValueError, match=f"Received: backward_passes_per_step={passes}"):
+            training.distribute(keras.optimizers.SGD(), backward_passes_per_step=passes)
     with pytest.raises(ValueError, match="distributed already"):
         training.distribute(training.distribute(keras.optimizers.SGD()))
 

@@ -1,0 +1,80 @@
+"""Horovod's settings for small messages: what is in force, and what is better for these layers.
+
+Horovod reads them from the environment when it is initialized, and never again. Tried with 0.28.1:
+set in a rank before ``hvd.init()`` they hold, set after it they do nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import NamedTuple
+
+_log = logging.getLogger("syncbn")
+
+
+class Setting(NamedTuple):
+    """A variable of the environment."""
+
+    name: str
+    own: str
+    """What Horovod takes where it is not set."""
+    better: str
+    """What small messages want; launch/horovod.sh has the figures."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the environment has it."""
+        return bool(os.environ.get(self.name))
+
+    def __str__(self) -> str:
+        return f"{self.name}={os.environ.get(self.name) or self.own}"
+
+
+def settings(controller: str | None = None, size: int | None = None) -> list[Setting]:
+    """Returns the settings that matter, as they are better for a job.
+
+    Args:
+        controller: ``"gloo"`` or ``"mpi"``; as horovodrun has told this process where it is
+            ``None``.
+        size: The number of processes; likewise.
+    """
+    if controller is None:
+        controller = os.environ.get("HOROVOD_CONTROLLER", "mpi").lower()
+    if size is None:
+        size = int(os.environ.get("HOROVOD_SIZE") or 1)
+    # Over Gloo, few ranks agree on a message anew in fewer rounds than the cache takes.
+    without_cache = controller == "gloo" and size <= 8
+    return [
+        Setting("HOROVOD_CYCLE_TIME", "1", "0.1"),
+        Setting("HOROVOD_CACHE_CAPACITY", "1024", "0" if without_cache else "1024"),
+    ]
+
+
+def in_force(controller: str | None = None, size: int | None = None) -> str:
+    """Says what the settings are, as far as the environment tells."""
+    return ", ".join(map(str, settings(controller, size)))
+
+
+def advice(controller: str | None = None, size: int | None = None) -> str | None:
+    """Returns what to do about settings that nobody has made, if something."""
+    if os.environ.get("HOROVOD_AUTOTUNE") == "1":
+        return None
+    left = [one for one in settings(controller, size) if not one.is_given and one.better != one.own]
+    if not left:
+        return None
+    return (
+        f"Horovod has {' and '.join(map(str, left))}, its own, with which small messages are "
+        f"slow: set {' and '.join(f'{one.name}={one.better}' for one in left)} before it is "
+        "initialized, by syncbn.training.init_horovod() in place of hvd.init(), or as "
+        "launch/horovod.sh does"
+    )
+
+
+@functools.cache
+def advise_once() -> None:
+    """Logs the advice, if there is some, at the first call."""
+    text = advice()
+    if text:
+        _log.warning("%s.", text)

@@ -1,0 +1,49 @@
+"""The contract under XLA's automatic clustering, on every engine and under both Kerases."""
+
+import re
+import sys
+
+import pytest
+
+from tests import processes
+
+LIMIT = 600  # seconds; some five times what the longest takes on two cores
+
+TESTS = ["tests/parallel/test_clustering.py", "tests/parallel/test_contract.py"]
+# What runs eagerly is not compiled, so the contract's graphs will do.
+PYTEST = [sys.executable, "-m", "pytest", "--color=no", "-q", "-p", "no:cacheprovider"]
+GRAPHS = ["-k", "clustering or graph or drawn"]
+
+
+def commands(engine):
+    if engine == "local":
+        return [("local", [*PYTEST, TESTS[0]], {})]
+    command = [*PYTEST, *TESTS, *GRAPHS]
+    if engine == "mirrored:2":
+        return [(engine, command, {})]
+    if engine == "multiworker":
+        return processes.workers(2, *command)
+    if engine == "horovod":
+        return [(engine, processes.horovodrun(2, "gloo", *command), {})]
+    return [(engine, processes.mpirun(2, *command), {})]
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["Keras 3", "Keras 2"])
+@pytest.mark.parametrize(
+    "engine", ["local", "mirrored:2", "multiworker", "horovod", "mpi", "mpi+mirrored:2"]
+)
+def test_what_xla_compiles_around_collectives_is_right_under(engine, legacy, tmp_path):
+    finished = processes.run(
+        commands(engine),
+        limit=LIMIT,
+        env={
+            "SYNCBN_TEST_ENGINE": engine,
+            "SYNCBN_TEST_CLUSTERS": str(tmp_path),
+            "SYNCBN_TEST_LIMIT": str(LIMIT - 20),
+            "TF_USE_LEGACY_KERAS": str(int(legacy)),
+        },
+    )
+    assert finished.code == 0, finished.output
+    ranks = 1 if engine in ("local", "mirrored:2") else 2
+    assert len(re.findall(r"\d+ passed", finished.output)) == ranks, finished.output
+    assert len(list(tmp_path.iterdir())) == ranks

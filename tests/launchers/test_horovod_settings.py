@@ -1,0 +1,41 @@
+"""Whoever types plain `horovodrun` learns what makes small messages fast."""
+
+import re
+import sys
+
+import pytest
+
+from tests import processes
+
+JOB = """
+import sys
+import horovod.tensorflow as hvd, tensorflow as tf, syncbn
+if sys.argv[1] == "ours":
+    syncbn.training.init_horovod()
+else:
+    hvd.init()
+layer = syncbn.SyncCentering()
+for _ in range(2):
+    layer(tf.ones([2, 3]), training=True)
+syncbn.HorovodCommunicator()
+model = tf.keras.Sequential([tf.keras.Input((3,)), layer])
+report = syncbn.report(model, "auto")
+if hvd.rank() == 0:
+    print("report:", report.settings)
+"""
+
+
+@pytest.mark.parametrize(
+    ("controller", "init", "cycle", "cache"),
+    [("gloo", "plain", "1", "1024"), ("gloo", "ours", "0.1", "0"), ("mpi", "ours", "0.1", "1024")],
+)
+def test_rank_0_says_it_once_where_nothing_was_set(controller, init, cycle, cache):
+    command = processes.horovodrun(2, controller, sys.executable, "-c", JOB, init)
+    finished = processes.run([(controller, command, {})], limit=120)
+    assert finished.code == 0, finished.output
+    # Without the tags of the launcher, which come anywhere.
+    output = re.sub(r"\[[\d,]+\]<\w+>:", "", finished.output)
+    said = re.findall(r"Horovod has HOROVOD_CYCLE_TIME=1.*set HOROVOD_CYCLE_TIME=0\.1", output)
+    assert len(said) == (init == "plain"), finished.output
+    settings = f"report: HOROVOD_CYCLE_TIME={cycle}, HOROVOD_CACHE_CAPACITY={cache}"
+    assert settings in re.sub(r"\s+", " ", output), finished.output
