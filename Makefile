@@ -27,7 +27,7 @@ keras_free := accuracy architecture docker_files ops oracle scaling
 test_parts := lint lint-scripts types test-keras-3 test-keras-2 test-launchers
 quick_parts := lint lint-scripts types test-quickly
 # What `make quick` leaves out of the tests of one process.
-slow := clustering control_flow converted_files second_derivatives
+slow := clustering control_flow converted_files recalibrate saving
 
 .PHONY: demo test quick test-clients bench docker-test clean
 .PHONY: lint lint-scripts types test-keras-3 test-keras-2 test-launchers test-quickly

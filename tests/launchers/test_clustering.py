@@ -7,7 +7,7 @@ import pytest
 
 from tests import processes
 
-TAKES = 60  # seconds, the longest of them
+TAKES = 120  # seconds, the longest of them
 
 TESTS = ["tests/parallel/test_clustering.py", "tests/parallel/test_contract.py"]
 # What runs eagerly is not compiled, so the contract's graphs will do.
