@@ -51,20 +51,14 @@ class Accumulation:
                 total.add(gradient)
 
         def hand_on() -> tf.Tensor:
-            totals = [None if total is None else total.take() for total in self._sums]
+            divisor = self.passes if self.mean else 1
+            totals = [None if total is None else total.take(divisor) for total in self._sums]
             self._count.assign(0)
-            apply([self._in_measure(total) for total in totals])
+            apply(totals)
             return tf.constant(True)
 
         full = self._count.assign_add(1) >= self.passes
         tf.cond(full, hand_on, lambda: tf.constant(False))
-
-    def _in_measure(self, total: Gradient) -> Gradient:
-        if total is None or not self.mean:
-            return total
-        if isinstance(total, tf.IndexedSlices):
-            return tf.IndexedSlices(total.values / self.passes, total.indices, total.dense_shape)
-        return total / self.passes
 
     def _prepare(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> None:
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
@@ -108,12 +102,13 @@ class _DenseSum:
     def add(self, gradient: tf.Tensor) -> None:
         self._sum.assign_add(tf.cast(gradient, self._sum.dtype))
 
-    def take(self) -> tf.Tensor:
-        """Returns the sum, and begins anew."""
+    def take(self, divisor: int) -> tf.Tensor:
+        """Returns the sum, divided, and begins anew."""
         total = tf.identity(self._sum)
         with tf.control_dependencies([total]):
             self._sum.assign(tf.zeros_like(total))
-        return tf.cast(total, self._dtype)
+        # In 16 bits a sum can overflow where the mean does not.
+        return tf.cast(total / divisor, self._dtype)
 
 
 class _SparseSum:
@@ -130,15 +125,15 @@ class _SparseSum:
         rows = tf.ones_like(gradient.indices, tf.bool)
         self._touched.scatter_update(tf.IndexedSlices(rows, gradient.indices))
 
-    def take(self) -> tf.IndexedSlices:
-        """Returns the sum, each row once, and begins anew."""
+    def take(self, divisor: int) -> tf.IndexedSlices:
+        """Returns the sum, divided, each row once, and begins anew."""
         indices = tf.where(self._touched)[:, 0]
         values = tf.gather(self._table, indices)
         with tf.control_dependencies([values]):
             self._table.scatter_update(tf.IndexedSlices(tf.zeros_like(values), indices))
             self._touched.assign(tf.zeros_like(self._touched))
         return tf.IndexedSlices(
-            tf.cast(values, self._dtype),
+            tf.cast(values / divisor, self._dtype),
             tf.cast(indices, self._indices_dtype),
             tf.constant(self._shape.as_list(), self._indices_dtype),
         )

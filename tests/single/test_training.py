@@ -72,6 +72,20 @@ def test_halves_are_added_up_in_single_precision():
     np.testing.assert_array_equal(weight, [-2.0])
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_a_mean_of_halves_overflows_only_if_it_is_too_large_itself(sparse):
+    weight = tf.Variable(tf.zeros([1, 1], tf.float16))
+    optimizer = training.distribute(
+        keras.optimizers.SGD(1.0), backward_passes_per_step=4, average_aggregated_gradients=True
+    )
+    gradient = tf.constant([[30000.0]], tf.float16)
+    if sparse:
+        gradient = tf.IndexedSlices(gradient, tf.constant([0]), tf.constant([1, 1]))
+    for _ in range(4):
+        optimizer.apply_gradients([(gradient, weight)])
+    np.testing.assert_array_equal(weight, [[-30000.0]])
+
+
 def test_local_variables_and_the_norm_of_all_gradients_exclude_each_other():
     weight = tf.Variable([1.0])
     optimizer = keras.optimizers.SGD(0.1, global_clipnorm=1.0)
