@@ -24,6 +24,7 @@ class Accumulation:
     def __init__(self, passes: int, mean: bool):
         self.passes, self.mean = passes, mean
         self._sums: list[_DenseSum | _SparseSum | None] = []
+        self._variables: list[Any] = []
         self._count: Any = None
 
     def add(
@@ -35,13 +36,13 @@ class Accumulation:
         """Adds gradients up, and at every ``passes``-th call hands on the sums to ``apply``.
 
         Args:
-            gradients: Of the same variables at each call.
+            gradients: Of the same variables at each call, in the same order.
             variables: What they are gradients of.
             apply: Is traced into a branch where the call is made in a graph. What it returns is
                 dropped.
 
         Raises:
-            ValueError: other gradients than at the first call.
+            ValueError: other gradients than at the first call, or those of other variables.
             NotImplementedError: a strategy has several replicas, of which none may meet the others
                 in a branch; or the graph is that of a session.
         """
@@ -74,13 +75,15 @@ class Accumulation:
                 "graph of a session. Add up the losses of several batches in one step instead."
             )
         kinds = [_kind(gradient) for gradient in gradients]
+        variables = [keras_api.variable(variable) for variable in variables]
         if self._count is None:
             with tf.init_scope():
                 self._count = tf.Variable(0, dtype=tf.int64, trainable=False)
                 self._sums = [
-                    None if kind is None else kind(keras_api.variable(variable).shape, gradient)
+                    None if kind is None else kind(variable.shape, gradient)
                     for kind, gradient, variable in zip(kinds, gradients, variables, strict=True)
                 ]
+                self._variables = variables
         known = [None if total is None else type(total) for total in self._sums]
         if kinds != known:
             first = next(
@@ -92,6 +95,14 @@ class Accumulation:
                 f"{len(kinds)} of them, after {len(known)} in the first pass; the first that is "
                 f"dense, sparse or missing where it was not is number {first}."
             )
+        for number, (one, before) in enumerate(zip(variables, self._variables, strict=True)):
+            if one is not before:
+                raise ValueError(
+                    "With backward_passes_per_step, all passes must have gradients of the same "
+                    f"variables, in the same order. Received: as number {number} one of "
+                    f"{one.name}, after one of {before.name} in the first pass. Give each list of "
+                    "variables an optimizer of its own."
+                )
 
 
 class _DenseSum:

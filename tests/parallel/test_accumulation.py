@@ -169,6 +169,8 @@ def test_other_gradients_in_a_later_pass_are_refused(replicas):
     optimizer.apply_gradients(zip(gradients, weights, strict=True))
     with pytest.raises(ValueError, match=r"must have the same gradients.*is number 1"):
         optimizer.apply_gradients(zip([tf.ones([1]), None], weights, strict=True))
+    with pytest.raises(ValueError, match=r"of the same variables.*as number 0 one of"):
+        optimizer.apply_gradients(zip(gradients, weights[::-1], strict=True))
 
 
 @pytest.mark.skipif("mirrored" not in ENGINE, reason="one replica in each process")
