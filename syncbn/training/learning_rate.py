@@ -30,7 +30,7 @@ class LearningRateSchedule(WorkerCallback):
     the paper). Other optimizers sum up gradients, without a rate, and need none.
 
     It works under every engine. All workers must have the same arguments and numbers of steps,
-    which they compare when training begins.
+    which they compare when training begins, but for what a function returns.
 
     Args:
         base_rate: The learning rate for one replica, positive. (Horovod's ``initial_lr`` is this
@@ -87,6 +87,7 @@ class LearningRateSchedule(WorkerCallback):
         if joined.name != "tf.distribute" and joined.size > 1:
             facts = {
                 "base_rate": self.base_rate,
+                "multiplier": "a function" if callable(self.multiplier) else self.multiplier,
                 "epochs": (self.start_epoch, self.end_epoch),
                 "staircase": self.staircase,
                 "momentum_correction": self.momentum_correction,
