@@ -44,7 +44,8 @@ class Accumulation:
         Raises:
             ValueError: other gradients than at the first call, or those of other variables.
             NotImplementedError: a strategy has several replicas, of which none may meet the others
-                in a branch; or the graph is that of a session.
+                in a branch, or is one that could have, in a graph; or the graph is that of a
+                session.
         """
         self._prepare(gradients, variables)
         for total, gradient in zip(self._sums, gradients, strict=True):
@@ -62,12 +63,20 @@ class Accumulation:
         tf.cond(full, hand_on, lambda: tf.constant(False))
 
     def _prepare(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> None:
-        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        strategy = tf.distribute.get_strategy()
+        if strategy.num_replicas_in_sync > 1:
             raise NotImplementedError(
                 "backward_passes_per_step needs one replica in each process, since tf.distribute "
                 "lets replicas meet outside of branches only. Received: a strategy with "
-                f"{tf.distribute.get_strategy().num_replicas_in_sync} replicas. Add up the losses "
+                f"{strategy.num_replicas_in_sync} replicas. Add up the losses "
                 "of several batches in one step instead."
+            )
+        alone = isinstance(strategy, tf.distribute.OneDeviceStrategy)
+        if tf.distribute.has_strategy() and not alone and not tf.executing_eagerly():
+            raise NotImplementedError(
+                "In a graph, backward_passes_per_step needs a step outside of strategies, or in a "
+                "OneDeviceStrategy, since the others let no optimizer apply in a branch. Received: "
+                f"{type(strategy).__name__} with one replica. Leave the strategy out."
             )
         if not tf.compat.v1.executing_eagerly_outside_functions():
             raise NotImplementedError(
