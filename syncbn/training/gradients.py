@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,11 @@ def _sum(tensors: list[tf.Tensor], communicator: Communicator, name: str) -> lis
     if isinstance(communicator, HorovodCommunicator) and not in_branch_or_loop():
         return communicator.grouped_all_reduce_sum(tensors, name)
     flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
+    # The same gradients in another order may be as long. Over MPI another name is an error on all
+    # workers; over Horovod they would wait.
+    if communicator.name != "horovod":
+        shapes = ", ".join(str(tensor.shape) for tensor in tensors)
+        name = f"{name}/{zlib.crc32(shapes.encode()):08x}"
     total = communicator.all_reduce_sum(flat, name)
     parts = tf.split(total, [tf.size(tensor) for tensor in tensors])
     return [

@@ -85,6 +85,22 @@ def test_workers_with_other_gradients_are_told(replicas):
         training.DistributedGradientTape(tape).gradient(loss, [x])
 
 
+@pytest.mark.skipif(ENGINE != "mpi", reason="over Horovod workers would wait for each other")
+def test_workers_that_change_the_order_are_told(replicas):
+    short, long = tf.Variable(tf.ones([2])), tf.Variable(tf.ones([3]))
+
+    def gradients(*sources):
+        with tf.GradientTape() as tape:
+            y = tf.reduce_sum(short) + 10.0 * tf.reduce_sum(long)
+        return training.DistributedGradientTape(tape).gradient(y, sources)
+
+    gradients(short, long)
+    gradients(long, short)
+    # As many numbers, of other variables: added up, they would be nobody's gradients.
+    with pytest.raises(RuntimeError, match=r"on rank 0 syncbn/tape.*on rank 1 syncbn/tape"):
+        gradients(*((long, short) if replicas.rank else (short, long)))
+
+
 @workers.on_one_level
 def test_the_iterations_of_a_loop_do_not_meet_each_other(replicas):
     rank, size = replicas.rank, replicas.size
