@@ -1,11 +1,12 @@
 # make demo   train a real model on several replicas, with and without synchronized statistics
 # make test   lint, type-check and test, in real processes under every engine
+# make quick  lint, type-check and test in one process, on Keras 3, without the slowest; some minutes
 # make bench  time the layers and their peers under every engine (may take hours; BENCH=--quick: minutes)
 # make docker-test  build the CPU image and train across two containers (docker or podman)
 # make test-clients  test with models of other packages (from PyPI; no weights)
 # make clean  remove what the others made
 #
-# Each needs Python 3.10 or later with venv, and make; `make test` and `make bench` also a C++ compiler, for Horovod.
+# Each needs Python 3.10 or later with venv, and make; what tests or measures also a C++ compiler, for Horovod.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,20 +22,47 @@ export PIP_CONSTRAINT := constraints.txt
 # The tests in which no Keras has a part run once.
 keras_free := accuracy architecture docker_files ops oracle scaling
 
-.PHONY: demo test test-clients bench docker-test clean
+# The parts of `make test` and `make quick`, each also a target of its own. Where one fails the others
+# are made all the same, and a table at the end says which.
+test_parts := lint lint-scripts types test-keras-3 test-keras-2 test-launchers
+quick_parts := lint lint-scripts types test-quickly
+# What `make quick` leaves out of the tests of one process.
+slow := clustering control_flow converted_files recalibrate saving
+
+.PHONY: demo test quick test-clients bench docker-test clean
+.PHONY: lint lint-scripts types test-keras-3 test-keras-2 test-launchers test-quickly
 
 demo: $(VENV)/.demo
 	$(python) launch/train_digits.py --compare --seeds 0 1 2 --picture $(BUILD)/digits.png
 
 test: $(VENV)/.test
+	@MAKE="$(MAKE)" .ci/parts $(test_parts)
+
+quick: $(VENV)/.test
+	@MAKE="$(MAKE)" .ci/parts $(quick_parts)
+
+lint: $(VENV)/.test
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
-	$(bin)/mypy
-	$(bin)/shellcheck launch/*.sh launch/slurm.sbatch docker/*.sh .ci/run
+
+lint-scripts: $(VENV)/.test
+	$(bin)/shellcheck launch/*.sh launch/slurm.sbatch docker/*.sh .ci/run .ci/parts
 	$(bin)/hadolint docker/*.Dockerfile
+
+types: $(VENV)/.test
+	$(bin)/mypy
+
+test-keras-3: $(VENV)/.test
 	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/single
+
+test-keras-2: $(VENV)/.test
 	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/single $(keras_free:%=--ignore=tests/single/test_%.py)
+
+test-launchers: $(VENV)/.test
 	$(python) -m pytest tests/launchers
+
+test-quickly: $(VENV)/.test
+	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/single $(slow:%=--ignore=tests/single/test_%.py)
 
 test-clients: $(VENV)/.clients
 	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/clients

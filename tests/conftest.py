@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import patience
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+
+def pytest_configure(config):
+    patience.factor()  # an error at once where it is no number
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from tests import patience
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # What a launcher, or a test that was itself launched, leaves behind for its children.
@@ -29,7 +31,11 @@ class Finished(NamedTuple):
 
 def environment(**changes):
     """This process's environment without what launchers set, with ``changes``."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(_INHERITED)}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k == patience.VARIABLE or not k.startswith(_INHERITED)
+    }
     # The ranks of a test share this machine's few cores, and root may run MPI in a container.
     shared = {
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -44,14 +50,19 @@ def environment(**changes):
     return {**kept, **shared, **changes}
 
 
-def run(commands, *, limit, env=None):
-    """Runs commands side by side, and ends all of them when one fails or ``limit`` seconds are up.
+def run(commands, *, takes=12, env=None):
+    """Runs commands side by side, and ends all of them when one fails or they hang.
+
+    A rank of `tests/parallel` or `tests/sessions` that hangs ends itself a little before that, and
+    shows where: ``SYNCBN_TEST_LIMIT`` tells it when.
 
     Args:
         commands: A list of (label, argument list, environment changes).
-        limit: In seconds.
+        takes: The seconds that they take on a quiet machine, for `patience.limit`.
         env: Environment changes for all of them.
     """
+    limit = patience.limit(takes)
+    env = {"SYNCBN_TEST_LIMIT": str(0.9 * limit), **(env or {})}
     with contextlib.ExitStack() as stack:
         started = []
         for label, command, changes in commands:
@@ -62,7 +73,7 @@ def run(commands, *, limit, env=None):
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env=environment(**(env or {}), **changes),
+                env=environment(**env, **changes),
                 start_new_session=True,
             )
             stack.callback(_end, process)
@@ -75,7 +86,7 @@ def run(commands, *, limit, env=None):
                 _settle(started, 5)
                 break
             if time.monotonic() > deadline:
-                verdict = f"ended after the limit of {limit} s"
+                verdict = f"ended after the limit of {limit:g} s"
                 break
             time.sleep(0.05)
         codes = [process.poll() for _, process, _ in started]
@@ -117,9 +128,9 @@ def workers(size, *command):
     ]
 
 
-def python(code, *, limit=120, **env):
+def python(code, *, takes=12, **env):
     """Runs a piece of Python in a process of its own."""
-    return run([("python", [sys.executable, "-c", code], {})], limit=limit, env=env)
+    return run([("python", [sys.executable, "-c", code], {})], takes=takes, env=env)
 
 
 def _settle(started, seconds):

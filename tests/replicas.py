@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 import syncbn
+from tests import patience
 
 
 class Threads:
@@ -24,7 +25,7 @@ class Threads:
 
     def __init__(self, size):
         self.size = size
-        self._barrier = threading.Barrier(size, timeout=10)
+        self._barrier = threading.Barrier(size, timeout=patience.limit())
         self._slots = [None] * size
         self._parts = {}
         self._lock = threading.Lock()

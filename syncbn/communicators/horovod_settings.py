@@ -57,16 +57,21 @@ def in_force(controller: str | None = None, size: int | None = None) -> str:
     return ", ".join(map(str, settings(controller, size)))
 
 
+def left(controller: str | None = None, size: int | None = None) -> list[Setting]:
+    """Returns the settings that nobody has made, and that are better than Horovod's own."""
+    if os.environ.get("HOROVOD_AUTOTUNE") == "1":  # which leaves alone what is set
+        return []
+    return [one for one in settings(controller, size) if not one.is_given and one.better != one.own]
+
+
 def advice(controller: str | None = None, size: int | None = None) -> str | None:
     """Returns what to do about settings that nobody has made, if something."""
-    if os.environ.get("HOROVOD_AUTOTUNE") == "1":
-        return None
-    left = [one for one in settings(controller, size) if not one.is_given and one.better != one.own]
-    if not left:
+    unmade = left(controller, size)
+    if not unmade:
         return None
     return (
-        f"Horovod has {' and '.join(map(str, left))}, its own, with which small messages are "
-        f"slow: set {' and '.join(f'{one.name}={one.better}' for one in left)} before it is "
+        f"Horovod has {' and '.join(map(str, unmade))}, its own, with which small messages are "
+        f"slow: set {' and '.join(f'{one.name}={one.better}' for one in unmade)} before it is "
         "initialized, by syncbn.training.init_horovod() in place of hvd.init(), or as "
         "launch/horovod.sh does"
     )

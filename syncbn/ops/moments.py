@@ -122,9 +122,15 @@ def first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None)
         inputs = [x] if mask is None else [x, mask]
         count, first = _compiled_first_sum(tuple(axes))(*inputs)
         return Sums(count, first, None)
+    return Sums(*_count_and_first_sum(x, axes, mask), None)
+
+
+def _count_and_first_sum(
+    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
+) -> tuple[tf.Tensor, tf.Tensor]:
     count = count_elements(x, axes, mask)
     inputs = [x, count] if mask is None else [x, count, mask]
-    return Sums(count, _first_sum(tuple(axes))(*inputs), None)
+    return count, _first_sum(tuple(axes))(*inputs)
 
 
 def checked_sums(
@@ -203,7 +209,7 @@ def _compiled_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, ...]
 @functools.cache
 def _compiled_first_sum(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, ...]]:
     def sums(x: tf.Tensor, mask: tf.Tensor | None = None) -> tuple[tf.Tensor, ...]:
-        return first_sums(x, axes, mask)[:2]
+        return _count_and_first_sum(x, axes, mask)
 
     return compiled(sums, axes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import tensorflow as tf
 
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.horovod import HorovodCommunicator
+from syncbn.communicators.tracing import in_branch_or_loop
 
 Gradient = Any
 """A `tf.Tensor`, a `tf.IndexedSlices` or ``None``."""
@@ -17,9 +19,9 @@ Gradient = Any
 def average(gradients: Sequence[Gradient], communicator: Communicator, name: str) -> list[Gradient]:
     """Returns the means over all workers of gradients, each in its own form.
 
-    Dense ones travel together: over Horovod in one grouped all-reduce for each dtype, elsewhere in
-    one flat buffer for each dtype. Sparse ones (`tf.IndexedSlices`) stay sparse: the slices of all
-    workers, one after the other.
+    Dense ones travel together: over Horovod in one grouped all-reduce for each dtype; elsewhere,
+    and in branches and loops, in one flat buffer for each dtype. Sparse ones (`tf.IndexedSlices`)
+    stay sparse: the slices of all workers, one after the other.
 
     Args:
         gradients: The same ones on all workers; the number of slices of a sparse one may differ.
@@ -52,9 +54,16 @@ def average(gradients: Sequence[Gradient], communicator: Communicator, name: str
 
 
 def _sum(tensors: list[tf.Tensor], communicator: Communicator, name: str) -> list[tf.Tensor]:
-    if isinstance(communicator, HorovodCommunicator):
+    # A grouped all-reduce has no turn: iterations of a loop, which TensorFlow runs side by side,
+    # would meet others under its name.
+    if isinstance(communicator, HorovodCommunicator) and not in_branch_or_loop():
         return communicator.grouped_all_reduce_sum(tensors, name)
     flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
+    # The same gradients in another order may be as long. Over MPI another name is an error on all
+    # workers; over Horovod they would wait.
+    if communicator.name != "horovod":
+        shapes = ", ".join(str(tensor.shape) for tensor in tensors)
+        name = f"{name}/{zlib.crc32(shapes.encode()):08x}"
     total = communicator.all_reduce_sum(flat, name)
     parts = tf.split(total, [tf.size(tensor) for tensor in tensors])
     return [

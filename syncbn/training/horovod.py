@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from syncbn.communicators.horovod import import_horovod
-from syncbn.communicators.horovod_settings import settings
+from syncbn.communicators.horovod_settings import left
 
 
 def init_horovod(*args: Any, **kwargs: Any) -> None:
@@ -17,7 +17,7 @@ def init_horovod(*args: Any, **kwargs: Any) -> None:
     (``HOROVOD_CYCLE_TIME=1``; 0.1 is set here), and over Gloo its cache of messages takes more
     rounds than it saves (``HOROVOD_CACHE_CAPACITY=1024``; 0 is set here, with up to 8 processes).
     It reads them when it is initialized, so this is the last place to set them. All processes make
-    the call.
+    the call. With ``HOROVOD_AUTOTUNE=1``, Horovod finds its settings itself, and none is set.
 
     Args:
         args: Of ``horovod.tensorflow.init``.
@@ -33,7 +33,6 @@ def init_horovod(*args: Any, **kwargs: Any) -> None:
             "Horovod reads its settings when it is initialized. Received: a process in which it is "
             "already. Call init_horovod() in place of hvd.init()."
         )
-    for setting in settings():
-        if not setting.is_given and setting.better != setting.own:
-            os.environ[setting.name] = setting.better
+    for setting in left():
+        os.environ[setting.name] = setting.better
     hvd.init(*args, **kwargs)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from syncbn.communicators.base import Communicator, processes
 from syncbn.communicators.exchange import require_agreement
 from syncbn.communicators.resolve import resolve
-from syncbn.keras_api import variable
+from syncbn.keras_api import keras, variable
 from syncbn.keras_optimizers import velocities
 from syncbn.training.callbacks import WorkerCallback
 
@@ -30,7 +30,7 @@ class LearningRateSchedule(WorkerCallback):
     the paper). Other optimizers sum up gradients, without a rate, and need none.
 
     It works under every engine. All workers must have the same arguments and numbers of steps,
-    which they compare when training begins.
+    which they compare when training begins, but for what a function returns.
 
     Args:
         base_rate: The learning rate for one replica, positive. (Horovod's ``initial_lr`` is this
@@ -87,6 +87,7 @@ class LearningRateSchedule(WorkerCallback):
         if joined.name != "tf.distribute" and joined.size > 1:
             facts = {
                 "base_rate": self.base_rate,
+                "multiplier": "a function" if callable(self.multiplier) else self.multiplier,
                 "epochs": (self.start_epoch, self.end_epoch),
                 "staircase": self.staircase,
                 "momentum_correction": self.momentum_correction,
@@ -116,10 +117,19 @@ class LearningRateSchedule(WorkerCallback):
         return self.multiplier(epoch) if callable(self.multiplier) else self.multiplier
 
     def _rate(self) -> float:
-        return float(tf.convert_to_tensor(variable(self.model.optimizer.learning_rate)))
+        rate = self.model.optimizer.learning_rate
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            rate = rate(self.model.optimizer.iterations)
+        return float(tf.convert_to_tensor(variable(rate)))
 
     def _set(self, multiplier: float) -> None:
         optimizer = self.model.optimizer
+        if isinstance(optimizer.learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+            # Optimizers of Keras 2's `legacy`; the others say so themselves.
+            raise TypeError(
+                f"{type(self).__name__} sets the learning rate, so it must be a number. Received: "
+                f"an optimizer with learning_rate={optimizer.learning_rate!r}."
+            )
         rate, before = self.base_rate * self._replicas * multiplier, self._rate()
         optimizer.learning_rate = rate
         if self.momentum_correction and before > 0 and before != self._rate():

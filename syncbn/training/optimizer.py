@@ -84,7 +84,7 @@ def distribute(
         RuntimeError: in a step: there are local variables, and a strategy with several replicas is
             all that joins them; and see `syncbn.resolve`.
         NotImplementedError: in a step: ``backward_passes_per_step`` with a strategy that has
-            several replicas, or in a session.
+            several replicas, or in a graph could have (all but OneDeviceStrategy), or in a session.
     """
     if not isinstance(optimizer, (*keras_api.OPTIMIZERS, tf.compat.v1.train.Optimizer)):
         raise TypeError(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import tensorflow as tf
 
 from syncbn.communicators.base import Communicator
+from syncbn.communicators.resolve import resolve
 from syncbn.communicators.tracing import unconverted
 from syncbn.training.exchange import Exchange
 from syncbn.training.local import LocalVariables
 
-_compared: set[tuple[str, ...]] = set()
-"""The gradients, in words, that the workers have compared. A step makes a tape each time."""
+_compared: WeakKeyDictionary[Communicator, set[tuple[str, ...]]] = WeakKeyDictionary()
+"""The gradients, in words, that the workers of a communicator have compared.
+
+A step makes a tape each time."""
 
 
 class DistributedGradientTape:
@@ -104,8 +108,10 @@ class DistributedGradientTape:
         flat = tf.nest.flatten(sources)
         gradients = self._tape.gradient(target, flat, *args, **kwargs)
         kinds = self._exchange.kinds(gradients, flat)
-        self._exchange.compared = kinds in _compared
+        # Others may have compared theirs over another communicator.
+        known = _compared.setdefault(resolve(self._exchange.communicator), set())
+        self._exchange.compared = kinds in known
         averaged = self._exchange(gradients, flat, "syncbn/tape")
         if self._exchange.compared:
-            _compared.add(kinds)
+            known.add(kinds)
         return tf.nest.pack_sequence_as(sources, averaged)

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests import processes
+from tests import patience, processes
 
 BENCHMARKS = [sys.executable, "-m", "benchmarks"]
 
 
-def bench(*options, limit=30):
-    return processes.run([("benchmarks", [*BENCHMARKS, *options], {})], limit=limit)
+def bench(*options, takes=12):
+    return processes.run([("benchmarks", [*BENCHMARKS, *options], {})], takes=takes)
 
 
 def test_a_case_gives_json_a_table_and_a_picture(tmp_path):
     options = ["--quick", "--case", "tiny", "--repeats", "2", "--out", str(tmp_path)]
-    finished = bench(*options, limit=100)
+    finished = bench(*options)
     assert finished.code == 0, finished.output
     assert "[1/1] tiny, round 1/1" in finished.output
 
@@ -46,7 +46,7 @@ def test_a_case_gives_json_a_table_and_a_picture(tmp_path):
 
 def test_a_whole_model_is_measured_in_a_loop_and_in_fit_at_first_and_after(tmp_path):
     options = ["--quick", "--case", "tiny-model", "--repeats", "4", "--out", str(tmp_path)]
-    finished = bench(*options, limit=300)
+    finished = bench(*options, takes=30)
     assert finished.code == 0, finished.output
     report = json.loads((tmp_path / "benchmarks.json").read_text())
     (point,) = report["cases"]["tiny-model"]["points"]
@@ -68,13 +68,13 @@ def test_the_program_finds_them_whatever_the_path_leads_to(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").write_text("raise AssertionError('another one')")
     program = [("syncbn", ["syncbn", "bench", "--list", "--case", "tiny"], {})]
-    finished = processes.run(program, limit=60, env={"PYTHONPATH": str(tmp_path)})
+    finished = processes.run(program, env={"PYTHONPATH": str(tmp_path)})
     assert finished.code == 0, finished.output
     assert "\ntiny " in finished.output
 
 
 def test_without_a_gpu_its_cases_are_left_out_and_say_what_they_need(tmp_path):
-    finished = bench("--engine", "mirrored-gpu", "--out", str(tmp_path), limit=90)
+    finished = bench("--engine", "mirrored-gpu", "--out", str(tmp_path))
     assert finished.code == 0, finished.output
     left_out = "- Left out: syncbn, fused op (TensorFlow sees no GPU: this needs one of NVIDIA's"
     assert left_out in (tmp_path / "benchmarks.md").read_text()
@@ -110,7 +110,7 @@ for devices in (
     assert indices == list(range(case.workers)), devices
 assert all(one.control_inputs for one in waits)
 """
-    finished = processes.python(code, limit=150, TF_USE_LEGACY_KERAS="0")
+    finished = processes.python(code, TF_USE_LEGACY_KERAS="0")
     assert finished.code == 0, finished.output
 
 
@@ -158,7 +158,7 @@ def test_a_job_that_does_not_end_is_ended_and_said_to_have_failed(tmp_path):
         "command.LIMIT = 2\n"
         f"raise SystemExit(main(['--case', 'tiny', '--out', {str(tmp_path)!r}]))"
     )
-    finished = processes.python(code, limit=60)
+    finished = processes.python(code)
     assert finished.code == 1, finished.output
     assert "no end within 2 s" in (tmp_path / "benchmarks.md").read_text()
 
@@ -172,12 +172,12 @@ def test_benchmarks_that_are_ended_take_their_processes_along(tmp_path):
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + patience.limit()
         while not running(tmp_path):
             assert time.monotonic() < deadline, "the job did not start"
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        assert process.wait(patience.limit()) == 128 + signal.SIGTERM
         assert not running(tmp_path)
     finally:
         process.kill()
@@ -198,7 +198,7 @@ def running(folder):
 def test_the_check_for_gpus_runs_on_a_cpu_in_its_place(tmp_path):
     check = [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(tmp_path)]
     program = [("gpu_check", [*check, "--parts", "layers", "memory", "contract"], {})]
-    finished = processes.run(program, limit=300)
+    finished = processes.run(program, takes=30)
     assert finished.code == 0, finished.output
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert not report["gpu"]

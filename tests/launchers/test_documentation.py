@@ -35,7 +35,7 @@ def test_there_is_an_example_for_each_engine():
 def test_the_example_runs(name, tmp_path):
     script = tmp_path / name
     script.write_text(EXAMPLES[name])
-    finished = processes.run(commands(name, str(script)), limit=120)
+    finished = processes.run(commands(name, str(script)))
     assert finished.code == 0, finished.output
     if name in ("mirrored.py", "multiworker_job.py", "train.py", "warmup.py"):
         assert "Epoch 2/2" in finished.output
@@ -50,7 +50,7 @@ def test_the_example_runs(name, tmp_path):
         assert means[0] == means[1], finished.output
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "bench"])
+@pytest.mark.parametrize("target", ["demo", "test", "quick", "bench"])
 def test_the_make_targets_of_the_readme_exist(target):
     assert f"make {target}" in README
     assert re.search(rf"^{target}:", (processes.ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -58,9 +58,9 @@ def test_the_make_targets_of_the_readme_exist(target):
 
 def test_the_horovod_script_has_help_and_refuses_unknown_arguments():
     script = str(processes.ROOT / "launch" / "install_horovod.sh")
-    finished = processes.run([("help", [script, "--help"], {})], limit=10)
+    finished = processes.run([("help", [script, "--help"], {})])
     assert finished.code == 0
     assert "--nccl" in finished.output
-    finished = processes.run([("unknown", [script, "--nothing"], {})], limit=10)
+    finished = processes.run([("unknown", [script, "--nothing"], {})])
     assert finished.code == 1
     assert "unknown argument: --nothing" in finished.output

@@ -31,7 +31,7 @@ if hvd.rank() == 0:
 )
 def test_rank_0_says_it_once_where_nothing_was_set(controller, init, cycle, cache):
     command = processes.horovodrun(2, controller, sys.executable, "-c", JOB, init)
-    finished = processes.run([(controller, command, {})], limit=120)
+    finished = processes.run([(controller, command, {})])
     assert finished.code == 0, finished.output
     # Without the tags of the launcher, which come anywhere.
     output = re.sub(r"\[[\d,]+\]<\w+>:", "", finished.output)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import processes
+from tests import patience, processes
 
 LAUNCH = processes.ROOT / "launch"
 ARGUMENTS = ["a  b", "$(echo hi)", "`id`", '"q"', "it's", "*", "", "--help", "--"]
@@ -29,9 +29,9 @@ VERSIONS = {
 }
 
 
-def launch(script, *arguments, limit=60, **env):
+def launch(script, *arguments, **env):
     """Runs a script of launch/; ``env`` changes its environment."""
-    return processes.run([(script, [str(LAUNCH / script), *arguments], env)], limit=limit)
+    return processes.run([(script, [str(LAUNCH / script), *arguments], env)])
 
 
 def path(folder):
@@ -58,8 +58,8 @@ def printed(output):
 
 
 def left(marker):
-    """The processes with ``marker`` in their command lines, after at most some seconds."""
-    deadline = time.monotonic() + 5
+    """The processes with ``marker`` in their command lines, once they have had the time to end."""
+    deadline = time.monotonic() + patience.limit()
     while True:
         found = []
         for process in filter(str.isdigit, os.listdir("/proc")):
@@ -131,7 +131,7 @@ def test_a_wrong_command_line_is_refused(script, arguments, message):
 def test_a_launcher_that_is_not_installed_is_named(script, message, tmp_path):
     (tmp_path / "true").symlink_to("/bin/true")
     command = ["/bin/bash", str(LAUNCH / script), "-np", "2", "true"]
-    finished = processes.run([(script, command, {"PATH": str(tmp_path)})], limit=10)
+    finished = processes.run([(script, command, {"PATH": str(tmp_path)})])
     assert finished.code == 1, finished.output
     assert message in finished.output, finished.output
 
@@ -153,7 +153,7 @@ def test_mirrored_shows_as_many_gpus_as_asked_for(tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU-a1\\nGPU-b2\\n'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     command = ["env", "-u", "CUDA_VISIBLE_DEVICES", str(LAUNCH / "mirrored.sh"), "--gpus", "1"]
-    finished = processes.run([("", [*command, *show], {"PATH": path(tmp_path)})], limit=10)
+    finished = processes.run([("", [*command, *show], {"PATH": path(tmp_path)})])
     assert "sees GPU-a1\n" in finished.output, finished.output
 
 
@@ -357,15 +357,22 @@ def test_multiworker_refuses_a_tf_config_that_is_broken_or_another_one(config, m
     assert "Unset it" in finished.output
 
 
-def test_multiworker_returns_the_code_of_the_first_that_fails_and_hears_the_others():
+def test_multiworker_returns_the_code_of_the_first_that_fails_and_hears_the_others(tmp_path):
+    # They have some seconds from then on, so all of them are there before.
     code = """
-import json, os, sys, time
-if json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 1:
+import json, os, pathlib, sys, time
+index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+folder = pathlib.Path(sys.argv[1])
+(folder / str(index)).touch()
+while len(list(folder.iterdir())) < 3:
+    time.sleep(0.01)
+if index == 1:
     sys.exit(7)
 time.sleep(1)
 sys.exit("worker 1 is gone")
 """
-    finished = launch("multiworker.py", "--workers", "3", "--", sys.executable, "-c", code)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    finished = launch("multiworker.py", "--workers", "3", "--", *command)
     assert finished.code == 7, finished.output
     assert "worker 1 exited with code 7; ending the others" in finished.output
     assert "[0] worker 1 is gone\n" in finished.output, finished.output
@@ -394,7 +401,7 @@ time.sleep(600)
 def test_multiworker_leaves_nobody_behind_when(target, number, code):
     marker = f"waiting-{uuid.uuid4().hex}"
     command = [sys.executable, "-c", WAITING.format(target=target, signal=number), marker]
-    finished = launch("multiworker.py", "--workers", "2", "--", *command, limit=30)
+    finished = launch("multiworker.py", "--workers", "2", "--", *command)
     assert "[1] now\n" in finished.output, finished.output
     assert finished.code == code, finished.output
     assert not left(marker)
@@ -404,7 +411,7 @@ def test_the_workers_of_a_multiworker_that_is_killed_end_with_it():
     marker = f"waiting-{uuid.uuid4().hex}"
     code = "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)"
     command = [sys.executable, "-c", code, marker]
-    finished = launch("multiworker.py", "--workers", "2", "--", *command, limit=30)
+    finished = launch("multiworker.py", "--workers", "2", "--", *command)
     assert finished.code == -signal.SIGKILL, finished.output
     assert not left(marker)
 
@@ -412,7 +419,7 @@ def test_the_workers_of_a_multiworker_that_is_killed_end_with_it():
 def test_multiworker_ends_when_nobody_reads_its_output():
     script = f"{shlex.quote(str(LAUNCH / 'multiworker.py'))} --workers 2 -- yes | head -n 1"
     command = ["bash", "-c", f"{script}; exit ${{PIPESTATUS[0]}}"]
-    finished = processes.run([("bash", command, {})], limit=20)
+    finished = processes.run([("bash", command, {})])
     assert finished.code == 128 + signal.SIGPIPE, finished.output
 
 
@@ -438,7 +445,7 @@ def test_xla_goes_before_the_flags_that_a_user_has(start):
 
 def test_the_slurm_template_starts_the_workers_of_one_cluster(tmp_path):
     script = LAUNCH / "slurm.sbatch"
-    finished = processes.run([("shellcheck", ["shellcheck", str(script)], {})], limit=20)
+    finished = processes.run([("shellcheck", ["shellcheck", str(script)], {})])
     assert finished.code == 0, finished.output
     lines = script.read_text().splitlines()
     options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
@@ -451,7 +458,7 @@ def test_the_slurm_template_starts_the_workers_of_one_cluster(tmp_path):
     (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
     (tmp_path / "scontrol").chmod(0o755)
     env = {"PATH": path(tmp_path), "SLURM_JOB_ID": "20005", "SLURM_JOB_NODELIST": "node[1-2]"}
-    finished = processes.run([("sbatch", ["bash", str(script), *ARGUMENTS], env)], limit=10)
+    finished = processes.run([("sbatch", ["bash", str(script), *ARGUMENTS], env)])
     assert finished.code == 7, finished.output
     assert printed(finished.output) == [
         *("--kill-on-bad-exit=1", "launch/multiworker.py", "--host", "node1:12005,node2:12005"),

@@ -7,7 +7,6 @@ import pytest
 
 from tests import processes
 
-LIMIT = 300  # seconds; a process took up to 123 on a busy machine
 SUITE = [sys.executable, "-m", "pytest", "--color=no", "-q", "-p", "no:cacheprovider"]
 
 MPI = """
@@ -51,11 +50,10 @@ def test_the_suite_passes_with(mode, size):
         command = processes.horovodrun(size, "gloo", *command)
     finished = processes.run(
         [(mode, command, {})],
-        limit=LIMIT,
+        takes=30,
         env={
             "SYNCBN_TEST_SESSION": mode,
             "SYNCBN_TEST_ENGINE": "local" if size == 1 else "horovod",
-            "SYNCBN_TEST_LIMIT": str(LIMIT - 20),
             "TF_USE_LEGACY_KERAS": "1",
         },
     )
@@ -66,7 +64,7 @@ def test_the_suite_passes_with(mode, size):
 
 def test_mpi_refuses_a_session():
     command = processes.mpirun(2, sys.executable, "-c", MPI)
-    finished = processes.run([("mpirun", command, {})], limit=120, env={"TF_USE_LEGACY_KERAS": "1"})
+    finished = processes.run([("mpirun", command, {})], env={"TF_USE_LEGACY_KERAS": "1"})
     assert finished.code == 0, finished.output
 
 

@@ -54,7 +54,7 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
     )
     killer.start()
     command = job(launcher, *train, "--epochs", "5000", "--metrics", str(tmp_path / marker))
-    finished = processes.run([(launcher, command, {})], limit=150, env=env)
+    finished = processes.run([(launcher, command, {})], takes=25, env=env)
     ended = time.monotonic()
     over.set()
     killer.join()
@@ -68,7 +68,7 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
 
     epochs = int((checkpoints / "checkpoint").read_text().split('"')[1].rpartition("-")[2])
     command = job(launcher, *train, "--epochs", str(epochs + 2), "--metrics", str(metrics))
-    finished = processes.run([(launcher, command, {})], limit=120, env=env)
+    finished = processes.run([(launcher, command, {})], env=env)
     assert finished.code == 0, finished.output
     assert finished.output.count(f"Going on after epoch {epochs}") == 1, finished.output
     lines = metrics.read_text().splitlines()
@@ -84,7 +84,7 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
 def test_a_job_runs_as_typed(launcher, legacy):
     command = job(launcher, *TRAIN, "--epochs", "1")
     env = {"TF_USE_LEGACY_KERAS": str(int(legacy))}
-    finished = processes.run([(launcher, command, {})], limit=120, env=env)
+    finished = processes.run([(launcher, command, {})], env=env)
     assert finished.code == 0, finished.output
     assert finished.output.count("synchronized, 2 replicas x 64  ") == 1, finished.output
 
@@ -110,7 +110,7 @@ def _workers(marker):
 
 
 WITHOUT_JOIN = """
-import sys
+import os, pathlib, sys, time
 import numpy as np, tensorflow as tf, syncbn
 from syncbn import training
 if sys.argv[1] == "mpirun":
@@ -125,24 +125,29 @@ batches = [7, 4, 0][rank]
 x = np.ones((2 * batches, 3), "float32")
 model = tf.keras.Sequential([tf.keras.Input((3,)), syncbn.SyncBatchNormalization()])
 model.compile(training.distribute(tf.keras.optimizers.SGD(0.1)), "mse")
+folder = pathlib.Path(sys.argv[2])
 if batches:
-    model.fit(x, x, batch_size=2, verbose=0)
+    model.fit(x, x, batch_size=2, verbose=0, callbacks=[
+        tf.keras.callbacks.LambdaCallback(on_train_begin=lambda logs: (folder / str(rank)).touch())
+    ])
+else:
+    while len(list(folder.iterdir())) < 2:
+        time.sleep(0.05)
+    time.sleep(10)  # many times what all of the others' steps would take
+    print("nobody came", flush=True)
+    os._exit(3)
 print("rank", rank, "is done", flush=True)
-if rank:
-    import time
-    time.sleep(100)  # so that nobody ends because somebody has
 """
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
-def test_without_join_workers_with_more_batches_wait_forever(launcher):
+def test_without_join_workers_with_more_batches_wait_forever(launcher, tmp_path):
     # What `join` is for; tests/parallel/test_join.py has the same job with it.
-    command = job(launcher, sys.executable, "-c", WITHOUT_JOIN, launcher, workers=3)
-    finished = processes.run([(launcher, command, {})], limit=25)
-    assert "ended after the limit" in finished.output, finished.output
-    done = {rank for rank in range(3) if f"rank {rank} is done" in finished.output}
-    # The others' first step waits for the one that has nothing.
-    assert done == {2}, finished.output
+    command = [sys.executable, "-c", WITHOUT_JOIN, launcher, str(tmp_path)]
+    finished = processes.run([(launcher, job(launcher, *command, workers=3), {})])
+    # The others' first step waits for the one that has nothing, until that one ends the job.
+    assert "nobody came" in finished.output, finished.output
+    assert "is done" not in finished.output, finished.output
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_without_join_workers_with_more_batches_wait_forever(launcher):
     ],
 )
 def test_the_script_says_what_is_wrong(arguments, env, message):
-    finished = processes.run([("train", [sys.executable, SCRIPT, *arguments], env)], limit=60)
+    finished = processes.run([("train", [sys.executable, SCRIPT, *arguments], env)])
     assert finished.code not in (0, 124), finished.output
     assert message in finished.output, finished.output
 
@@ -175,7 +180,7 @@ def test_a_job_ends_when_one_worker_finds_a_fault(tmp_path):
     assert processes.python(other).code == 0
     train = [*TRAIN, "--epochs", "1", "--checkpoint", str(tmp_path)]
     for launcher in "mpirun", "horovodrun --gloo":
-        finished = processes.run([(launcher, job(launcher, *train), {})], limit=60)
+        finished = processes.run([(launcher, job(launcher, *train), {})])
         assert finished.code not in (0, 124), finished.output
         assert "must hold checkpoints of this network" in finished.output, finished.output
         assert "ended after the limit" not in finished.output, finished.output
@@ -185,7 +190,7 @@ def test_workers_with_other_arguments_are_told():
     python, *rest = TRAIN
     train = [python, *rest[:-1], "$((32 + 32 * OMPI_COMM_WORLD_RANK))"]
     command = ["bash", "-c", " ".join(train)]
-    finished = processes.run([("mpirun", job("mpirun", *command), {})], limit=60)
+    finished = processes.run([("mpirun", job("mpirun", *command), {})])
     assert finished.code not in (0, 124), finished.output
     assert "Rank 1 was started with other arguments than rank 0" in finished.output, finished.output
 
@@ -194,7 +199,7 @@ def test_workers_with_other_models_are_told():
     """The synchronized layers of one wait for nobody; the weights have the same shapes."""
     command = [sys.executable, "-c", OTHER_MODELS]
     for launcher in "mpirun", "horovodrun --gloo":
-        finished = processes.run([(launcher, job(launcher, *command), {})], limit=60)
+        finished = processes.run([(launcher, job(launcher, *command), {})])
         assert finished.code not in (0, 124), finished.output
         assert "must have the same synchronized layers" in finished.output, finished.output
 

@@ -12,17 +12,17 @@ import os
 
 import pytest
 
-from tests import clusters  # noqa: F401  (before TensorFlow starts)
+from tests import clusters, patience  # noqa: F401  (clusters before TensorFlow starts)
 from tests import replicas as kinds
 
 ENGINE, _, SIZE = os.environ.get("SYNCBN_TEST_ENGINE", "mirrored:2").partition(":")
 
 
 def pytest_configure(config):
-    # A rank that waits for one which has failed shows where it waits, and ends. The launcher's
-    # limit, in tests/processes.py, is a little longer.
-    limit = float(os.environ.get("SYNCBN_TEST_LIMIT", "300"))
-    faulthandler.dump_traceback_later(limit, exit=True)
+    # A rank that waits for one which has failed shows where it waits, and ends. Where
+    # tests/processes.py starts it, its limit is a little longer.
+    limit = os.environ.get("SYNCBN_TEST_LIMIT") or patience.limit(30)
+    faulthandler.dump_traceback_later(float(limit), exit=True)
 
 
 def pytest_unconfigure(config):

@@ -9,7 +9,7 @@ from syncbn import training
 from tests.keras import KERAS_3, keras
 from tests.parallel import workers
 from tests.parallel.conftest import ENGINE
-from tests.parallel.workers import LossScaleOptimizer, same_on_all_ranks, samples
+from tests.parallel.workers import Counting, LossScaleOptimizer, same_on_all_ranks, samples
 
 
 def build(norm):
@@ -71,20 +71,6 @@ def test_the_weights_are_those_of_one_process_with_all_passes(replicas, name, me
     for ours, truth in zip(model.get_weights(), alone.get_weights(), strict=True):
         np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-5)
         same_on_all_ranks(ours)
-
-
-class Counting:
-    """Another communicator, and how often it was asked."""
-
-    supports_jit = False
-
-    def __init__(self, other):
-        self._other, self.name, self.size, self.rank = other, other.name, other.size, other.rank
-        self.calls = []
-
-    def all_reduce_sum(self, tensor, name):
-        self.calls.append(name)
-        return self._other.all_reduce_sum(tensor, name)
 
 
 @workers.on_one_level
@@ -169,6 +155,8 @@ def test_other_gradients_in_a_later_pass_are_refused(replicas):
     optimizer.apply_gradients(zip(gradients, weights, strict=True))
     with pytest.raises(ValueError, match=r"must have the same gradients.*is number 1"):
         optimizer.apply_gradients(zip([tf.ones([1]), None], weights, strict=True))
+    with pytest.raises(ValueError, match=r"of the same variables.*as number 0 one of"):
+        optimizer.apply_gradients(zip(gradients, weights[::-1], strict=True))
 
 
 @pytest.mark.skipif("mirrored" not in ENGINE, reason="one replica in each process")

@@ -154,3 +154,6 @@ def test_workers_with_other_schedules_are_told(replicas):
     warmup = training.LearningRateWarmup(BASE, 1, steps_per_epoch=STEPS + (rank == 1))
     with pytest.raises(ValueError, match=r"same learning rates.*steps in an epoch, "):
         fit(replicas, OPTIMIZERS["SGD"], [warmup], 1)
+    schedule = training.LearningRateSchedule(BASE, 1.0 + (rank == 1))
+    with pytest.raises(ValueError, match=r"same learning rates.*multiplier, "):
+        fit(replicas, OPTIMIZERS["SGD"], [schedule], 1)

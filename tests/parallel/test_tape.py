@@ -1,5 +1,7 @@
 """A tape whose gradients are the means over the workers."""
 
+import time
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -9,7 +11,7 @@ from syncbn import training
 from tests.keras import keras
 from tests.parallel import workers
 from tests.parallel.conftest import ENGINE
-from tests.parallel.workers import same_on_all_ranks
+from tests.parallel.workers import Counting, same_on_all_ranks
 
 
 def build(norm):
@@ -81,6 +83,62 @@ def test_workers_with_other_gradients_are_told(replicas):
         loss = tf.reduce_sum(x**2)
     with pytest.raises(ValueError, match=rf"same gradients.*on rank {odd} than on rank 0"):
         training.DistributedGradientTape(tape).gradient(loss, [x])
+
+
+@pytest.mark.skipif(ENGINE != "mpi", reason="over Horovod workers would wait for each other")
+def test_workers_that_change_the_order_are_told(replicas):
+    short, long = tf.Variable(tf.ones([2])), tf.Variable(tf.ones([3]))
+
+    def gradients(*sources):
+        with tf.GradientTape() as tape:
+            y = tf.reduce_sum(short) + 10.0 * tf.reduce_sum(long)
+        return training.DistributedGradientTape(tape).gradient(y, sources)
+
+    gradients(short, long)
+    gradients(long, short)
+    # As many numbers, of other variables: added up, they would be nobody's gradients.
+    with pytest.raises(RuntimeError, match=r"on rank 0 syncbn/tape.*on rank 1 syncbn/tape"):
+        gradients(*((long, short) if replicas.rank else (short, long)))
+
+
+@workers.on_one_level
+def test_the_iterations_of_a_loop_do_not_meet_each_other(replicas):
+    rank, size = replicas.rank, replicas.size
+    weight = tf.Variable(1.0)
+
+    def late(number):
+        # Which iteration a worker comes to first differs, and TensorFlow runs them side by side.
+        time.sleep(0.2 if number == rank % 2 else 0.0)
+        return np.float32(10.0**number * (rank + 1))
+
+    @tf.function
+    def total(count):
+        weighted = 0.0
+        for number in tf.range(count):
+            factor = tf.numpy_function(late, [number], tf.float32, stateful=False)
+            with tf.GradientTape() as tape:
+                y = tf.ensure_shape(factor, []) * weight
+            gradient = training.DistributedGradientTape(tape).gradient(y, weight)
+            weighted += tf.cast(number + 1, tf.float32) * gradient
+        return weighted
+
+    mean = np.mean(range(1, size + 1))
+    for _ in range(2):
+        np.testing.assert_allclose(total(tf.constant(3)), 321 * mean, rtol=1e-6)
+
+
+@workers.on_one_level
+def test_gradients_are_compared_once_over_each_communicator(replicas):
+    # Others may have compared theirs over another one, and would wait here.
+    weight = tf.Variable(tf.zeros([3, 2, 1, 1]))
+    for communicator in (Counting(syncbn.resolve()) for _ in range(2)):
+        for _ in range(2):
+            with tf.GradientTape() as tape:
+                y = replicas.rank * weight
+            tape = training.DistributedGradientTape(tape, communicator)
+            gradient = tape.gradient(y, weight)
+            np.testing.assert_allclose(gradient, np.mean(range(replicas.size)), rtol=1e-6)
+        assert communicator.calls.count("syncbn/agreement") == 1
 
 
 @pytest.mark.skipif("mirrored" not in ENGINE, reason="no strategy with several replicas")

@@ -13,6 +13,7 @@ from syncbn import bench, cli
 from syncbn.doctor import engines, examine, processes
 from syncbn.doctor.examine import Result
 from syncbn.doctor.processes import Command
+from tests import patience
 from tests.launchers.test_doctor import is_alive
 
 PROBE = ["python", "probe"]
@@ -261,7 +262,7 @@ def test_root_hears_what_jobs_under_open_mpi_need(monkeypatch):
     monkeypatch.delenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", raising=False)
     assert processes.root_needs() == "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
     code = "import os; assert os.environ['OMPI_ALLOW_RUN_AS_ROOT_CONFIRM'] == '1'"
-    assert processes.run([python(code)], 60) == ("", "")
+    assert processes.run([python(code)], patience.limit()) == ("", "")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert processes.root_needs() == ""
 
@@ -272,16 +273,17 @@ def test_a_process_that_fails_ends_the_others_and_says_why():
         "raise ValueError('the reason')"
     )
     start = time.monotonic()
-    reason, output = processes.run([failing, python("import time; time.sleep(60)")], 60)
-    assert time.monotonic() - start < 30
+    hangs = 2 * patience.limit()
+    reason, output = processes.run([failing, python(f"import time; time.sleep({hangs})")], hangs)
+    assert time.monotonic() - start < hangs / 2
     assert reason == "ValueError: the reason"
     assert output.splitlines()[0] == "[1]<stdout>:kept"
     assert "port.cc" not in output
 
 
 def test_a_process_without_words_has_its_exit_code():
-    assert processes.run([python("raise SystemExit(3)")], 60) == ("exit code 3", "")
-    assert processes.run([python("import os; os.abort()")], 60)[0] == "exit code -6"
+    assert processes.run([python("raise SystemExit(3)")], patience.limit()) == ("exit code 3", "")
+    assert processes.run([python("import os; os.abort()")], patience.limit())[0] == "exit code -6"
 
 
 def test_after_the_limit_no_process_is_left(tmp_path):
@@ -293,12 +295,14 @@ def test_after_the_limit_no_process_is_left(tmp_path):
         "print(os.getpid(), child.pid, flush=True)\n"
         "time.sleep(600)"
     )
-    reason, output = processes.run([python(code)], 5)
-    assert reason == "no end within 5 s"
+    # A hundred times what it takes to print.
+    limit = 5 * patience.factor()
+    reason, output = processes.run([python(code)], limit)
+    assert reason == f"no end within {limit:g} s"
     pids = output.split()
     assert len(pids) == 2
     # Killed is not yet gone.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patience.limit()
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline, "a process is left"
         time.sleep(0.05)
@@ -310,4 +314,4 @@ def test_children_get_no_cluster_of_this_process_and_no_gpu(monkeypatch):
         "import os; assert 'TF_CONFIG' not in os.environ and "
         "os.environ['CUDA_VISIBLE_DEVICES'] == '-1' and os.environ['OWN'] == '1'"
     )
-    assert processes.run([python(code, OWN="1")], 60) == ("", "")
+    assert processes.run([python(code, OWN="1")], patience.limit()) == ("", "")

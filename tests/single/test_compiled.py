@@ -69,6 +69,21 @@ def test_second_derivatives_are_those_of_the_formula():
     np.testing.assert_allclose(ours, penalty(formula), rtol=1e-9)
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_forward_mode_goes_through_the_sums_of_centering(graph):
+    x, tangent = tf.random.stateless_normal([2, 6, 3], [1, 2], dtype=tf.float64)
+    layer = syncbn.SyncCentering(dtype="float64")
+    layer.build((None, 3))
+
+    def product(x):
+        with tf.autodiff.ForwardAccumulator(x, tangent) as accumulator:
+            y = layer(x, training=True)
+        return accumulator.jvp(y)
+
+    ours = (tf.function(product) if graph else product)(x)
+    np.testing.assert_allclose(ours, tangent - tf.reduce_mean(tangent, 0), rtol=1e-9)
+
+
 def test_one_trace_serves_all_batch_sizes_and_layers_of_as_many_channels(monkeypatch):
     traces = []
     plain = kernels.scale_and_offset

@@ -77,6 +77,12 @@ def test_what_the_environment_has_stays(hvd, monkeypatch):
     assert hvd.seen[0][0] == {"HOROVOD_CYCLE_TIME": "2.5", "HOROVOD_CACHE_CAPACITY": "512"}
 
 
+def test_horovod_tunes_what_it_is_told_to_tune(hvd, monkeypatch):
+    monkeypatch.setenv("HOROVOD_AUTOTUNE", "1")
+    syncbn.training.init_horovod()
+    assert hvd.seen[0][0] == dict.fromkeys(NAMES)
+
+
 def test_without_horovod_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "horovod", None)
     with pytest.raises(ImportError, match=r"launch/install_horovod\.sh"):

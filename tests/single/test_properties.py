@@ -17,7 +17,12 @@ from tests.replicas import Threads
 TWO_AXES = {"axis": (1, 3), "sample": (2, 3, 4)}
 
 
-@hypothesis.settings(max_examples=120, deadline=None, derandomize=True)
+@hypothesis.settings(
+    max_examples=120,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a busy machine is no fault
+)
 @hypothesis.given(data=st.data())
 def test_any_case_that_can_be_drawn_holds(data):
     size = data.draw(st.integers(1, 4))

@@ -2,6 +2,7 @@
 
 import io
 import math
+import time
 
 import numpy as np
 import pytest
@@ -177,9 +178,11 @@ def test_rich_prints_it_as_a_table_of_its_own(model):
 
 def test_with_a_communicator_the_cost_of_a_step_is_measured():
     model = sequential(syncbn.SyncBatchNormalization(name="a"), syncbn.SyncCentering(name="b"))
+    start = time.monotonic()
     found = report(model, Four())
+    took = time.monotonic() - start
     assert (found.engine, found.size, found.advice) == ("local", 4, ())
-    assert all(0 < one.seconds < 1 for one in found.layers)
+    assert all(0 < one.seconds < took for one in found.layers)
     assert found.total.seconds == pytest.approx(sum(one.seconds for one in found.layers))
     assert "Measured over local, 4 replicas." in str(found)
     assert f"{1e3 * found.total.seconds:.3g}" in str(found)

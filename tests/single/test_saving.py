@@ -116,7 +116,7 @@ def test_an_exported_model_serves_without_syncbn(scope, tmp_path):
         "assert 'syncbn' not in sys.modules\n"
     )
     command = [sys.executable, "-c", serve, str(tmp_path)]
-    finished = processes.run([("serve", command, {})], limit=120)
+    finished = processes.run([("serve", command, {})])
     assert finished.code == 0, finished.output
     y = model.predict(x, verbose=0)
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), y, rtol=1e-5, atol=1e-6)

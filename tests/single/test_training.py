@@ -64,12 +64,39 @@ def test_passes_add_up_in_one_process_too():
         np.testing.assert_allclose(weight, [1 - 0.2, 2 - 0.1], rtol=1e-6)
 
 
+def test_passes_under_a_strategy_of_one_replica_are_refused_in_a_graph():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        weight = tf.Variable([1.0])
+        optimizer = training.distribute(keras.optimizers.SGD(1.0), backward_passes_per_step=2)
+        optimizer.build([weight])
+    step = tf.function(
+        lambda: strategy.run(lambda: (optimizer.apply_gradients([(tf.ones([1]), weight)]), 0)[1])
+    )
+    with pytest.raises(NotImplementedError, match="Received: MirroredStrategy with one replica"):
+        step()
+
+
 def test_halves_are_added_up_in_single_precision():
     weight = tf.Variable(tf.zeros([1], tf.float16))
     optimizer = training.distribute(keras.optimizers.SGD(1.0), backward_passes_per_step=4)
     for gradient in 2048.0, 1.0, 1.0, -2048.0:  # 2049 is no half
         optimizer.apply_gradients([(tf.constant([gradient], tf.float16), weight)])
     np.testing.assert_array_equal(weight, [-2.0])
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_a_mean_of_halves_overflows_only_if_it_is_too_large_itself(sparse):
+    weight = tf.Variable(tf.zeros([1, 1], tf.float16))
+    optimizer = training.distribute(
+        keras.optimizers.SGD(1.0), backward_passes_per_step=4, average_aggregated_gradients=True
+    )
+    gradient = tf.constant([[30000.0]], tf.float16)
+    if sparse:
+        gradient = tf.IndexedSlices(gradient, tf.constant([0]), tf.constant([1, 1]))
+    for _ in range(4):
+        optimizer.apply_gradients([(gradient, weight)])
+    np.testing.assert_array_equal(weight, [[-30000.0]])
 
 
 def test_local_variables_and_the_norm_of_all_gradients_exclude_each_other():
@@ -128,6 +155,20 @@ def test_one_replica_warms_up_to_what_it_has():
     ]
     history = model.fit(x, x[:, :1], epochs=2, verbose=0, callbacks=callbacks).history
     np.testing.assert_allclose(history["learning_rate"], [0.1, 0.05], rtol=1e-6)
+
+
+def test_a_schedule_of_the_optimizer_is_not_replaced():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.3, 1, 0.5)
+    kinds = [keras.optimizers.SGD] + ([] if KERAS_3 else [keras.optimizers.legacy.SGD])
+    x = np.ones((4, 3), "float32")
+    for kind in kinds:
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        model.compile(kind(schedule), "mse")
+        later = training.LearningRateSchedule(0.1, 1.0, start_epoch=1)
+        logs = model.fit(x, x[:, :1], epochs=1, verbose=0, callbacks=[later]).history
+        assert 0.1 < logs["learning_rate"][0] < 0.4
+        with pytest.raises(TypeError, match=r"not settable|must be a number"):
+            model.fit(x, x[:, :1], verbose=0, callbacks=[training.LearningRateWarmup(0.1, 1)])
 
 
 def test_it_trains_as_before_in_one_process():
