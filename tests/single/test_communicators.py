@@ -1,8 +1,10 @@
 """Choosing an engine, and what the engines have in common."""
 
+import functools
 import json
 import logging
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ import tensorflow as tf
 
 import syncbn
 from syncbn.communicators import launcher
+from syncbn.communicators.order import Order
 from syncbn.communicators.resolve import choose
 from tests.keras import keras
 
@@ -150,3 +153,37 @@ def test_every_communicator_keeps_the_protocol():
     assert isinstance(syncbn.LocalCommunicator(), syncbn.Communicator)
     assert isinstance(syncbn.DistributeCommunicator(), syncbn.Communicator)
     assert not isinstance(keras.layers.Layer(), syncbn.Communicator)
+
+
+def test_a_sum_waits_for_those_in_second_derivatives_of_a_nested_function():
+    # TensorFlow makes them without automatic control dependencies, and dw does not need the last.
+    order, calls = Order(), []
+
+    def run(name, value):
+        time.sleep(0.1 * (calls.count(name) == 1))
+        calls.append(name)
+        return value
+
+    def add_up(tensor, name, witness):
+        total = tf.numpy_function(functools.partial(run, name), [tensor], tensor.dtype)
+        total.set_shape(tensor.shape)
+        return total
+
+    @tf.function
+    def nested(x, w):
+        return order.turn().all_reduce_sum(add_up, x, "nested") ** 2 * w
+
+    @tf.function
+    def step(x, w):
+        with tf.GradientTape() as outer:
+            outer.watch([x, w])
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = nested(x, w)
+            penalty = tape.gradient(y, x) ** 2
+        dx, dw = outer.gradient(penalty, [x, w])
+        return dx, order.turn().all_reduce_sum(add_up, dw, "outside")
+
+    dx, dw = step(tf.constant([2.0]), tf.constant([3.0]))
+    assert (dx.numpy(), dw.numpy()) == ([144.0], [96.0])  # of 4 x^2 w^2
+    assert calls[-1] == "outside", calls
