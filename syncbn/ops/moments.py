@@ -16,7 +16,6 @@ from syncbn.ops.channels import (
     reduction_axes,
     statistics_dtype,
     sum_to_channels,
-    sum_wide,
     where,
 )
 from syncbn.ops.differentiation import compiled, with_recomputed_gradient
@@ -189,7 +188,7 @@ def _exact(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
     ) -> tuple[tf.Tensor, tf.Tensor]:
         if _is_small(x) and not xla.compiles_everything():
             wide = tf.cast(where(mask, x), tf.float64)
-            return sum_wide(wide, axes), sum_wide(tf.square(wide), axes)
+            return _sum_at_once(wide, axes), _sum_at_once(tf.square(wide), axes)
         centered, pivot = _about_a_pivot(x, count, axes, mask)
         off, squares = (_sum(part, axes) for part in (centered, tf.square(centered)))
         first = count * pivot
@@ -219,7 +218,7 @@ def _compiled_first_sum(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor,
 def _first_sum(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
     def plain(x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
         if _is_small(x) and not xla.compiles_everything():
-            return sum_wide(tf.cast(where(mask, x), tf.float64), axes)
+            return _sum_at_once(tf.cast(where(mask, x), tf.float64), axes)
         centered, pivot = _about_a_pivot(x, count, axes, mask)
         return count * pivot + _sum(centered, axes)
 
@@ -232,7 +231,11 @@ def _is_small(x: tf.Tensor) -> bool:
 
 
 def _sum(centered: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
-    return (sum_wide if xla.compiles_everything() else sum_to_channels)(centered, axes)
+    return (_sum_at_once if xla.compiles_everything() else sum_to_channels)(centered, axes)
+
+
+def _sum_at_once(wide: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    return tf.reshape(tf.reduce_sum(wide, reduction_axes(wide.shape.rank, axes)), [-1])
 
 
 def _about_a_pivot(
@@ -244,7 +247,7 @@ def _about_a_pivot(
         # mean, which spares a pass; one that the mask hides counts as zero.
         one = tuple(slice(None if axis in axes else 1) for axis in range(x.shape.rank))
         wide = tf.cast(where(mask, x), tf.float64)
-        pivot = tf.stop_gradient(sum_wide(wide[one], axes))
+        pivot = tf.stop_gradient(_sum_at_once(wide[one], axes))
         return where(mask, wide - broadcast(pivot, x, axes)), pivot
     x = tf.cast(x, statistics_dtype(x.dtype))
     first = sum_to_channels(where(mask, x), axes)
