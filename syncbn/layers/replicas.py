@@ -37,8 +37,7 @@ class ReplicaGroups:
         size = communicator.size
         # One replica has nobody to be grouped with, and a model made for a job stays usable in one.
         if size == 1 or not self.grouping.is_given():
-            in_order = communicator.name in ("mpi", "horovod")
-            return Replicas(all_reduce_sum, alone=size == 1, shares_traces=not in_order)
+            return Replicas(all_reduce_sum, alone=size == 1)
         split = self._split(communicator, size, batch)
         if split is None:
             return Replicas(all_reduce_sum)

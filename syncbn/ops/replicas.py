@@ -18,20 +18,11 @@ class Replicas:
         all_reduce_sum: Adds a tensor up over all replicas, differentiably; the name is the same on
             each of them for the same call.
         alone: Whether there are no others.
-        shares_traces: Whether layers may call shared functions between the sums. Not where sums
-            must stay in program order: the gradients of functions that TensorFlow makes, in second
-            derivatives of nested functions, lose it.
     """
 
-    def __init__(
-        self,
-        all_reduce_sum: Callable[[tf.Tensor, str], tf.Tensor],
-        alone: bool = False,
-        shares_traces: bool = False,
-    ):
+    def __init__(self, all_reduce_sum: Callable[[tf.Tensor, str], tf.Tensor], alone: bool = False):
         self.all_reduce_sum = all_reduce_sum
         self.alone = alone
-        self.shares_traces = shares_traces
 
     def merge(self, sums: Sums, bessel: bool = False) -> tuple[Moments, Moments]:
         """Returns the moments to normalize with, and those that the moving statistics take up.
@@ -42,7 +33,7 @@ class Replicas:
         """
         total = self.all_reduce_sum(pack(sums), "statistics")
         like = Sums(*(None if part is None else tf.TensorSpec(part.shape) for part in sums))
-        merged = _unpacking(like)(total) if self.shares_traces else unpack(total, sums)
+        merged = _unpacking(like)(total)
         return merged, unbiased(merged) if bessel else merged
 
 

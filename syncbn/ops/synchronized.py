@@ -96,7 +96,6 @@ def batch_normalize(
         normalize = _normalize_alone(normalization, replicas, bessel)
     else:
         normalize = _normalize(normalization, replicas, mask, correction, bessel)
-
     # The moments are among its results, though nothing differentiates them: without, the second
     # derivative of a nested function made a call over MPI that nothing kept in order.
     @tf.custom_gradient
@@ -219,24 +218,19 @@ class _Pieces(NamedTuple):
     input_gradient: Callable[..., tf.Tensor]
 
 
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
-
-
 @functools.cache
-def _pieces(normalization: _Normalization, shares_traces: bool) -> _Pieces:
+def _pieces(normalization: _Normalization) -> _Pieces:
     axes, kernels = normalization.axes, normalization.kernels
-    traced_once = shared if shares_traces else _as_it_is
-    piece = functools.partial(compiled, axes=axes) if kernels.compiled else traced_once
+    piece = functools.partial(compiled, axes=axes) if kernels.compiled else shared
     own = normalization._replace(kernels=PLAIN) if kernels.compiled else normalization
 
     def sums(x: tf.Tensor, *mask: tf.Tensor) -> Sums:
         return local_sums(x, axes, *mask)
 
     # A piece of its own already where XLA compiles.
-    outputs, all_sums = piece(own.outputs), sums if kernels.compiled else traced_once(sums)
+    outputs, all_sums = piece(own.outputs), sums if kernels.compiled else shared(sums)
     if kernels.fused and not (kernels.compiled_gradient or normalization.masked):
-        return _Pieces(all_sums, outputs, piece(own.gradient_sums), piece(own.input_gradient))
+        return _Pieces(all_sums, outputs, shared(own.gradient_sums), shared(own.input_gradient))
 
     # Where no kernel makes it along with the sums, dy * scale is not kept during the collective.
     def gradient_sums(*inputs: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -267,7 +261,7 @@ def _normalize(
     correction: Correction | None,
     bessel: bool,
 ) -> Callable[..., _Normalized]:
-    pieces = _pieces(normalization, replicas.shares_traces)
+    pieces = _pieces(normalization)
     masks = [] if mask is None else [mask]
 
     def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> _Normalized:
