@@ -48,8 +48,12 @@ class Order:
         return [graph.get_operation_by_name(self._last[graph])] if graph in self._last else []
 
     def follow(self, operation: tf.Operation) -> None:
-        """Makes the next sum of this graph follow ``operation``."""
-        self._last[operation.graph] = operation.name
+        """Makes the next sum of this graph follow ``operation``, and who calls the graph wait."""
+        graph = operation.graph
+        self._last[graph] = operation.name
+        # Where there are automatic control dependencies, they see to that.
+        if graph.building_function and not getattr(graph, "_add_control_dependencies", False):
+            graph.control_outputs.append(operation)
 
     def turn(self) -> Turn:
         """Returns what runs the sums of one call, and of its gradient."""
