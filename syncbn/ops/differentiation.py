@@ -124,9 +124,40 @@ def with_recomputed_gradient(
         # In a graph, forward mode goes through what a custom gradient consists of.
         if not tf.executing_eagerly() and (kernel is None or has_tangent(*inputs)):
             return plain(*inputs)
-        return call(*map(local, inputs))
+        outputs = call(*map(local, inputs))
+        if not tf.executing_eagerly():
+            _vectorize_as(plain, len(inputs), outputs)
+        return outputs
 
     return operation
+
+
+def _vectorize_as(plain: Callable[..., Any], number: int, outputs: Any) -> None:
+    """Makes a vectorized loop take ``plain`` for a custom gradient's operation.
+
+    `tf.vectorized_map`, and a jacobian of which there is a gradient, convert operations one by one
+    and forget custom gradients: the gradient would go through the kernel, and end there.
+
+    Args:
+        plain: The function that is differentiated.
+        number: How many inputs it has.
+        outputs: What the operation has returned, in a graph.
+    """
+
+    def convert(loop: Any) -> list[Any]:
+        # Its inputs are first the results, which are not asked for now.
+        inputs = loop.inputs[-number:]
+        rows = {at: one.t for at, one in enumerate(inputs) if one.is_stacked}
+
+        def iteration(row: dict[int, tf.Tensor]) -> list[tf.Tensor]:
+            return tf.nest.flatten(plain(*(row.get(at, one.t) for at, one in enumerate(inputs))))
+
+        results = tf.vectorized_map(iteration, rows) if rows else iteration({})
+        return [inputs[0]._replace(t=one, is_stacked=bool(rows)) for one in results] + inputs
+
+    # There is no public way to teach it. Tried with TensorFlow 2.21; tests/single/test_accuracy.py
+    # holds it.
+    tf.nest.flatten(outputs)[0].op.pfor_converter = convert
 
 
 def compiled(function: Callable[..., Any], axes: Sequence[int]) -> Callable[..., Any]:

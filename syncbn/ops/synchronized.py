@@ -96,17 +96,15 @@ def batch_normalize(
         normalize = _normalize_alone(normalization, replicas, bessel)
     else:
         normalize = _normalize(normalization, replicas, mask, correction, bessel)
-    taken_up: list[Moments] = []
-
-    # The moments are not among its results, or a tape would make zeros for their gradients.
+    # The moments are among its results, though nothing differentiates them: without, the second
+    # derivative of a nested function made a call over MPI that nothing kept in order.
     @tf.custom_gradient
-    def outputs(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-        y, moments, gradient = normalize(x, gamma, beta)
-        taken_up.append(moments)
-        return y, gradient
+    def outputs(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Callable]:
+        y, taken_up, gradient = normalize(x, gamma, beta)
+        return (y, *taken_up), lambda dy, *_: gradient(dy)
 
-    y = outputs(x, gamma, beta)
-    return y, _cut_off(dtype, *taken_up[0])
+    y, *taken_up = outputs(x, gamma, beta)
+    return y, _cut_off(dtype, *taken_up)
 
 
 class _Factors(NamedTuple):

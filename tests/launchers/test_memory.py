@@ -55,7 +55,7 @@ print("held", json.dumps(found))
 
 
 def test_a_layer_holds_its_input_and_no_more():
-    finished = processes.python(CODE, **ENVIRONMENT)
+    finished = processes.python(CODE, takes=20, **ENVIRONMENT)
     assert finished.code == 0, finished.output
     (line,) = (one for one in finished.output.splitlines() if one.strip().startswith("held"))
     found = json.loads(line.strip().removeprefix("held"))

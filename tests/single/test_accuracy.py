@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.ops import channels, kernels, moments, virtual
+from syncbn.ops import channels, kernels, moments, virtual, xla
 from tests import oracle, processes
 from tests.keras import KERAS_3
 
@@ -212,3 +212,50 @@ def test_forward_mode_in_a_branch_does_not_forget_the_shape(make):
 
     eager = product(*map(tf.constant, x))  # of which the tests above say that it is right
     np.testing.assert_allclose(tf.function(product)(*x), eager, rtol=1e-5, atol=1e-5)
+
+
+def through_a_vectorized_map(normalize):
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.vectorized_map(normalize, tf.stack([x, 2.0 * x**2]))
+            loss = tf.reduce_sum(y**3)
+        return tape.gradient(loss, x)
+
+    return gradient
+
+
+def of_a_jacobian(normalize):
+    def gradient(x):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = tf.reduce_mean(normalize(x) ** 3, 0)[:2]
+            loss = tf.reduce_sum(tape.jacobian(y, x) ** 2)
+        return outer.gradient(loss, x)
+
+    return gradient
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("way", [through_a_vectorized_map, of_a_jacobian])
+@pytest.mark.parametrize("gpus", [False, True], ids=["", "gpus"])
+@pytest.mark.parametrize("shape", [(6, 3), (4096, 64)], ids=["plain", "fused"])
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_gradients_go_through_vectorized_loops(make, way, gpus, shape, graph, monkeypatch):
+    # TensorFlow forgets custom gradients there.
+    monkeypatch.setattr(xla, "on_gpus", lambda: gpus)
+    x = tf.random.stateless_normal(shape, [1, 2])
+    layer = make(dtype="float32")
+    layer.build((None, shape[1]))
+
+    def formula(x):
+        mean, variance = tf.nn.moments(x, [0])
+        centers = make is syncbn.SyncCentering
+        return x - mean if centers else (x - mean) * tf.math.rsqrt(variance + 1e-3)
+
+    ours = way(lambda x: layer(x, training=True))
+    ours = (tf.function(ours) if graph else ours)(x)
+    truth = way(formula)(tf.cast(x, tf.float64))
+    np.testing.assert_allclose(ours, truth, atol=2e-5 * np.abs(truth).max())
