@@ -96,8 +96,7 @@ def batch_normalize(
         normalize = _normalize_alone(normalization, replicas, bessel)
     else:
         normalize = _normalize(normalization, replicas, mask, correction, bessel)
-    # The moments are among its results, though nothing differentiates them: without, the second
-    # derivative of a nested function made a call over MPI that nothing kept in order.
+
     @tf.custom_gradient
     def outputs(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Callable]:
         y, taken_up, gradient = normalize(x, gamma, beta)
