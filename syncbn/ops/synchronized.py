@@ -97,13 +97,17 @@ def batch_normalize(
     else:
         normalize = _normalize(normalization, replicas, mask, correction, bessel)
 
-    @tf.custom_gradient
-    def outputs(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[Any, Callable]:
-        y, taken_up, gradient = normalize(x, gamma, beta)
-        return (y, *taken_up), lambda dy, *_: gradient(dy)
+    taken_up: list[Moments] = []
 
-    y, *taken_up = outputs(x, gamma, beta)
-    return y, _cut_off(dtype, *taken_up)
+    # The moments are not among its results, or a tape would make zeros for their gradients.
+    @tf.custom_gradient
+    def outputs(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        y, moments, gradient = normalize(x, gamma, beta)
+        taken_up.append(moments)
+        return y, gradient
+
+    y = outputs(x, gamma, beta)
+    return y, _cut_off(dtype, *taken_up[0])
 
 
 class _Factors(NamedTuple):
