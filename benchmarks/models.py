@@ -15,6 +15,9 @@ from benchmarks.replicas import Replicas
 
 CLASSES = 10
 
+Make = Callable[[tuple[int, ...]], tf.keras.Model]
+"""Makes a model for images of a shape, with Keras' plain batch normalizations."""
+
 
 def resnet_50(shape: tuple[int, ...]) -> tf.keras.Model:
     """Returns ResNet-50 for images of a ``(height, width, channels)``."""
@@ -33,7 +36,7 @@ def small(shape: tuple[int, ...]) -> tf.keras.Model:
 
 
 def times(
-    make: Callable[[tuple[int, ...]], tf.keras.Model],
+    make: Make,
     replicas: Replicas,
     layers: dict[str, str],
     point: Point,
@@ -44,7 +47,7 @@ def times(
     A step is forward and backward; in `fit`, which has an optimizer, also the update.
 
     Args:
-        make: Makes the model, with Keras' plain batch normalizations.
+        make: Makes the model.
         replicas: Of the job.
         layers: By contestant, what the normalizations shall be.
         point: Has the shape of a replica's images.
@@ -78,7 +81,7 @@ def times(
 
 
 def peaks(
-    make: Callable[[tuple[int, ...]], tf.keras.Model],
+    make: Make,
     replicas: Replicas,
     layers: dict[str, str],
     point: Point,
@@ -92,9 +95,7 @@ def peaks(
     return samples
 
 
-def made(
-    make: Callable[[tuple[int, ...]], tf.keras.Model], replicas: Replicas, layer: str, point: Point
-) -> tf.keras.Model:
+def made(make: Make, replicas: Replicas, layer: str, point: Point) -> tf.keras.Model:
     """Returns a model with normalizations of a kind, a key of `contestants.LAYERS`."""
     tf.keras.backend.clear_session()
     with replicas.scope():

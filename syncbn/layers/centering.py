@@ -12,9 +12,9 @@ from syncbn import keras_api
 from syncbn.communicators.base import Communicator
 from syncbn.communicators.groups import check_grouping
 from syncbn.layers.synchronized import SynchronizedLayer
+from syncbn.ops.centering import center
 from syncbn.ops.channels import broadcast, normalized_axes
 from syncbn.ops.replicas import Replicas
-from syncbn.ops.synchronized import center
 
 
 @keras_api.register_keras_serializable(package="syncbn")

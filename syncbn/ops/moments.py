@@ -313,6 +313,14 @@ def unbiased(moments: Moments) -> Moments:
     return moments._replace(variance=moments.variance * correction)
 
 
+def cut_off(
+    dtype: tf.DType, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor | None = None
+) -> Moments:
+    """Returns the moments in ``dtype``, without a gradient."""
+    parts = count, tf.cast(mean, dtype), None if variance is None else tf.cast(variance, dtype)
+    return Moments(*(None if part is None else tf.stop_gradient(part) for part in parts))
+
+
 def not_negative(variance: tf.Tensor) -> tf.Tensor:
     """Returns ``variance`` with zero for what rounding has made negative."""
     # A NaN that came with the input stays visible: TensorFlow's `maximum` passes it on.
