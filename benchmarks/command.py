@@ -100,8 +100,9 @@ def run(given: argparse.Namespace) -> int:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     if given.list:
+        width = max(map(len, cases))
         for name, case in cases.items():
-            print(f"{name:24} {case.summary}")
+            print(f"{name:{width}}  {case.summary}")
         return 0
     if importlib.util.find_spec("matplotlib") is None:
         say("The pictures need matplotlib: pip install 'syncbn[demo]'")
