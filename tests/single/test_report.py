@@ -10,7 +10,7 @@ import tensorflow as tf
 from rich.console import Console
 
 import syncbn
-from syncbn.models.report import Payload, report
+from syncbn._src.models.communication_report import Payload, report
 from tests.keras import KERAS_3, keras
 
 
