@@ -47,6 +47,14 @@ def row(model, name, *arguments):
     return found
 
 
+@pytest.mark.parametrize("arguments", [(), ("auto",)])
+def test_a_single_replica_is_told_what_several_would_send(arguments):
+    # So large that one replica alone would take other kernels, which send nothing.
+    model = sequential(syncbn.SyncBatchNormalization(name="norm"), shape=(56, 56, 64))
+    found = row(model, "norm", *arguments)
+    assert (found.forward, found.backward) == (((129, "float64"),), ((128, "float64"),))
+
+
 SEVERAL_AXES = [(syncbn.SyncCentering, {"axis": (1, 2)}, [(70, "float64")], [(35, "float64")])]
 
 

@@ -13,8 +13,7 @@ from syncbn._src.autograph import unconverted
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.untrained_traces import never_trains
 from syncbn._src.models.statistics import MovingStatistics
-from syncbn._src.ops.channels import broadcast_channels, statistics_dtype, sum_to_channels, where
-from syncbn._src.ops.moments import count_elements, expand_mask, not_negative
+from syncbn._src.ops.moments import exact_moments, expand_mask
 
 _NAMES = ("moving_mean", "moving_variance")
 
@@ -192,19 +191,8 @@ def _moments(layer: Any, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
     # Not from `axis`, which tf_keras moves where it has virtual batches.
     axes = tuple(sorted(axis % inputs.shape.rank for axis in layer.input_spec.axes))
     mask = None if mask is None else expand_mask(mask, inputs)
-    x = tf.cast(inputs, statistics_dtype(inputs.dtype))
-    count = count_elements(x, axes, mask)
-
-    def mean_of(values: tf.Tensor) -> tf.Tensor:
-        return tf.math.divide_no_nan(sum_to_channels(where(mask, values), axes), count)
-
-    # About a pivot near the mean, which float32 subtracts without loss where it is large.
-    pivot = tf.cast(mean_of(x), x.dtype)
-    shifted = x - broadcast_channels(pivot, x, axes)
-    mean = mean_of(shifted)
-    variance = not_negative(mean_of(tf.square(shifted)) - tf.square(mean))
-    count = tf.broadcast_to(count, tf.shape(mean))
-    return tf.stack([count, tf.cast(pivot, tf.float64) + mean, variance])
+    count, mean, variance = exact_moments(inputs, axes, mask)
+    return tf.stack([tf.broadcast_to(count, tf.shape(mean)), mean, variance])
 
 
 def _merged(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:

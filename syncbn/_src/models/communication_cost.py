@@ -43,8 +43,9 @@ def trace_payloads(
             with job.scope():
                 groups = grouping.choose(job.communicator, shape[0])
             note = f"{len(groups)} groups"
-    recorder = _Recorder()
-    if job is not None:
+    # As if there were another one: a single replica has kernels of its own, and sends nothing.
+    recorder = _Recorder(size=2)
+    if job is not None and job.size > 1:
         recorder = _Recorder(job.size, job.ranks[0], of_strategy=job.strategy is not None)
     # Any name will do, while that of a layer need not be one for a graph.
     config.update(communicator=recorder, name="twin", **Grouping(groups=groups)._asdict())
@@ -62,7 +63,7 @@ class _Recorder:
     name = "local"
     supports_jit = False
 
-    def __init__(self, size: int = 1, rank: int = 0, of_strategy: bool = False):
+    def __init__(self, size: int, rank: int = 0, of_strategy: bool = False):
         self.size, self.rank, self._of_strategy = size, rank, of_strategy
         self.payloads: list[Payload] = []
 

@@ -133,31 +133,30 @@ def _count_and_first_sum(
     return count, _first_sum(tuple(axes))(*inputs)
 
 
-def checked_sums(
-    x: tf.Tensor, rough: Moments, axes: Sequence[int]
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns the sums of ``x``, whose `rough_moments` may be good enough, and whether they are.
-
-    Not differentiable.
-    """
-    mean, variance = (tf.cast(part, tf.float64) for part in rough[1:])
+def is_reliable(rough: Moments) -> tf.Tensor:
+    """Says whether moments from TensorFlow's fused kernel (`rough_moments`) are accurate enough."""
     # Accept them only if the kernel's mean is off by a hundredth of the standard deviation at most,
     # even in the worst case: then its variance is off by 1e-4. That excludes means that are large
     # beside the deviation, and no rows, which make NaN of both; NaN compares false.
+    mean, variance = (tf.cast(part, tf.float64) for part in rough[1:])
     reliable = tf.square(rough.count * 2.0**-24 * mean) <= 1e-4 * variance
-    reliable = tf.reduce_all(reliable & (rough.count <= MOST_FUSED_ROWS))
-    first, second = tf.cond(
-        reliable,
-        lambda: sums_of(Moments(rough.count, mean, variance))[1:],
-        lambda: exact_sums(x, rough.count, axes, None),
-    )
-    return first, second, reliable
+    return tf.reduce_all(reliable & (rough.count <= MOST_FUSED_ROWS))
+
+
+def widened(moments: Moments) -> Moments:
+    """Returns the moments in float64."""
+    return Moments(*(tf.cast(part, tf.float64) for part in moments))
 
 
 @functools.cache
 def _checked_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
     def kernel(x: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return checked_sums(x, Moments(count, *rough_moments(x, axes)), axes)[:2]
+        rough = Moments(count, *rough_moments(x, axes))
+        return tf.cond(
+            is_reliable(rough),
+            lambda: sums_of(widened(rough))[1:],
+            lambda: exact_sums(x, count, axes, None),
+        )
 
     return with_recomputed_gradient(axes, _exact(axes), kernel)
 
@@ -249,12 +248,54 @@ def _about_a_pivot(
         wide = tf.cast(where(mask, x), tf.float64)
         pivot = tf.stop_gradient(_sum_at_once(wide[one], axes))
         return where(mask, wide - broadcast_channels(pivot, x, axes)), pivot
-    x = tf.cast(x, statistics_dtype(x.dtype))
-    first = sum_to_channels(where(mask, x), axes)
+    return about_pivot(
+        tf.cast(x, statistics_dtype(x.dtype)),
+        count,
+        mask,
+        lambda part: sum_to_channels(part, axes),
+        lambda pivot: broadcast_channels(pivot, x, axes),
+    )
+
+
+def about_pivot(
+    x: tf.Tensor,
+    count: tf.Tensor,
+    mask: tf.Tensor | None,
+    add_up: Callable[[tf.Tensor], tf.Tensor],
+    spread: Callable[[tf.Tensor], tf.Tensor],
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns ``x``, zero where masked, less a pivot near its mean, and the pivot, float64.
+
+    Args:
+        x: In the dtype of statistics.
+        count: How many elements each sum is made of.
+        mask: From `expand_mask`.
+        add_up: Sums of a tensor like ``x``, float64.
+        spread: Shapes a tensor like the sums so that it broadcasts against ``x``.
+    """
+    mean = tf.math.divide_no_nan(add_up(where(mask, x)), count)
     # No sum depends on it, so neither does a gradient.
-    pivot = tf.stop_gradient(tf.cast(tf.math.divide_no_nan(first, count), x.dtype))
-    centered = where(mask, x - broadcast_channels(pivot, x, axes))
-    return centered, tf.cast(pivot, tf.float64)
+    pivot = tf.stop_gradient(tf.cast(mean, x.dtype))
+    return where(mask, x - spread(pivot)), tf.cast(pivot, tf.float64)
+
+
+def moments_about(
+    pivot: tf.Tensor, count: tf.Tensor, first: tf.Tensor, second: tf.Tensor
+) -> Moments:
+    """Returns the moments of elements, given the sums of these less ``pivot`` and of the squares.
+
+    All are float64.
+    """
+    off = tf.math.divide_no_nan(first, count)
+    variance = not_negative(tf.math.divide_no_nan(second, count) - tf.square(off))
+    return Moments(count, pivot + off, variance)
+
+
+def exact_moments(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Moments:
+    """Returns the moments of ``x``, float64, whatever its mean; arguments as `local_sums`."""
+    count = count_elements(x, axes, mask)
+    centered, pivot = _about_a_pivot(x, count, axes, mask)
+    return moments_about(pivot, count, _sum(centered, axes), _sum(tf.square(centered), axes))
 
 
 def sums_of(moments: Moments) -> Sums:
@@ -275,7 +316,12 @@ def unpack(packed: tf.Tensor, like: Sums) -> Moments:
 
     Dimensions before the last stay.
     """
-    count, mean, second = average(packed, like)
+    return moments_of(_split(packed, like))
+
+
+def moments_of(sums: Sums) -> Moments:
+    """Returns the moments that sums make."""
+    count, mean, second = _divided(sums)
     return Moments(count, mean, None if second is None else not_negative(second - tf.square(mean)))
 
 
@@ -287,10 +333,20 @@ def weigh(moments: Moments) -> Sums:
 
 def average(packed: tf.Tensor, like: Sums) -> Moments:
     """Returns the average, by counts, of moments that `weigh` made ``like`` and `pack` packed."""
+    return _divided(_split(packed, like))
+
+
+def _split(packed: tf.Tensor, like: Sums) -> Sums:
     sizes = [part.shape.as_list()[-1] for part in like if part is not None]
-    count, *sums = tf.split(packed, sizes, -1)
-    mean, *variance = (tf.math.divide_no_nan(total, count) for total in sums)
-    return Moments(count, mean, variance[0] if variance else None)
+    count, first, *second = tf.split(packed, sizes, -1)
+    return Sums(count, first, second[0] if second else None)
+
+
+def _divided(sums: Sums) -> Moments:
+    count, *values = sums
+    return Moments(
+        count, *(None if one is None else tf.math.divide_no_nan(one, count) for one in values)
+    )
 
 
 def rounded(mean: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:

@@ -34,14 +34,15 @@ from syncbn._src.ops.kernels import (
 from syncbn._src.ops.moments import (
     Moments,
     Sums,
-    checked_sums,
     count_elements,
     cut_off,
     exact_sums,
+    is_reliable,
     local_sums,
-    pack,
+    moments_of,
     rounded,
-    unpack,
+    unbiased,
+    widened,
 )
 from syncbn._src.ops.replicas import Replicas
 from syncbn._src.ops.shared_traces import shared
@@ -96,21 +97,13 @@ def batch_normalize(
     )
     normalization = _Normalization(tuple(axes), epsilon, kernels, mask is not None)
     in_one_kernel = kernels.compiled or (kernels.fused and _is_positive(epsilon, dtype))
-    if replicas.alone and in_one_kernel and mask is None and correction is None:
-        normalize = _normalize_single_replica(normalization, replicas, bessel)
-    else:
-        normalize = _normalize(normalization, replicas, mask, correction, bessel)
-
-    taken_up: list[Moments] = []
-
     # The moments are not among its results, or a tape would make zeros for their gradients.
-    @tf.custom_gradient
-    def outputs(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-        y, moments, gradient = normalize(x, gamma, beta)
-        taken_up.append(moments)
-        return y, gradient
-
-    y = outputs(x, gamma, beta)
+    taken_up: list[Moments] = []
+    if replicas.alone and in_one_kernel and mask is None and correction is None:
+        normalize = _normalize_single_replica(normalization, bessel, taken_up.append)
+    else:
+        normalize = _normalize(normalization, replicas, mask, correction, bessel, taken_up.append)
+    y = tf.custom_gradient(normalize)(x, gamma, beta)
     return y, cut_off(dtype, *taken_up[0])
 
 
@@ -257,8 +250,8 @@ def _pieces(normalization: _Normalization) -> _Pieces:
     )
 
 
-_Normalized = tuple[tf.Tensor, Moments, Callable[[tf.Tensor], tuple[tf.Tensor, ...]]]
-"""The outputs, the moments that the moving statistics take up, and the gradient."""
+_Normalize = Callable[..., tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, ...]]]]
+"""Takes x, gamma and beta; returns the outputs and their gradient, for `tf.custom_gradient`."""
 
 
 def _normalize(
@@ -267,12 +260,15 @@ def _normalize(
     mask: tf.Tensor | None,
     correction: Correction | None,
     bessel: bool,
-) -> Callable[..., _Normalized]:
+    take_up: Callable[[Moments], None],
+) -> _Normalize:
+    """Returns what normalizes, and hands on the moments that the moving statistics take up."""
     pieces = _pieces(normalization)
     masks = [] if mask is None else [mask]
 
-    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> _Normalized:
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         merged, taken_up = replicas.merge(pieces.sums(x, *masks), bessel)
+        take_up(taken_up)
         renorm: Sequence[tf.Tensor] = ()
         if correction is not None:
             mean, variance = (tf.cast(part, gamma.dtype) for part in merged[1:])
@@ -289,30 +285,30 @@ def _normalize(
             dx.set_shape(x.shape)
             return dx, dgamma, dbeta
 
-        return y, taken_up, gradient
+        return y, gradient
 
     return normalize
 
 
 def _normalize_single_replica(
-    normalization: _Normalization, replicas: Replicas, bessel: bool
-) -> Callable[..., _Normalized]:
+    normalization: _Normalization, bessel: bool, take_up: Callable[[Moments], None]
+) -> _Normalize:
     """Is `_normalize` for a single replica: no collective between the passes."""
     kernels = _single_replica_kernels(normalization)
 
-    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> _Normalized:
-        y, first, second, reliable = kernels.forward(x, gamma, beta)
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        y, mean, variance, reliable = kernels.forward(x, gamma, beta)
         y.set_shape(x.shape)
-        count = count_elements(x, normalization.axes)
-        _, taken_up = replicas.merge(Sums(count, first, second), bessel)
+        own = Moments(count_elements(x, normalization.axes), mean, variance)
+        take_up(unbiased(own) if bessel else own)
 
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            tensors = kept((x, gamma, beta, first, second, reliable))
+            tensors = kept((x, gamma, beta, mean, variance, reliable))
             dx, *others = kernels.backward(of_shape(dy, x.shape), *tensors)
             dx.set_shape(x.shape)
             return dx, *others
 
-        return y, taken_up, gradient
+        return y, gradient
 
     return normalize
 
@@ -321,8 +317,8 @@ class _SingleReplicaKernels(NamedTuple):
     """The passes of a single replica, by kernels for the whole of one where these are reliable."""
 
     forward: Callable[..., tuple[tf.Tensor, ...]]
-    """Returns the outputs, the sums of the elements and of their squares, and whether the kernel
-    was reliable, for x, gamma and beta."""
+    """Returns the outputs, mean and variance, float64, and whether the kernel was reliable, for x,
+    gamma and beta."""
     backward: Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
     """Returns dx, dgamma and dbeta for dy and all of these but the outputs."""
 
@@ -332,46 +328,49 @@ def _single_replica_kernels(normalization: _Normalization) -> _SingleReplicaKern
     axes, epsilon = normalization.axes, normalization.epsilon
     plain = normalization._replace(kernels=PLAIN)
 
-    def moments(x: tf.Tensor, *sums: tf.Tensor) -> Moments:
-        own = Sums(count_elements(x, axes), *sums)
-        return unpack(pack(own), own)
-
     def gradients(
         by: _Normalization, dy: tf.Tensor, x: tf.Tensor, *factors: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         sums, dgamma, dbeta, scaled = by.gradient_sums(dy, x, *factors)
         return by.input_gradient(dy, x, sums, scaled, *factors), dgamma, dbeta
 
+    def exact(x: tf.Tensor) -> Moments:
+        count = count_elements(x, axes)
+        return moments_of(Sums(count, *exact_sums(x, count, axes, None)))
+
     def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        sums = exact_sums(x, count_elements(x, axes), axes, None)
-        y, *_ = plain.outputs(x, gamma, beta, *moments(x, *sums))
-        return y, *sums, tf.constant(True)
+        own = exact(x)
+        y, *_ = plain.outputs(x, gamma, beta, *own)
+        return y, own.mean, own.variance, tf.constant(True)
 
     def checked_forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        rough_y, *rough = normalize_single_replica(x, gamma, beta, epsilon, axes)
-        *sums, reliable = checked_sums(x, Moments(count_elements(x, axes), *rough), axes)
+        rough_y, *rest = normalize_single_replica(x, gamma, beta, epsilon, axes)
+        rough = Moments(count_elements(x, axes), *rest)
+        reliable = is_reliable(rough)
 
-        def outputs() -> tf.Tensor:
-            return normalization.outputs(x, gamma, beta, *moments(x, *sums))[0]
+        def exactly() -> tuple[tf.Tensor, ...]:
+            own = exact(x)
+            return normalization.outputs(x, gamma, beta, *own)[0], own.mean, own.variance
 
-        return tf.cond(reliable, lambda: rough_y, outputs), *sums, reliable
+        outputs = tf.cond(reliable, lambda: (rough_y, *widened(rough)[1:]), exactly)
+        return *outputs, reliable
 
     def backward(
-        dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *sums: tf.Tensor
+        dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *kept_moments: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        factors = plain.factors(gamma, beta, *moments(x, *sums[:2]))
+        mean, variance, _ = kept_moments
+        factors = plain.factors(gamma, beta, count_elements(x, axes), mean, variance)
         return gradients(plain, dy, x, *factors.tensors())
 
     def checked_backward(
-        dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *checked: tf.Tensor
+        dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *kept_moments: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        *sums, reliable = checked
-        merged = moments(x, *sums)
-        by = normalization.factors(gamma, beta, *merged)
-        variance = tf.cast(merged.variance, gamma.dtype)
+        mean, variance, reliable = kept_moments
+        by = normalization.factors(gamma, beta, count_elements(x, axes), mean, variance)
+        narrow = tf.cast(variance, gamma.dtype)
         return tf.cond(
             reliable,
-            lambda: single_replica_gradient(dy, x, gamma, by.mean, variance, epsilon, axes),
+            lambda: single_replica_gradient(dy, x, gamma, by.mean, narrow, epsilon, axes),
             lambda: gradients(normalization, dy, x, *by.tensors()),
         )
 

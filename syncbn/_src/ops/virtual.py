@@ -12,8 +12,16 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from syncbn._src.ops.channels import channel_count, reduction_axes, statistics_dtype, where
-from syncbn._src.ops.moments import Moments, average, not_negative, pack, unbiased, weigh
+from syncbn._src.ops.channels import channel_count, reduction_axes, statistics_dtype
+from syncbn._src.ops.moments import (
+    Moments,
+    about_pivot,
+    average,
+    moments_about,
+    pack,
+    unbiased,
+    weigh,
+)
 from syncbn._src.ops.normalization import Correction
 from syncbn._src.ops.replicas import Replicas
 
@@ -74,15 +82,16 @@ def _slices(x: tf.Tensor, axes: Sequence[int], size: int, mask: tf.Tensor | None
     def per_slice(samples: tf.Tensor) -> tf.Tensor:
         return tf.math.unsorted_segment_sum(samples, of_samples, number)
 
+    def add_up(part: tf.Tensor) -> tf.Tensor:
+        return per_slice(_sample_sums(part, axes))
+
+    def spread(rows: tf.Tensor) -> tf.Tensor:
+        return _to_samples(tf.gather(rows, of_samples), x, axes)
+
     count = per_slice(_sample_counts(x, axes, mask))
-    mean = tf.math.divide_no_nan(per_slice(_sample_sums(where(mask, x), axes)), count)
-    # About a pivot, as in `exact_sums`. The variance does not depend on it.
-    pivot = tf.stop_gradient(tf.cast(mean, x.dtype))
-    centered = where(mask, x - _to_samples(tf.gather(pivot, of_samples), x, axes))
-    squares = per_slice(_sample_sums(tf.square(centered), axes))
-    off = mean - tf.cast(pivot, mean.dtype)
-    variance = not_negative(tf.math.divide_no_nan(squares, count) - tf.square(off))
-    return Slices(of_samples, Moments(count, mean, variance))
+    centered, pivot = about_pivot(x, count, mask, add_up, spread)
+    moments = moments_about(pivot, count, add_up(centered), add_up(tf.square(centered)))
+    return Slices(of_samples, moments)
 
 
 def _average(moments: Moments, replicas: Replicas, dtype: tf.DType) -> Moments:
