@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._src.communicators import horovod_settings
+from syncbn._src.communicators.base import wire_dtype
 from syncbn._src.communicators.launcher import require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
@@ -111,7 +112,7 @@ class HorovodCommunicator:
     def _all_reduce_sum(self, turn: Turn, tensor: tf.Tensor, name: str) -> tf.Tensor:
         refuse_xla("Horovod")
         refuse_forward_mode("Horovod", tensor)
-        tensor, dtype = tf.cast(tensor, _wire_dtype(tensor.dtype)), tensor.dtype
+        tensor, dtype = tf.cast(tensor, wire_dtype(tensor.dtype)), tensor.dtype
         if tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions():
             total = turn.all_reduce_sum(self._add_up, tensor, name)
         else:  # the graph of a session has no program order
@@ -152,8 +153,3 @@ def import_horovod() -> Any:
             "and its last release does not build as it is: run launch/install_horovod.sh."
         ) from error
     return hvd
-
-
-def _wire_dtype(dtype: tf.DType) -> tf.DType:
-    # Horovod knows no bfloat16.
-    return tf.float32 if dtype == tf.bfloat16 else dtype

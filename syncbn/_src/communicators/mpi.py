@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from syncbn._src.communicators.base import wire_dtype
 from syncbn._src.communicators.launcher import require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
@@ -120,9 +121,8 @@ class MPICommunicator:
                 "a training call with communicator='mpi' in such a graph. Use Horovod, which "
                 "matches them by name (communicator='horovod'), or eager execution."
             )
-        # MPI knows no 16-bit floats.
-        wire = tensor.dtype if tensor.dtype in (tf.float32, tf.float64) else tf.float32
-        total = turn.all_reduce_sum(self._add_up, tf.cast(tensor, wire), name)
+        wire = tf.cast(tensor, wire_dtype(tensor.dtype))
+        total = turn.all_reduce_sum(self._add_up, wire, name)
         return tf.cast(total, tensor.dtype)
 
     def _add_up(self, tensor: tf.Tensor, name: str, witness: tf.Tensor | None) -> tf.Tensor:

@@ -7,6 +7,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -88,32 +89,42 @@ def resolve(communicator: str | Communicator = "auto") -> Communicator:
             ``"auto"`` and ``"tf.distribute"``, neither an engine nor the strategy joins all
             processes that a launcher has started.
     """
-    chosen = choose_engine() if check_communicator(communicator) == "auto" else communicator
+    joined = _initialized()
+    chosen = _chosen(joined) if check_communicator(communicator) == "auto" else communicator
     in_process = chosen == "tf.distribute" or isinstance(chosen, DistributeCommunicator)
     if in_process or (communicator == "auto" and chosen == "local"):
-        _require_joined_processes()
+        _require_joined_processes(joined)
     return _of_replicas(_engine(chosen) if isinstance(chosen, str) else chosen)
 
 
 def choose_engine() -> str:
     """Returns the name of the engine that ``"auto"`` stands for here and now."""
-    engine, size = _initialized()
-    if size > 1 and joined_processes() == 1:
-        return engine
+    return _chosen(_initialized())
+
+
+def _chosen(joined: Joined) -> str:
+    if joined.processes > 1 and joined_processes() == 1:
+        return joined.engine
     several = tf.distribute.get_strategy().num_replicas_in_sync > 1
     return "tf.distribute" if several else "local"
 
 
-def _initialized() -> tuple[str, int]:
-    """Returns the engine that joins processes, and how many; one process where there is none."""
+class Joined(NamedTuple):
+    """The engine that joins processes, ``"local"`` where there is none, and how many."""
+
+    engine: str
+    processes: int
+
+
+def _initialized() -> Joined:
     # Looked up, never imported: a job that uses Horovod or MPI has imported it by now.
     hvd = sys.modules.get("horovod.tensorflow")
     if hvd is not None and hvd.is_initialized() and hvd.size() > 1:
-        return "horovod", hvd.size()
+        return Joined("horovod", hvd.size())
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
-        return "local", 1
-    return "mpi", mpi.COMM_WORLD.size
+        return Joined("local", 1)
+    return Joined("mpi", mpi.COMM_WORLD.size)
 
 
 def _of_replicas(communicator: Communicator) -> Communicator:
@@ -129,9 +140,9 @@ def _nested(across: HorovodCommunicator | MPICommunicator) -> NestedCommunicator
     return NestedCommunicator(across)
 
 
-def _require_joined_processes() -> None:
+def _require_joined_processes(others: Joined) -> None:
     """Raises where there are processes in the job that the strategy here does not join."""
-    joined, (engine, size), launch = joined_processes(), _initialized(), launched()
+    joined, (engine, size), launch = joined_processes(), others, launched()
     strategy = type(tf.distribute.get_strategy()).__name__
     if size > joined:
         raise RuntimeError(

@@ -17,12 +17,17 @@ def replica_context() -> tf.distribute.ReplicaContext:
     """
     context = tf.distribute.get_replica_context()
     if context is None:
-        raise RuntimeError(
-            "Replicas add up in a replica context. Received: a call in the cross-replica context "
-            f"of {type(tf.distribute.get_strategy()).__name__}. Make it inside the function that "
-            "is given to `strategy.run(...)`."
-        )
+        raise outside_of_replicas("Replicas add up in a replica context.")
     return context
+
+
+def outside_of_replicas(requirement: str) -> RuntimeError:
+    """Returns the error of a call in a cross-replica context that does not meet a requirement."""
+    return RuntimeError(
+        f"{requirement} Received: a call in the cross-replica context of "
+        f"{type(tf.distribute.get_strategy()).__name__}. Make it inside the function that is given "
+        "to `strategy.run(...)`, or train with `model.fit`."
+    )
 
 
 def replica_number() -> int:

@@ -14,7 +14,7 @@ from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.groups import Grouping
 from syncbn._src.communicators.local import LocalCommunicator
 from syncbn._src.communicators.resolution import check_communicator, resolve, supports_jit
-from syncbn._src.communicators.strategy import joined_processes
+from syncbn._src.communicators.strategy import joined_processes, outside_of_replicas
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.layer_names import layer_path
 from syncbn._src.keras_compat.session_graphs import cond
@@ -248,24 +248,19 @@ class SynchronizedLayer(StatisticsLayer):
         Raises:
             RuntimeError: there is no such thing.
         """
-        strategy = type(tf.distribute.get_strategy()).__name__
         if joined_processes() > 1:
             # Each worker would give a batch of its own, and tf.distribute adds up in replicas only.
-            raise RuntimeError(
+            raise outside_of_replicas(
                 "A synchronized layer must be called in a replica context when training with "
-                "several workers of tf.distribute. Received: a call in the cross-replica context "
-                f"of {strategy}. Call the model inside the function that is given to "
-                "`strategy.run(...)`, or train with `model.fit`."
+                "several workers of tf.distribute."
             )
         if communicator.name == "tf.distribute":
             return LocalCommunicator()
         once = process_communicator(communicator)
         if once is not communicator and self._groups.grouping.is_given():
-            raise RuntimeError(
+            raise outside_of_replicas(
                 "Groups are of replicas, so a layer with groups must be called in a replica "
-                "context when training in several processes. Received: a call in the cross-replica "
-                f"context of {strategy}. Call the model inside the function that is given to "
-                "`strategy.run(...)`, or train with `model.fit`."
+                "context when training in several processes."
             )
         return once
 

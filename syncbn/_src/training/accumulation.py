@@ -7,8 +7,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from syncbn._src.communicators.base import wire_dtype
 from syncbn._src.keras_compat import keras_api
-from syncbn._src.training.gradient_averages import Gradient, wire_dtype
+from syncbn._src.training.gradient_averages import Gradient
 
 
 class Accumulation:

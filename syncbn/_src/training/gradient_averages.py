@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.base import Communicator, wire_dtype
 from syncbn._src.communicators.horovod import HorovodCommunicator
 from syncbn._src.communicators.tracing import in_branch_or_loop
 
@@ -102,9 +102,3 @@ def _gather(
         indices = tf.cast(indices, gradient.indices.dtype)
         gathered.append(tf.IndexedSlices(values, indices, gradient.dense_shape))
     return gathered
-
-
-def wire_dtype(dtype: tf.DType) -> tf.DType:
-    """Returns the dtype in which gradients of ``dtype`` are added up."""
-    # A sum over many workers can overflow in 16 bits where their mean does not.
-    return tf.float32 if dtype.size < 4 else dtype
