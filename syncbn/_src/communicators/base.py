@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import tensorflow as tf
@@ -21,6 +20,9 @@ class Communicator(Protocol):
     One that runs its calls in an order of its own may have ``for_call(scope)``. It returns
     ``all_reduce_sum`` for the calls of one layer that belong together: those of its forward pass,
     and those of the gradient, which may be made in another graph. Names then begin with ``scope``.
+
+    What layers give it are vectors, with a few numbers more, by which replicas that make different
+    calls find that out. One that sees to that itself may say so: ``finds_mixups = True``.
     """
 
     name: str
@@ -61,15 +63,3 @@ def wire_dtype(dtype: tf.DType) -> tf.DType:
     """Returns the dtype in which what is of ``dtype`` is added up over processes."""
     # A sum over many overflows in 16 bits where their mean does not, and MPI knows none of these.
     return tf.float32 if dtype.size < 4 else dtype
-
-
-def sums_for_call(communicator: Communicator, scope: str) -> Callable[[tf.Tensor, str], tf.Tensor]:
-    """Returns `Communicator.all_reduce_sum` for one call of a layer and for its gradient.
-
-    Args:
-        communicator: What joins the replicas.
-        scope: The first part of the names.
-    """
-    if hasattr(communicator, "for_call"):
-        return communicator.for_call(scope)
-    return lambda tensor, name: communicator.all_reduce_sum(tensor, f"{scope}/{name}")

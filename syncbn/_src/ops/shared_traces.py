@@ -25,7 +25,7 @@ _MOST_TRACES = 256
 _CALLED_FROM_ELEMENTS = 1 << 16
 
 
-def shared(function: Callable[..., Any]) -> Callable[..., Any]:
+def shared(function: Callable[..., Any], *, by_xla: bool = True) -> Callable[..., Any]:
     """Returns ``function``, of which a graph holds one trace for inputs of like shapes and dtypes.
 
     Make it once, not in each call: it keeps the traces.
@@ -33,10 +33,11 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         function: Of tensors, to tensors in any structure. Whatever else it depends on never
             changes, nor does it matter where it is called.
+        by_xla: Whether XLA can compile it, as it does where there are GPUs.
     """
 
     @functools.lru_cache(_MOST_TRACES)
-    def trace(by_xla: bool, *specs: tf.TensorSpec) -> Callable[..., Any]:
+    def trace(compiled: bool, *specs: tf.TensorSpec) -> Callable[..., Any]:
         few = all(
             one.shape.is_fully_defined() and one.shape.num_elements() < _CALLED_FROM_ELEMENTS
             for one in specs
@@ -45,8 +46,8 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
         traced = tf.function(
             function,
             autograph=False,
-            jit_compile=by_xla or None,
-            experimental_attributes=None if by_xla or few else {"_noinline": True},
+            jit_compile=compiled or None,
+            experimental_attributes=None if compiled or few else {"_noinline": True},
         )
         with tf.init_scope(), tf.device(None):
             return traced.get_concrete_function(*specs)
@@ -56,7 +57,7 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
         if not _in_place() or has_tangent(*inputs):
             return function(*inputs)
         specs = (tf.TensorSpec(one.shape, one.dtype) for one in inputs)
-        return trace(xla.on_gpus(), *specs)(*inputs)
+        return trace(by_xla and xla.on_gpus(), *specs)(*inputs)
 
     return call
 

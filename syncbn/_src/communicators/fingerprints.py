@@ -1,0 +1,175 @@
+"""Sums that say of which call they are, so that a mix-up is an error on all replicas.
+
+What is added up by its place in a sequence of calls is whatever the others add up there. So each
+tensor takes along a one and the bytes of a checksum of its call. Where all replicas make one call,
+the sums of the bytes are as many times a replica's own as the sum of the ones says; a replica that
+makes another call knows likewise. Bytes, since their sums are exact in float32 too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import tensorflow as tf
+
+from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.strategy import replica_number
+from syncbn._src.ops import xla
+from syncbn._src.ops.shared_traces import shared
+
+AddUp = Callable[[tf.Tensor, str], tf.Tensor]
+"""Adds a tensor up over replicas, under a name."""
+
+LENGTH = 5
+"""How many numbers a tensor takes along."""
+
+_calls: dict[bytes, str] = {}
+"""The calls that this process has made or traced, by their checksums."""
+
+_numbers: WeakKeyDictionary[tf.Graph, Counter] = WeakKeyDictionary()
+
+
+def numbered(scope: str) -> str:
+    """Returns a scope of its own for each call of a layer in a graph.
+
+    A call's gradient takes the scope of the call, and so not the place of another one's.
+    """
+    if tf.executing_eagerly():
+        return scope
+    # The replicas of a strategy are traced into one graph.
+    replica = None if tf.distribute.in_cross_replica_context() else replica_number()
+    calls = _numbers.setdefault(tf.compat.v1.get_default_graph(), Counter())
+    calls[scope, replica] += 1
+    number = calls[scope, replica]
+    return scope if number == 1 else f"{scope}/call_{number}"
+
+
+def sums(communicator: Communicator) -> AddUp:
+    """Returns `Communicator.all_reduce_sum`, of one dtype of 32 bits at least, without mix-ups.
+
+    Engines of this package see to that themselves, and say so by an attribute ``finds_mixups``. The
+    tensors of others have a fingerprint.
+    """
+    add_up = communicator.all_reduce_sum
+    if communicator.size == 1 or getattr(communicator, "finds_mixups", False):
+        return add_up
+    return lambda tensor, name: fingerprinted(lambda one: add_up(one, name), tensor, name)
+
+
+def sums_for_call(communicator: Communicator, scope: str) -> AddUp:
+    """Returns `sums` for one call of a layer and for its gradient.
+
+    Args:
+        communicator: What joins the replicas.
+        scope: The first part of the names.
+    """
+    if hasattr(communicator, "for_call"):
+        add_up = communicator.for_call(scope)
+    else:
+        plain = sums(communicator)
+
+        def add_up(tensor: tf.Tensor, name: str) -> tf.Tensor:
+            return plain(tensor, f"{scope}/{name}")
+
+    # Horovod keeps a list of the names that there have been.
+    return add_up if communicator.name == "horovod" else _Witnessed(add_up)
+
+
+class _Witnessed:
+    """Sums of one call, of which the later ones are named after what the first one has come to.
+
+    That is the same on all replicas, and another for another call. A graph has numbers for its
+    calls; eagerly, nothing else tells the gradients of one layer's calls apart.
+    """
+
+    def __init__(self, add_up: AddUp):
+        self._add_up, self._witness = add_up, ""
+
+    def __call__(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        total = self._add_up(tensor, name + self._witness)
+        if tf.executing_eagerly() and not self._witness:
+            self._witness = f"/{zlib.crc32(total.numpy().data):08x}"
+        return total
+
+
+def fingerprinted(
+    add_up: Callable[[tf.Tensor], tf.Tensor], tensor: tf.Tensor, name: str
+) -> tf.Tensor:
+    """Returns ``add_up(tensor)``, or raises where other replicas make another call.
+
+    Differentiable as ``add_up`` is. Where XLA compiles all, which knows no errors, it returns NaNs.
+
+    Args:
+        add_up: Adds vectors up over the replicas.
+        tensor: Of 32 bits at least.
+        name: The same on all replicas for the same call.
+    """
+    call = f"{name}, {tensor.dtype.name}"
+    if tensor.shape.is_fully_defined():  # as it need not be on every replica
+        call += f" {tuple(tensor.shape)}"
+    own = np.frombuffer(zlib.crc32(call.encode()).to_bytes(LENGTH - 1, "big"), np.uint8)
+    _calls[own.tobytes()] = call
+    mark = tf.constant([1, *own], tensor.dtype)
+    total = add_up(tf.concat([tf.reshape(tensor, [-1]), mark], 0))
+    same = _require_same_call(total[-LENGTH:], mark)
+    with tf.control_dependencies([same]):
+        values = tf.reshape(total[:-LENGTH], tf.shape(tensor))
+    values = tf.ensure_shape(values, tensor.shape)
+    if xla.compiles_everything():
+        return tf.where(same, values, tf.constant(float("nan"), values.dtype))
+    return values
+
+
+def _require_same_call(total: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
+    if tf.executing_eagerly():
+        same = _is_same(total, own)
+        return same if same else _refuse(total.numpy(), own.numpy())
+    return _is_same(total, own) if xla.compiles_everything() else _checked(total, own)
+
+
+def _is_same(total: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_all(total == total[0] * own)
+
+
+def _check(total: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
+    same = _is_same(total, own)
+    # Python is called where there is something to say, and only there.
+    return tf.cond(
+        same,
+        lambda: tf.identity(same),
+        lambda: tf.ensure_shape(tf.numpy_function(_refuse, [total, own], tf.bool), []),
+    )
+
+
+_checked = shared(_check, by_xla=False)
+
+
+def _refuse(total: np.ndarray, own: np.ndarray) -> bool:
+    raise RuntimeError(
+        "All replicas must make the same calls in the same order. Received: "
+        f"{_calls[_bytes(own[1:])]} here, and {_others(total, own)}. Make every training call on "
+        "every replica, in one order, with the same inputs but for the batch; build the same "
+        "models everywhere, or name the layers, since Keras numbers them as they are made."
+    )
+
+
+def _others(total: np.ndarray, own: np.ndarray) -> str:
+    """Says what the other replicas call, if that is one call, and known here."""
+    replicas = total[0]
+    if not (np.isfinite(total).all() and 1 < replicas == round(replicas)):
+        return "something that is no call of a synchronized layer on others"
+    # So many that make another call have made the difference.
+    difference = total[1:] - replicas * own[1:]
+    for others in range(1, int(replicas)):
+        theirs = own[1:] + difference / others
+        if (theirs == np.clip(np.round(theirs), 0, 255)).all() and _bytes(theirs) in _calls:
+            return f"{_calls[_bytes(theirs)]} on {others} of {int(replicas)} replicas"
+    return f"calls that this process has not made on others of {int(replicas)} replicas"
+
+
+def _bytes(numbers: np.ndarray) -> bytes:
+    return numbers.astype(np.uint8).tobytes()
