@@ -24,8 +24,9 @@ from syncbn._src.ops.shared_traces import shared
 AddUp = Callable[[tf.Tensor, str], tf.Tensor]
 """Adds a tensor up over replicas, under a name."""
 
-LENGTH = 5
-"""How many numbers a tensor takes along."""
+_CALL, _WITNESS = slice(1, 5), slice(5, 9)
+LENGTH = _WITNESS.stop
+"""How many numbers a tensor takes along: a one, and the bytes of two checksums."""
 
 _calls: dict[bytes, str] = {}
 """The calls that this process has made or traced, by their checksums."""
@@ -92,7 +93,7 @@ class _Witnessed:
     def __call__(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         total = self._add_up(tensor, name + self._witness)
         if tf.executing_eagerly() and not self._witness:
-            self._witness = f"/{zlib.crc32(total.numpy().data):08x}"
+            self._witness = f"#{zlib.crc32(total.numpy().data):08x}"
         return total
 
 
@@ -106,14 +107,16 @@ def fingerprinted(
     Args:
         add_up: Adds vectors up over the replicas.
         tensor: Of 32 bits at least.
-        name: The same on all replicas for the same call.
+        name: The same on all replicas for the same call. What stands behind a ``#`` tells apart
+            calls of the same name.
     """
+    name, _, witness = name.partition("#")
     call = f"{name}, {tensor.dtype.name}"
     if tensor.shape.is_fully_defined():  # as it need not be on every replica
         call += f" {tuple(tensor.shape)}"
-    own = np.frombuffer(zlib.crc32(call.encode()).to_bytes(LENGTH - 1, "big"), np.uint8)
-    _calls[own.tobytes()] = call
-    mark = tf.constant([1, *own], tensor.dtype)
+    checksum = _checksum(call)
+    _calls[checksum] = call
+    mark = tf.constant([1, *checksum, *_checksum(witness)], tensor.dtype)
     total = add_up(tf.concat([tf.reshape(tensor, [-1]), mark], 0))
     same = _require_same_call(total[-LENGTH:], mark)
     with tf.control_dependencies([same]):
@@ -122,6 +125,10 @@ def fingerprinted(
     if xla.compiles_everything():
         return tf.where(same, values, tf.constant(float("nan"), values.dtype))
     return values
+
+
+def _checksum(text: str) -> bytes:
+    return zlib.crc32(text.encode()).to_bytes(4, "big")
 
 
 def _require_same_call(total: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
@@ -151,8 +158,8 @@ _checked = shared(_check, by_xla=False)
 def _refuse(total: np.ndarray, own: np.ndarray) -> bool:
     raise RuntimeError(
         "All replicas must make the same calls in the same order. Received: "
-        f"{_calls[_bytes(own[1:])]} here, and {_others(total, own)}. Make every training call on "
-        "every replica, in one order, with the same inputs but for the batch; build the same "
+        f"{_calls[_bytes(own[_CALL])]} here, and {_others(total, own)}. Make every training call "
+        "on every replica, in one order, on inputs that differ in the batch only; build the same "
         "models everywhere, or name the layers, since Keras numbers them as they are made."
     )
 
@@ -163,9 +170,11 @@ def _others(total: np.ndarray, own: np.ndarray) -> str:
     if not (np.isfinite(total).all() and 1 < replicas == round(replicas)):
         return "something that is no call of a synchronized layer on others"
     # So many that make another call have made the difference.
-    difference = total[1:] - replicas * own[1:]
+    difference = (total - replicas * own)[_CALL]
+    if not difference.any():
+        return "the same for another call of that layer elsewhere"
     for others in range(1, int(replicas)):
-        theirs = own[1:] + difference / others
+        theirs = own[_CALL] + difference / others
         if (theirs == np.clip(np.round(theirs), 0, 255)).all() and _bytes(theirs) in _calls:
             return f"{_calls[_bytes(theirs)]} on {others} of {int(replicas)} replicas"
     return f"calls that this process has not made on others of {int(replicas)} replicas"
