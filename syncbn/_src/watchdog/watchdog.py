@@ -62,7 +62,7 @@ class Watchdog(threading.Thread):
     def __init__(self, job: WatchedJob):
         super().__init__(name="syncbn-watchdog", daemon=True)
         self.job = job
-        self._limits = limits()
+        self.limits = limits()
         self._main = threading.main_thread().ident
         self._client: StoreClient | None = None
         self._where: dict[str, Any] = {}
@@ -96,9 +96,9 @@ class Watchdog(threading.Thread):
     def _look(self) -> None:
         waiting = RECORDER.waiting()
         waited = 0.0 if waiting is None else time.time() - waiting.since
-        long = waited > min(GRACE, self._limits.warn)
+        long = waited > min(GRACE, self.limits.warn)
         # Asked for before it is to be told.
-        asks = waited > self._limits.warn - 2 * PERIOD
+        asks = waited > self.limits.warn - 2 * PERIOD
         answer = self._exchange({"waits": long, "asks": asks}, waiting)
         if answer.get("end"):
             self._end(answer["end"]["reason"], told=True)
@@ -108,11 +108,11 @@ class Watchdog(threading.Thread):
         gone = [one for one in others if one["status"] not in ("running", "silent")]
         if gone and waited > GRACE:
             self._end(self._sentence(waiting, gone))
-        if waited > self._limits.end:
+        if waited > self.limits.end:
             missing = [one for one in others if not _is_in(one, waiting)]
-            self._end(self._sentence(waiting, missing) + f", the limit of {self._limits.end:g} s")
+            self._end(self._sentence(waiting, missing) + f", the limit of {self.limits.end:g} s")
         call = (waiting.name, waiting.call)
-        if waited > self._limits.warn and self._warned != call:
+        if waited > self.limits.warn and self._warned != call:
             self._warned = call
             missing = [one for one in others if not _is_in(one, waiting)]
             _say(self._sentence(waiting, missing))
@@ -284,7 +284,9 @@ def _stack(thread: int | None) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"syncbn: {text}", file=sys.stderr, flush=True)
+    # In one piece: launchers weave the lines of several ranks.
+    sys.stderr.write(f"syncbn: {text}\n")
+    sys.stderr.flush()
 
 
 _watchdog: Watchdog | None = None
@@ -296,6 +298,18 @@ def start(job: WatchedJob) -> None:
     if _watchdog is None and job.size > 1 and is_on():
         _watchdog = Watchdog(job)
         _watchdog.start()
+
+
+def described(several: bool) -> str:
+    """Says in words whether this process is watched; ``several``: whether its job has others."""
+    if not several:
+        return "not needed, since one process has all replicas"
+    if _watchdog is None:
+        return "off" + ("" if is_on() else " (SYNCBN_WATCHDOG=0)")
+    warn, end = _watchdog.limits
+    told = "never" if warn == float("inf") else f"after {warn:g} s"
+    ended = "never" if end == float("inf") else f"after {end:g} s"
+    return f"on; a rank that waits says so {told}, and ends the job {ended}"
 
 
 def current() -> Watchdog | None:
