@@ -90,7 +90,7 @@ def run(launcher, fault, folder):
     return Outcome(finished.code, time.monotonic() - started, finished.output)
 
 
-def fault_of(launcher, fault, outcome):
+def wrong_with(launcher, fault, outcome):
     """Returns in words what is wrong with an outcome; nothing where it is what was promised."""
     if outcome.code == 124:
         return "it was ended by the limit of the test"

@@ -9,7 +9,7 @@ BEGIN, END = "<!-- made by make test-faults -->\n", "<!-- end -->\n"
 
 def cell(launcher, fault, outcome):
     """One cell of the table."""
-    wrong = campaign.fault_of(launcher, fault, outcome)
+    wrong = campaign.wrong_with(launcher, fault, outcome)
     if wrong:
         return f"**{wrong}**"
     if outcome.code == 0:

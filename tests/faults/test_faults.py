@@ -10,4 +10,4 @@ from tests.faults import campaign
 def test_a_fault_ends_the_job_or_the_job_goes_on(launcher, fault, tmp_path, record):
     outcome = campaign.run(launcher, fault, tmp_path)
     record(launcher, fault, outcome)
-    assert not campaign.fault_of(launcher, fault, outcome), outcome.output
+    assert not campaign.wrong_with(launcher, fault, outcome), outcome.output

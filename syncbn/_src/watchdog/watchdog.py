@@ -68,6 +68,8 @@ class Watchdog(threading.Thread):
         self._where: dict[str, Any] = {}
         self._status = "running"
         self._asked = False
+        self._store_status = "silent"
+        """Why the store has not answered: ``"silent"``, or ``"lost"``."""
         self._warned: tuple[str, int] | None = None
         self._store: Store | None = None
         if not job.share_in_thread:
@@ -131,7 +133,7 @@ class Watchdog(threading.Thread):
             one = known.get(rank, {"rank": rank, "status": "silent"})
             if rank == 0 and not answer:
                 # The store is in its process: gone with it, or stopped with it.
-                one = {"rank": 0, "status": "lost" if self._client is None else "silent"}
+                one = {"rank": 0, "status": self._store_status}
             elif one.get("silent", 0.0) > TIMEOUT and one["status"] == "running":
                 one = {**one, "status": "silent"}
             found.append(one)
@@ -161,10 +163,12 @@ class Watchdog(threading.Thread):
                 key = bytes.fromhex(where["key"])
                 self._client = StoreClient(where["addresses"], where["port"], key)
             answer = self._client.say(state)
-        except TimeoutError:
-            return {}
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            # Whatever of an answer still comes is of no use: the next time, another connection.
+            if self._client is not None:
+                self._client.close()
             self._client = None
+            self._store_status = "silent" if isinstance(error, TimeoutError) else "lost"
             return {}
         self._asked = answer["asked"]
         return answer
