@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._src.communicators.base import wire_dtype
+from syncbn._src.communicators.cluster_watch import watch_cluster
 from syncbn._src.communicators.fingerprints import fingerprinted
 from syncbn._src.communicators.strategy import (
     GroupRows,
@@ -18,6 +19,7 @@ from syncbn._src.communicators.strategy import (
 )
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
 from syncbn._src.communicators.vectorization import refused, vectorized
+from syncbn._src.watchdog.flight_recorder import RECORDER
 
 
 class DistributeCommunicator:
@@ -63,6 +65,10 @@ class DistributeCommunicator:
             return tensor
         refuse_xla("tf.distribute")
         refuse_forward_mode("tf.distribute", tensor)
+        if joined_processes() > 1:
+            watch_cluster()
+            with tf.name_scope(name):
+                return RECORDER.watch(name, None, tensor, lambda one: _all_reduce_sum(one, name))
         with tf.name_scope(name):
             return _all_reduce_sum(tensor, name)
 
