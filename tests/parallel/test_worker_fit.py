@@ -185,7 +185,7 @@ def test_optimizers_of_horovod_average_nothing_under_keras_3_and_are_found_out(p
     model = compiled(optimizer=wrap(keras.optimizers.SGD(0.1)))
     x, y = samples(4 * replicas.size)
     own = slice(4 * replicas.rank, 4 * replicas.rank + 4)
-    with pytest.raises(RuntimeError, match=r"step [12]: .*averages nothing under Keras 3"):
+    with pytest.raises(RuntimeError, match=r"averages nothing under Keras 3"):
         model.fit(
             x[own], y[own], batch_size=2, verbose=0, callbacks=[training.BroadcastVariables()]
         )

@@ -64,8 +64,9 @@ class BroadcastVariables(WorkerCallback):
             ``root`` is no rank. Or there are local variables, and the optimizer was loaded and has
             not been told them again, or has state of which it is not known what it belongs to.
         RuntimeError: when training begins: Keras has wrapped a distributed optimizer in one that
-            scales the loss (see `distribute`). In training: workers have other weights, or learning
-            rates, than others.
+            scales the loss (see `distribute`), or the optimizer is Horovod's own, which averages
+            nothing under Keras 3. In training: workers have other weights, or learning rates, than
+            others.
     """
 
     def __init__(
@@ -87,6 +88,13 @@ class BroadcastVariables(WorkerCallback):
                 "compile(distribute(tf.keras.mixed_precision.LossScaleOptimizer(optimizer))). "
                 f"Received: {type(optimizer).__name__} around a distributed optimizer, with which "
                 "workers would skip different steps."
+            )
+        horovods = type(optimizer).__module__.partition(".")[0] == "horovod"
+        if keras_api.KERAS_3 and horovods and communicator.size > 1:
+            raise RuntimeError(
+                "Gradients must be averaged over the workers. Received: Horovod's "
+                "DistributedOptimizer, which averages nothing under Keras 3. Use "
+                "compile(syncbn.training.distribute(optimizer)), with the optimizer itself."
             )
         self._require_same_layers(communicator)
         train_jointly(self.model, communicator, self.same_weights)

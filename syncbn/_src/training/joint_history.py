@@ -112,9 +112,8 @@ class _JointHistory:
             f"first of them {getattr(first, 'path', first.name)}, with the optimizer "
             f"{optimizer.__module__}.{optimizer.__qualname__}. Average the gradients over the "
             "workers: compile(syncbn.training.distribute(optimizer)), or in a train_step of your "
-            "own a syncbn.training.DistributedGradientTape. (Horovod's DistributedOptimizer "
-            "averages nothing under Keras 3.) Put AverageMetrics before callbacks that act on the "
-            "logs, such as EarlyStopping. Where workers are meant to differ: "
+            "own a syncbn.training.DistributedGradientTape. Put AverageMetrics before callbacks "
+            "that act on the logs, such as EarlyStopping. Where workers are meant to differ: "
             "BroadcastVariables(same_weights=False)."
         )
 
