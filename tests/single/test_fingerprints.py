@@ -81,17 +81,18 @@ def test_a_call_of_many_is_known_by_the_sums():
     for name in "abcd":
         fingerprints.fingerprinted(lambda one: one, tf.ones([2]), name)
     marks = {
-        name: np.array([1, *fingerprints._checksum(f"{name}, float32 (2,)"), 0, 0, 0, 0], float)
+        name: np.array([*fingerprints._checksum(f"{name}, float32 (2,)"), 0, 0, 0, 0], float)
         for name in "abcd"
     }
     for others in 1, 3, 999:
         total = (1000 - others) * marks["a"] + others * marks["b"]
         known = f"b, float32 (2,) on {others} of 1000 replicas"
-        assert fingerprints._others(total, marks["a"]) == known
+        assert fingerprints._others(1000, total, marks["a"]) == known
     total = sum(marks.values())
-    assert "has not made" in fingerprints._others(total, marks["a"])
-    for garbage in total + 0.5, np.full(9, np.nan), np.zeros(9):
-        assert "no call of a synchronized layer" in fingerprints._others(garbage, marks["a"])
+    assert "has not made" in fingerprints._others(4, total, marks["a"])
+    for replicas, garbage in (4.5, total), (4, np.full(8, np.nan)), (0, np.zeros(8)):
+        said = fingerprints._others(replicas, garbage, marks["a"])
+        assert "no call of a synchronized layer" in said
 
 
 def test_calls_of_one_layer_have_names_of_their_own_which_their_gradients_take():

@@ -8,9 +8,11 @@ makes another call knows likewise. Bytes, since their sums are exact in float32 
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,13 +21,12 @@ import tensorflow as tf
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.strategy import replica_number
 from syncbn._src.ops import xla
-from syncbn._src.ops.shared_traces import shared
 
 AddUp = Callable[[tf.Tensor, str], tf.Tensor]
 """Adds a tensor up over replicas, under a name."""
 
-_CALL, _WITNESS = slice(1, 5), slice(5, 9)
-LENGTH = _WITNESS.stop
+_CALL = slice(0, 4)
+LENGTH = 9
 """How many numbers a tensor takes along: a one, and the bytes of two checksums."""
 
 _calls: dict[bytes, str] = {}
@@ -116,61 +117,81 @@ def fingerprinted(
         call += f" {tuple(tensor.shape)}"
     checksum = _checksum(call)
     _calls[checksum] = call
-    mark = tf.constant([1, *checksum, *_checksum(witness)], tensor.dtype)
-    total = add_up(tf.concat([tf.reshape(tensor, [-1]), mark], 0))
-    same = _require_same_call(total[-LENGTH:], mark)
+    mark = tf.constant([*checksum, *_checksum(witness)], tensor.dtype)
+    vector = tensor if tensor.shape.rank == 1 else tf.reshape(tensor, [-1])
+    total = add_up(tf.concat([vector, tf.ones([1], tensor.dtype), mark], 0))
+    values, replicas, marks = tf.split(total, [_size(vector), 1, LENGTH - 1])
+    same = _require_same_call(replicas, marks, mark)
     with tf.control_dependencies([same]):
-        values = tf.reshape(total[:-LENGTH], tf.shape(tensor))
-    values = tf.ensure_shape(values, tensor.shape)
+        values = tf.identity(values) if vector is tensor else tf.reshape(values, tf.shape(tensor))
+    values.set_shape(tensor.shape)
     if xla.compiles_everything():
         return tf.where(same, values, tf.constant(float("nan"), values.dtype))
     return values
+
+
+def _size(vector: tf.Tensor) -> int:
+    size = vector.shape.num_elements()
+    return -1 if size is None else size  # which `tf.split` takes for the rest
 
 
 def _checksum(text: str) -> bytes:
     return zlib.crc32(text.encode()).to_bytes(4, "big")
 
 
-def _require_same_call(total: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
+def _require_same_call(replicas: tf.Tensor, marks: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
+    same = tf.reduce_all(marks == replicas * own)
     if tf.executing_eagerly():
-        same = _is_same(total, own)
-        return same if same else _refuse(total.numpy(), own.numpy())
-    return _is_same(total, own) if xla.compiles_everything() else _checked(total, own)
+        return same if same else _refuse(replicas.numpy(), marks.numpy(), own.numpy())
+    if xla.compiles_everything():
+        return same
+    inputs = [replicas, marks, own]
+    if not tf.compat.v1.executing_eagerly_outside_functions():  # in the graph of a session
+        return tf.cond(same, lambda: _go_on(*inputs), lambda: _call_python(*inputs))
+    # Python is called where there is something to say, and only there. Not by `tf.cond`: it would
+    # make the branches anew for each call, and TensorFlow put them in its place (106 of them: 4.3 s
+    # for the first run, and 1.8 s so).
+    specs = [tf.TensorSpec(one.shape, one.dtype) for one in inputs]
+    with tf.device("CPU:0"):
+        return tf.raw_ops.If(
+            cond=same,
+            input=inputs,
+            Tout=[tf.bool],
+            then_branch=_traced(_go_on, *specs),
+            else_branch=_traced(_call_python, *specs),
+        )[0]
 
 
-def _is_same(total: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
-    return tf.reduce_all(total == total[0] * own)
+@functools.cache
+def _traced(branch: Callable[..., tf.Tensor], *specs: tf.TensorSpec) -> Any:
+    with tf.init_scope(), tf.device(None):
+        return tf.function(branch, autograph=False).get_concrete_function(*specs)
 
 
-def _check(total: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
-    same = _is_same(total, own)
-    # Python is called where there is something to say, and only there.
-    return tf.cond(
-        same,
-        lambda: tf.identity(same),
-        lambda: tf.ensure_shape(tf.numpy_function(_refuse, [total, own], tf.bool), []),
-    )
+def _go_on(*inputs: tf.Tensor) -> tf.Tensor:
+    return tf.constant(True)
 
 
-_checked = shared(_check, by_xla=False)
+def _call_python(*inputs: tf.Tensor) -> tf.Tensor:
+    return tf.ensure_shape(tf.numpy_function(_refuse, inputs, tf.bool), [])
 
 
-def _refuse(total: np.ndarray, own: np.ndarray) -> bool:
+def _refuse(replicas: np.ndarray, marks: np.ndarray, own: np.ndarray) -> bool:
+    here, there = _calls[_bytes(own[_CALL])], _others(replicas[0], marks, own)
     raise RuntimeError(
         "All replicas must make the same calls in the same order. Received: "
-        f"{_calls[_bytes(own[_CALL])]} here, and {_others(total, own)}. Make every training call "
+        f"{here} here, and {there}. Make every training call "
         "on every replica, in one order, on inputs that differ in the batch only; build the same "
         "models everywhere, or name the layers, since Keras numbers them as they are made."
     )
 
 
-def _others(total: np.ndarray, own: np.ndarray) -> str:
+def _others(replicas: float, marks: np.ndarray, own: np.ndarray) -> str:
     """Says what the other replicas call, if that is one call, and known here."""
-    replicas = total[0]
-    if not (np.isfinite(total).all() and 1 < replicas == round(replicas)):
+    if not (np.isfinite([replicas, *marks]).all() and 1 < replicas == round(replicas)):
         return "something that is no call of a synchronized layer on others"
     # So many that make another call have made the difference.
-    difference = (total - replicas * own)[_CALL]
+    difference = (marks - replicas * own)[_CALL]
     if not difference.any():
         return "the same for another call of that layer elsewhere"
     for others in range(1, int(replicas)):
