@@ -94,7 +94,7 @@ class _Witnessed:
     def __call__(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         total = self._add_up(tensor, name + self._witness)
         if tf.executing_eagerly() and not self._witness:
-            self._witness = f"#{zlib.crc32(total.numpy().data):08x}"
+            self._witness = f">{zlib.crc32(total.numpy().data):08x}"
         return total
 
 
@@ -108,10 +108,10 @@ def fingerprinted(
     Args:
         add_up: Adds vectors up over the replicas.
         tensor: Of 32 bits at least.
-        name: The same on all replicas for the same call. What stands behind a ``#`` tells apart
+        name: The same on all replicas for the same call. What stands behind a ``>`` tells apart
             calls of the same name.
     """
-    name, _, witness = name.partition("#")
+    name, _, witness = name.partition(">")
     call = f"{name}, {tensor.dtype.name}"
     if tensor.shape.is_fully_defined():  # as it need not be on every replica
         call += f" {tuple(tensor.shape)}"
