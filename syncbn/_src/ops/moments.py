@@ -68,7 +68,7 @@ def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         mask = tf.ensure_shape(mask, [None] * rank)
     if not 1 <= mask.shape.rank <= rank:
         raise ValueError(
-            "`mask` must have one dimension less than the input, or fewer: it covers the first "
+            "`mask` must have at least one dimension fewer than the input: it covers the leading "
             f"ones. Received: mask shape {tuple(mask.shape)} for input shape {tuple(x.shape)}."
         )
     missing = rank - mask.shape.rank
