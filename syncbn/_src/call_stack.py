@@ -13,7 +13,7 @@ def repeats_forward() -> bool:
     """Says whether `tf.recompute_grad` is repeating a forward pass, to differentiate it.
 
     TensorFlow does not expose this, so its function is looked for among the callers. Tried with
-    TensorFlow 2.16 and 2.21; tests/single/test_recompute.py holds it.
+    TensorFlow 2.16 and 2.21; tests/single/test_recompute.py covers it.
     """
     return (tf.recompute_grad.__module__, "inner_recompute_grad") in callers()
 

@@ -42,7 +42,7 @@ def refuse_forward_mode(engine: str, tensor: tf.Tensor) -> None:
 def in_branch_or_loop() -> bool:
     """Says whether what is being traced is inside of a branch or loop of a graph."""
     # There is no public API for this. Tried with TensorFlow 2.21;
-    # tests/parallel/test_control_flow.py holds it.
+    # tests/parallel/test_control_flow.py covers it.
     kinds = (
         control_flow_v2_func_graphs.CondBranchFuncGraph,
         control_flow_v2_func_graphs.WhileBodyFuncGraph,

@@ -3,7 +3,7 @@
 TensorFlow converts the operations of such a loop one by one, each to one for all iterations. An
 operation without a converter becomes a loop again, in which nothing keeps collectives in order; and
 TensorFlow takes what other replicas compute for the same in all iterations. There is no public API
-to register a converter. Tried with TensorFlow 2.21; tests/parallel/test_control_flow.py holds it.
+to register a converter. Tried with TensorFlow 2.21; tests/parallel/test_control_flow.py covers it.
 """
 
 from __future__ import annotations

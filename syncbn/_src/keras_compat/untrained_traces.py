@@ -8,7 +8,7 @@ from syncbn._src.call_stack import callers
 from syncbn._src.keras_compat.keras_api import KERAS_3, keras
 
 # Keras 2 does not expose what a graph is for, so its functions are looked for among the callers.
-# Tried with tf_keras 2.21; tests/single/test_traces.py holds it.
+# Tried with tf_keras 2.21; tests/single/test_traces.py covers it.
 _INFERS_SHAPES = {
     ("tf_keras.src.engine.base_layer", "_infer_output_signature"),
     ("tf_keras.src.engine.base_layer", "compute_output_shape"),

@@ -1,7 +1,7 @@
 """Changing a layer in place, in Keras 2 and 3: its class, and the variables inside its weights.
 
 There is no public API for this. Tried with Keras 3.12, 3.14 and 3.15, and tf_keras 2.16 and 2.21;
-tests/single/test_convert.py holds it.
+tests/single/test_convert.py covers it.
 """
 
 from __future__ import annotations

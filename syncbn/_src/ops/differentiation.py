@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 # There is no public API to ask whether a tensor has a tangent. Tried with TensorFlow 2.21;
-# tests/single/test_accuracy.py holds it.
+# tests/single/test_accuracy.py covers it.
 from tensorflow.python.eager import forwardprop_util
 
 
@@ -66,7 +66,7 @@ def _copied_branches() -> Iterator[Any]:
     graph = tf.compat.v1.get_default_graph()
     while graph is not None:
         # There is no public way to learn this. Tried with TensorFlow 2.21;
-        # tests/single/test_accuracy.py holds it.
+        # tests/single/test_accuracy.py covers it.
         branch = getattr(graph, "_forward_graph", None)
         if branch is not None and not getattr(branch, "is_control_flow_graph", False):
             yield branch
@@ -156,7 +156,7 @@ def _vectorize_as(plain: Callable[..., Any], number: int, outputs: Any) -> None:
         return [inputs[0]._replace(t=one, is_stacked=bool(rows)) for one in results] + inputs
 
     # There is no public API for this. Tried with TensorFlow 2.21; tests/single/test_accuracy.py
-    # holds it.
+    # covers it.
     tf.nest.flatten(outputs)[0].op.pfor_converter = convert
 
 

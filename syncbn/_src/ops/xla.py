@@ -9,7 +9,7 @@ import tensorflow as tf
 
 # There is no public API for this while a function is traced; after the trace XLA's own message
 # names neither the layer nor the remedy. Tried with TensorFlow 2.16 and 2.21;
-# tests/single/test_jit.py holds it.
+# tests/single/test_jit.py covers it.
 from tensorflow.python.ops import control_flow_util
 
 

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 # There is no public API to have XLA compile for CPUs once TensorFlow is imported: it reads
 # TF_XLA_FLAGS before a script can set it. Tried with TensorFlow 2.21;
-# tests/single/test_clustering.py holds it.
+# tests/single/test_clustering.py covers it.
 from tensorflow.python import pywrap_tfe
 
 __all__ = ["compile_around_collectives"]
