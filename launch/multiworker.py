@@ -45,7 +45,8 @@ def multiworker_arguments() -> argparse.Namespace:
     """Parses the command line; exits with 2 where it is wrong."""
     description, _, epilog = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
-        usage="%(prog)s (--workers N | --host HOSTS --index I) [--xla] -- COMMAND...",
+        usage="%(prog)s (--workers N | --host HOSTS --index I) [--xla] [--timeout SECONDS]"
+        " -- COMMAND...",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,6 +67,13 @@ def multiworker_arguments() -> argparse.Namespace:
         action="store_true",
         help="let XLA compile what lies between collectives: puts its flags before yours in "
         "TF_XLA_FLAGS",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long a worker may wait for the others in a synchronized layer before the job "
+        "ends: sets SYNCBN_TIMEOUT_SECONDS; 0 for ever (default: 600)",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what each worker runs")
     given = parser.parse_args()
@@ -96,6 +104,13 @@ def multiworker_arguments() -> argparse.Namespace:
                 f"{len(given.host)} workers. Received: {given.index}"
             )
     return given
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds. Received: {text}")
+    return seconds
 
 
 def check_inherited(cluster: list[str] | None) -> None:
@@ -194,6 +209,8 @@ def main() -> int:
     if given.xla:
         own = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
         os.environ["TF_XLA_FLAGS"] = f"{own} {os.environ.get('TF_XLA_FLAGS', '')}"
+    if given.timeout is not None:
+        os.environ["SYNCBN_TIMEOUT_SECONDS"] = f"{given.timeout:g}"
     received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, lambda number, _: received.append(number))

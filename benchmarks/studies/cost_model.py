@@ -99,7 +99,7 @@ def added(
         network: The network that they go over.
         channels: The channels of each synchronized layer.
         workers: A power of two.
-        group: The number of workers that share statistics; ``None``, or no fewer than ``workers``, for all.
+        group: The number of workers that share statistics; ``None`` for all of them.
         call: Seconds in TensorFlow around each collective.
     """
     total = 0.0

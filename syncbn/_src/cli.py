@@ -10,10 +10,12 @@ from importlib.metadata import version
 from syncbn._src import bench_command
 from syncbn._src.doctor import examine
 from syncbn._src.models.equivalence import check_command
+from syncbn._src.watchdog import diagnose_command
 
 _COMMANDS = {
     "bench": (bench_command, "time the layers and their peers (in a checkout of the repository)"),
     "check": (check_command, "run a model on several replicas and on one, and compare"),
+    "diagnose": (diagnose_command, "say who waited for whom, of the records of a job's ranks"),
     "doctor": (examine, "say what this machine has, and try every engine that it finds"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from syncbn._src.communicators.base import wire_dtype
 from syncbn._src.communicators.launcher import require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn._src.watchdog.flight_recorder import RECORDER
+from syncbn._src.watchdog.watchdog import WatchedJob, start, to_array, to_bytes
 
 
 class HorovodCommunicator:
@@ -56,8 +59,11 @@ class HorovodCommunicator:
                 "A process can only use a process set that it belongs to. Received: "
                 f"{self._process_set} on rank {hvd.rank()}. Give each process its own set."
             )
+        ranks = self._process_set.ranks
+        self._members = None if ranks is None or len(ranks) == hvd.size() else tuple(ranks)
         if hvd.size() > 1 and hvd.rank() == 0:
             horovod_settings.advise_once()
+        _watch(hvd)
 
     @property
     def size(self) -> int:
@@ -123,9 +129,12 @@ class HorovodCommunicator:
     def _add_up(self, tensor: tf.Tensor, name: str, witness: tf.Tensor | None = None) -> tf.Tensor:
         # A graph makes names unique by numbering them, in the order of the trace, which is the same
         # everywhere.
-        return self._hvd.allreduce(
-            tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
-        )
+        def collective(tensor: tf.Tensor) -> tf.Tensor:
+            return self._hvd.allreduce(
+                tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
+            )
+
+        return RECORDER.watch(name, self._members, tensor, collective)
 
     def grouped_all_reduce_sum(self, tensors: list[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Returns the sums of tensors of one dtype over all replicas, negotiated as one.
@@ -135,9 +144,27 @@ class HorovodCommunicator:
             name: As for `all_reduce_sum`.
         """
         refuse_xla("Horovod")
-        return self._hvd.grouped_allreduce(
-            tensors, op=self._hvd.Sum, name=name, process_set=self._process_set
-        )
+
+        def collective(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+            return self._hvd.grouped_allreduce(
+                tensors, op=self._hvd.Sum, name=name, process_set=self._process_set
+            )
+
+        return RECORDER.watch(name, self._members, tensors, collective)
+
+
+def _watch(hvd: Any) -> None:
+    """Starts the watchdog, but not in an elastic job, whose ranks and sizes change."""
+    if os.environ.get("HOROVOD_ELASTIC") == "1":
+        return
+
+    def share(own: bytes | None) -> bytes:
+        with tf.device("CPU:0"):
+            message = tf.constant(to_array(own))
+            return to_bytes(hvd.broadcast(message, 0, name="syncbn/watchdog").numpy())
+
+    one_host = hvd.local_size() == hvd.size()
+    start(WatchedJob("horovod", hvd.rank(), hvd.size(), one_host, share))
 
 
 def import_horovod() -> Any:

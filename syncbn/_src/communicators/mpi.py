@@ -14,6 +14,8 @@ from syncbn._src.communicators.base import wire_dtype
 from syncbn._src.communicators.launcher import require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn._src.watchdog.flight_recorder import RECORDER
+from syncbn._src.watchdog.watchdog import WatchedJob, start, to_array, to_bytes
 
 
 class MPICommunicator:
@@ -62,6 +64,7 @@ class MPICommunicator:
         self._mpi = MPI
         self._shared = _shared(MPI.COMM_WORLD if comm is None else comm)
         self._comm, self._order = self._shared.comm, self._shared.order
+        self._members = self._shared.members
 
     @property
     def size(self) -> int:
@@ -139,9 +142,11 @@ class MPICommunicator:
 
     def _all_reduce(self, name: str, value: np.ndarray, *witness: np.ndarray) -> np.ndarray:
         value = np.ascontiguousarray(value)
+        record = RECORDER.enter(name, self._members)
         self._require_same_call(f"{name}, {value.dtype.name} {value.shape}", *witness)
         total = np.empty_like(value)
         self._comm.Allreduce(value, total, op=self._mpi.SUM)
+        record.leave()
         return total
 
     def _require_same_call(self, call: str, *witness: np.ndarray) -> None:
@@ -214,6 +219,38 @@ class _Shared:
         self.order = Order()
         self.lanes: Any = None
         self.parts: dict[tuple[tuple[int, ...], ...], MPICommunicator] = {}
+        self.members = _members(self.comm)
+        if self.members is None:
+            _watch(self.comm)
+
+
+def _members(comm: Any) -> tuple[int, ...] | None:
+    """Returns the ranks of the job that a communicator has; ``None`` where it has all."""
+    from mpi4py import MPI
+
+    if comm.size == MPI.COMM_WORLD.size:
+        return None
+    ours, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+    return tuple(ours.Translate_ranks(range(comm.size), world))
+
+
+def _watch(comm: Any) -> None:
+    """Starts the watchdog, whose store all processes of the job have to know."""
+    from mpi4py import MPI
+
+    machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    one_host = machine.size == comm.size
+    machine.Free()
+    world, ours = MPI.COMM_WORLD.Get_group(), comm.Get_group()
+    (root,) = world.Translate_ranks([0], ours)
+
+    def share(own: bytes | None) -> bytes:
+        message = to_array(own)
+        comm.Bcast(message, root)
+        return to_bytes(message)
+
+    rank, size, abort = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, MPI.COMM_WORLD.Abort
+    start(WatchedJob("mpi", rank, size, one_host, share, share_in_thread=False, end=abort))
 
 
 def _shared(comm: Any) -> _Shared:

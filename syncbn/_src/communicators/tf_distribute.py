@@ -7,6 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from syncbn._src.communicators.cluster_watch import watch_cluster
 from syncbn._src.communicators.strategy import (
     GroupRows,
     joined_processes,
@@ -15,6 +16,7 @@ from syncbn._src.communicators.strategy import (
 )
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
 from syncbn._src.communicators.vectorization import refused, vectorized
+from syncbn._src.watchdog.flight_recorder import RECORDER
 
 
 class DistributeCommunicator:
@@ -59,6 +61,10 @@ class DistributeCommunicator:
             return tensor
         refuse_xla("tf.distribute")
         refuse_forward_mode("tf.distribute", tensor)
+        if joined_processes() > 1:
+            watch_cluster()
+            with tf.name_scope(name):
+                return RECORDER.watch(name, None, tensor, _all_reduce_sum)
         with tf.name_scope(name):
             return _all_reduce_sum(tensor)
 
