@@ -74,7 +74,7 @@ class HorovodCommunicator:
         return self._process_set.rank()
 
     def split(self, groups: Sequence[Sequence[int]]) -> HorovodCommunicator:
-        """Returns that of this process's group, as a process set. A collective call.
+        """Returns the communicator of this process's group, a process set. A collective call.
 
         Raises:
             ValueError: this communicator is not that of all processes.

@@ -75,7 +75,7 @@ class MPICommunicator:
         return self._comm.rank
 
     def lane(self, number: int) -> MPICommunicator:
-        """Returns another of the same processes, whose messages never mix with those of this one.
+        """Returns another communicator of the same processes, with messages that never mix.
 
         A collective call. This one and lanes of different numbers may be used from different
         threads at the same time. Lanes are for small tensors: each process sends whole ones.

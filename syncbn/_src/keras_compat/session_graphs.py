@@ -34,7 +34,7 @@ def require_updates() -> None:
 
 
 def cond(predicate: tf.Tensor, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
-    """Returns `tf.cond` of these, right for custom gradients in the graph of a session too.
+    """Calls `tf.cond`, so that custom gradients in its branches work in a session's graph too.
 
     There, inside of a Keras layer, control flow v2 ignores custom gradients and differentiates the
     operations of a branch, and in doing so loses an input (tried with 2.21). Control flow v1 is

@@ -65,8 +65,8 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
         groups: The same, as the ranks of each group; every replica is in exactly one.
         target_batch: The same, with the group size that brings the samples of a group nearest to
             this many. The batch size must be known when the layer first trains.
-        unbiased_moving_variance: Whether the moving variance averages the unbiased variance, ``N /
-            (N - 1)`` times the biased one, N being the number of elements per channel on all
+        unbiased_moving_variance: Whether the moving variance averages the unbiased variance,
+            ``N / (N - 1)`` times the biased one, N being the number of elements per channel on all
             replicas. The outputs do not change.
         renorm: Batch renormalization: the outputs are ``gamma * (r * x^ + d) + beta``, x^ being the
             normalized input, where r and d, constants for the gradient, make them what the

@@ -61,12 +61,12 @@ def recalibrate(
 
     Args:
         model: A model or layer of `tf.keras`, built.
-        dataset: Batches as `Model.predict` takes them: ``x``, ``(x, y)`` or ``(x, y,
-            sample_weight)``, of which ``x`` is used. A model with a custom ``predict_step`` gets
-            them whole. A `tf.data.Dataset`, a `tf.keras.utils.Sequence`, or another iterable, of
-            which at most ``len(dataset)`` batches are taken if it has a length; with ``exact`` it
-            must be iterable more than once, over the same elements each time. Under tf.distribute
-            an ordinary dataset too, each worker's own.
+        dataset: Batches as `Model.predict` takes them: ``x``, ``(x, y)`` or
+            ``(x, y, sample_weight)``, of which ``x`` is used. A model with a custom
+            ``predict_step`` gets them whole. A `tf.data.Dataset`, a `tf.keras.utils.Sequence`, or
+            another iterable, of which at most ``len(dataset)`` batches are taken if it has a
+            length; with ``exact`` it must be iterable more than once, over the same elements each
+            time. Under tf.distribute an ordinary dataset too, each worker's own.
         communicator: As for `syncbn.SyncBatchNormalization`.
         exact: Whether to go layer by layer, in the order in which the model calls them.
         steps: The most batches to take on this worker, or ``None`` for all.
@@ -195,7 +195,7 @@ _Sequence: Any = keras_api.keras.utils.Sequence
 
 
 def _batches(dataset: Any) -> Iterator[Any]:
-    """Yields batches; for a sequence, beyond its end if nobody stops."""
+    """Yields batches; the caller has to stop at the length of a sequence."""
     if not isinstance(dataset, _Sequence):
         yield from dataset
         return

@@ -165,7 +165,7 @@ def job_of(model: Any, communicator: str | Communicator = "auto") -> TrainingJob
     in_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
     if in_replica or not tf.executing_eagerly():
         raise RuntimeError(
-            "The replicas of a model can only be inspected eagerly and from outside of them, "
+            "A function about the replicas of a model must be called eagerly and outside of them, "
             "between steps. Received: a call inside a tf.function, a graph or strategy.run."
         )
     weights = model.weights if model.built else []

@@ -65,7 +65,7 @@ def _copied_branches() -> Iterator[Any]:
         return
     graph = tf.compat.v1.get_default_graph()
     while graph is not None:
-        # There is no public way to learn this. Tried with TensorFlow 2.21;
+        # There is no public API for this. Tried with TensorFlow 2.21;
         # tests/single/test_accuracy.py covers it.
         branch = getattr(graph, "_forward_graph", None)
         if branch is not None and not getattr(branch, "is_control_flow_graph", False):

@@ -164,9 +164,9 @@ class _Normalization(NamedTuple):
         return _Factors(count, mean, rest, inverse_deviation, scale, offset, *renorm)
 
     # With x^ the normalized input, n the count over all replicas, and both sums over all replicas:
-    # dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n). The sums include masked
-    # elements, which are normalized too; the two corrections apply only to the elements that the
-    # statistics were computed from.
+    #     dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
+    # The sums include masked elements, which are normalized too; the two corrections apply only to
+    # the elements that the statistics were computed from.
 
     def gradient_sums(self, dy: tf.Tensor, x: tf.Tensor, *rest: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """Returns this replica's two sums, dgamma, dbeta, and ``dy * scale`` for `input_gradient`.

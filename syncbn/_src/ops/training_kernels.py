@@ -18,8 +18,8 @@ from syncbn._src.ops.kernels import as_rows, shaped_like
 def rough_moments(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns mean and biased variance of ``x``, ``(channels,)`` each.
 
-    Two passes, but each sums all rows in float32: over n of them the mean can be off by ``n *
-    2**-24`` of the mean magnitude, and the variance by the square of that. NaN for no rows.
+    Two passes, but each sums all rows in float32: over n of them the mean can be off by
+    ``n * 2**-24`` of the mean magnitude, and the variance by the square of that. NaN for no rows.
     """
     channels = channel_count(x, axes)
     return normalize_single_replica(x, tf.ones([channels]), tf.zeros([channels]), 1.0, axes)[1:]

@@ -148,7 +148,7 @@ def _weigh(weight: tf.Tensor, element: Any) -> Any:
     x, y, *rest = element
     (given,) = rest or (None,)
     if isinstance(given, dict) and isinstance(y, dict):
-        given = {**dict.fromkeys(y), **given}  # Keras 2 allows outputs to be left out
+        given = {**dict.fromkeys(y), **given}  # Keras 2 lets unweighted ones be left out
 
     def weigh(one: Any) -> Any:
         if one is None:

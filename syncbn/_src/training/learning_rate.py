@@ -140,12 +140,12 @@ class LearningRateSchedule(WorkerCallback):
 class LearningRateWarmup(LearningRateSchedule):
     """Raises the learning rate from that of one replica to that of all of them, step by step.
 
-    With k replicas the rate of step t, from 0, is ``base_rate * (1 + (k - 1) * (t + 1) /
-    (warmup_epochs * steps))``, so that the last step of the warm-up has ``base_rate * k``: the
-    gradual warm-up of Goyal et al., "Accurate, Large Minibatch SGD" (2017). Afterwards the rate is
-    left alone, for others to set; also in training that resumes after the warm-up, from a
-    checkpoint. To continue with a schedule, give `LearningRateSchedule` the same ``base_rate`` and
-    ``start_epoch=warmup_epochs``.
+    With k replicas the rate of step t, from 0, is
+    ``base_rate * (1 + (k - 1) * (t + 1) / (warmup_epochs * steps))``, so that the last step of the
+    warm-up has ``base_rate * k``: the gradual warm-up of Goyal et al., "Accurate, Large Minibatch
+    SGD" (2017). Afterwards the rate is left alone, for others to set; also in training that resumes
+    after the warm-up, from a checkpoint. To continue with a schedule, give `LearningRateSchedule`
+    the same ``base_rate`` and ``start_epoch=warmup_epochs``.
 
     Args:
         base_rate: The learning rate for one replica, positive. (Horovod's ``initial_lr`` is this
