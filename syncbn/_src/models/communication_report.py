@@ -15,6 +15,7 @@ from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.models.communication_cost import Payload, trace_payloads
 from syncbn._src.models.statistics import all_normalizations
 from syncbn._src.models.training_job import TrainingJob, job_of
+from syncbn._src.watchdog import watchdog
 
 
 class LayerReport(NamedTuple):
@@ -60,6 +61,8 @@ class Report(NamedTuple):
     advice: tuple[str, ...] = ()
     settings: str = ""
     """Horovod's settings for small messages, where it was measured."""
+    watchdog: str = ""
+    """Whether ranks that do not come are noticed, where a communicator was measured."""
 
     @property
     def total(self) -> LayerReport:
@@ -104,6 +107,8 @@ class Report(NamedTuple):
         measured = measured if self.engine else []
         if self.size == 1:
             measured = ["There is one replica here, which sends nothing: nothing was measured."]
+        if self.watchdog:
+            measured.append(f"Watchdog: {self.watchdog}.")
         return [*measured, *(f"- {advice}" for advice in self.advice)]
 
 
@@ -138,7 +143,15 @@ def report(model: Any, communicator: str | Communicator | None = None) -> Report
         rows = [_with_seconds(row, latencies) for row in rows]
     advice = [*_advice(rows), *_measured_advice(rows, job)]
     settings = horovod_settings.in_force() if job.communicator.name == "horovod" else ""
-    return Report(tuple(rows), job.communicator.name, job.size, tuple(advice), settings)
+    several = job.size > len(job.ranks)
+    return Report(
+        tuple(rows),
+        job.communicator.name,
+        job.size,
+        tuple(advice),
+        settings,
+        watchdog.described(several) if job.size > 1 else "",
+    )
 
 
 _HEADINGS = ("layer", "input", "channels", "engine", "collectives", "bytes", "ms", "note")

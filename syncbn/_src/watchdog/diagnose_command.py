@@ -28,14 +28,19 @@ def run(arguments: argparse.Namespace) -> int:
             reason = f"{type(error).__name__}: {error}"
             print(f"diagnose needs records of ranks. Received: {file} ({reason})", file=sys.stderr)
             return 2
-    records.sort(key=lambda record: (record["rank"], record["time"]))
+    records.sort(key=lambda record: record["rank"])
+    if len({record["rank"] for record in records}) < len(records):
+        print("diagnose needs one record of each rank. Received: several of one", file=sys.stderr)
+        return 2
     print(_table(records))
     print(f"\n{_sentence(records)}")
     return 0
 
 
-_KEYS = ("rank", "size", "engine", "host", "pid", "time", "reason", "waiting", "stack")
-_KEYS += ("collectives", "sites")
+_KEYS = (
+    *("rank", "size", "engine", "host", "pid", "time", "reason"),
+    *("waiting", "stack", "collectives", "sites"),
+)
 
 
 def _table(records: Sequence[dict[str, Any]]) -> str:

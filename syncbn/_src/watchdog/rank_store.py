@@ -128,9 +128,17 @@ class StoreClient:
 
     def __init__(self, addresses: list[str], port: int, key: bytes):
         self._socket = _connected(addresses, port)
-        nonce = self._read(_NONCE_LENGTH)
+        try:
+            nonce = self._read(_NONCE_LENGTH)
+        except OSError:
+            self.close()
+            raise
         self._outgoing, self._incoming = (_Codec(key, nonce, way) for way in (b"to", b"from"))
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._socket.close()
 
     def say(self, state: dict[str, Any]) -> dict[str, Any]:
         """Says what this rank is at, and returns the answer.

@@ -62,12 +62,14 @@ class Watchdog(threading.Thread):
     def __init__(self, job: WatchedJob):
         super().__init__(name="syncbn-watchdog", daemon=True)
         self.job = job
-        self._limits = limits()
+        self.limits = limits()
         self._main = threading.main_thread().ident
         self._client: StoreClient | None = None
         self._where: dict[str, Any] = {}
         self._status = "running"
         self._asked = False
+        self._store_status = "silent"
+        """Why the store has not answered: ``"silent"``, or ``"lost"``."""
         self._warned: tuple[str, int] | None = None
         self._store: Store | None = None
         if not job.share_in_thread:
@@ -96,9 +98,9 @@ class Watchdog(threading.Thread):
     def _look(self) -> None:
         waiting = RECORDER.waiting()
         waited = 0.0 if waiting is None else time.time() - waiting.since
-        long = waited > min(GRACE, self._limits.warn)
+        long = waited > min(GRACE, self.limits.warn)
         # Asked for before it is to be told.
-        asks = waited > self._limits.warn - 2 * PERIOD
+        asks = waited > self.limits.warn - 2 * PERIOD
         answer = self._exchange({"waits": long, "asks": asks}, waiting)
         if answer.get("end"):
             self._end(answer["end"]["reason"], told=True)
@@ -108,11 +110,11 @@ class Watchdog(threading.Thread):
         gone = [one for one in others if one["status"] not in ("running", "silent")]
         if gone and waited > GRACE:
             self._end(self._sentence(waiting, gone))
-        if waited > self._limits.end:
+        if waited > self.limits.end:
             missing = [one for one in others if not _is_in(one, waiting)]
-            self._end(self._sentence(waiting, missing) + f", the limit of {self._limits.end:g} s")
+            self._end(self._sentence(waiting, missing) + f", the limit of {self.limits.end:g} s")
         call = (waiting.name, waiting.call)
-        if waited > self._limits.warn and self._warned != call:
+        if waited > self.limits.warn and self._warned != call:
             self._warned = call
             missing = [one for one in others if not _is_in(one, waiting)]
             _say(self._sentence(waiting, missing))
@@ -131,7 +133,7 @@ class Watchdog(threading.Thread):
             one = known.get(rank, {"rank": rank, "status": "silent"})
             if rank == 0 and not answer:
                 # The store is in its process: gone with it, or stopped with it.
-                one = {"rank": 0, "status": "lost" if self._client is None else "silent"}
+                one = {"rank": 0, "status": self._store_status}
             elif one.get("silent", 0.0) > TIMEOUT and one["status"] == "running":
                 one = {**one, "status": "silent"}
             found.append(one)
@@ -161,10 +163,12 @@ class Watchdog(threading.Thread):
                 key = bytes.fromhex(where["key"])
                 self._client = StoreClient(where["addresses"], where["port"], key)
             answer = self._client.say(state)
-        except TimeoutError:
-            return {}
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            # Whatever of an answer still comes is of no use: the next time, another connection.
+            if self._client is not None:
+                self._client.close()
             self._client = None
+            self._store_status = "silent" if isinstance(error, TimeoutError) else "lost"
             return {}
         self._asked = answer["asked"]
         return answer
@@ -284,7 +288,9 @@ def _stack(thread: int | None) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"syncbn: {text}", file=sys.stderr, flush=True)
+    # In one piece: launchers weave the lines of several ranks.
+    sys.stderr.write(f"syncbn: {text}\n")
+    sys.stderr.flush()
 
 
 _watchdog: Watchdog | None = None
@@ -296,6 +302,18 @@ def start(job: WatchedJob) -> None:
     if _watchdog is None and job.size > 1 and is_on():
         _watchdog = Watchdog(job)
         _watchdog.start()
+
+
+def described(several: bool) -> str:
+    """Says in words whether this process is watched; ``several``: whether its job has others."""
+    if not several:
+        return "not needed, since one process has all replicas"
+    if _watchdog is None:
+        return "off" + ("" if is_on() else " (SYNCBN_WATCHDOG=0)")
+    warn, end = _watchdog.limits
+    told = "never" if warn == float("inf") else f"after {warn:g} s"
+    ended = "never" if end == float("inf") else f"after {end:g} s"
+    return f"on; a rank that waits says so {told}, and ends the job {ended}"
 
 
 def current() -> Watchdog | None:
