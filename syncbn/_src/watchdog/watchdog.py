@@ -57,7 +57,7 @@ class WatchedJob(NamedTuple):
 
 
 class Watchdog(threading.Thread):
-    """Watches one process of a job; see `start`."""
+    """Watches one process of a job; see `watch_job`."""
 
     def __init__(self, job: WatchedJob):
         super().__init__(name="syncbn-watchdog", daemon=True)
@@ -296,7 +296,7 @@ def _say(text: str) -> None:
 _watchdog: Watchdog | None = None
 
 
-def start(job: WatchedJob) -> None:
+def watch_job(job: WatchedJob) -> None:
     """Watches this process from now on, where its job has several; once."""
     global _watchdog
     if _watchdog is None and job.size > 1 and is_on():
