@@ -5,17 +5,17 @@ All of them, on this machine:
 
     launch/multiworker.py --workers 2 -- python train.py
 
-or one of those of several machines, the same line on each but for the index:
+or one of those on several machines, with the same line on each except for the index:
 
     launch/multiworker.py --host one:12345,two:12345 --index 0 -- python train.py
 
-Each line of output gets the worker's index in front. When a worker fails, the others get a few
+Each line of output is prefixed with the worker's index. When a worker fails, the others get a few
 seconds to fail by themselves and to say why; then all are ended, with what they have started, and
 the exit code is that of the first: 128 + n where signal n ended it. A signal to this script ends
 the workers too.
 
-Ports of --workers are ones that were free a moment before. Should another process take one in that
-moment, the worker fails, and with it the job: start it again. Workers on a machine with GPUs see
+The ports of --workers were free a moment before. Should another process take one in that moment,
+the worker fails, and with it the job: start it again. Workers on a machine with GPUs see
 all of them; start one worker there.
 """
 
@@ -65,7 +65,8 @@ def multiworker_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--xla",
         action="store_true",
-        help="let XLA compile what lies between collectives: sets TF_XLA_FLAGS, to go before yours",
+        help="let XLA compile what lies between collectives: puts its flags before yours in "
+        "TF_XLA_FLAGS",
     )
     parser.add_argument(
         "--timeout",
@@ -167,7 +168,7 @@ def start_worker(command: list[str], cluster: list[str], index: int) -> subproce
 
 
 def copy_lines(index: int, source: IO[bytes], target: IO[bytes]) -> None:
-    """Copies lines with the worker's index in front, whole ones, until there are no more."""
+    """Copies whole lines, prefixed with the worker's index, until there are no more."""
     with contextlib.suppress(BrokenPipeError):  # nobody reads; its signal ends the job
         for line in source:
             target.write(b"[%d] %s\n" % (index, line.removesuffix(b"\n")))
@@ -175,10 +176,10 @@ def copy_lines(index: int, source: IO[bytes], target: IO[bytes]) -> None:
 
 
 def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> int:
-    """Waits until all have ended well, one has failed, or a signal has come.
+    """Waits until all have succeeded, one has failed, or a signal has arrived.
 
     Args:
-        workers: By index.
+        workers: The workers, by index.
         received: Where the handler puts signals.
 
     Returns:

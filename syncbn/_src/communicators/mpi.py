@@ -15,23 +15,23 @@ from syncbn._src.communicators.launcher import require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
 from syncbn._src.watchdog.flight_recorder import RECORDER
-from syncbn._src.watchdog.watchdog import WatchedJob, start, to_array, to_bytes
+from syncbn._src.watchdog.watchdog import WatchedJob, to_array, to_bytes, watch_job
 
 
 class MPICommunicator:
     """All MPI processes, or those of one `mpi4py.MPI.Comm`.
 
-    The communicator is duplicated, so that these messages never mix with others; making one is
-    therefore a collective call, which all of its processes take part in. Those that are made of the
-    same `mpi4py.MPI.Comm` share one duplicate, which is never freed, and one order of calls.
+    The communicator is duplicated, so that these messages never mix with others; creating one is
+    therefore a collective call of all of its processes. Those created from the same
+    `mpi4py.MPI.Comm` share one duplicate, which is never freed, and one order of calls.
 
     Args:
         comm: An intracommunicator, or ``None`` for ``MPI.COMM_WORLD``.
 
     Raises:
         ImportError: mpi4py, or an MPI library for it, is not installed.
-        RuntimeError: MPI is not initialized, not for threads, or runs with one process while the
-            launcher started several.
+        RuntimeError: MPI is not initialized, does not support threads, or runs with one process
+            while the launcher started several.
     """
 
     name = "mpi"
@@ -76,13 +76,13 @@ class MPICommunicator:
         return self._comm.rank
 
     def lane(self, number: int) -> MPICommunicator:
-        """Returns one for the same processes, whose messages never mix with those of this one.
+        """Returns another communicator of the same processes, with messages that never mix.
 
         A collective call. This one and lanes of different numbers may be used from different
-        threads at the same time. They are for small tensors: each process sends whole ones.
+        threads at the same time. Lanes are for small tensors: each process sends whole ones.
 
         Raises:
-            RuntimeError: MPI is not initialized for that.
+            RuntimeError: MPI is not initialized with THREAD_MULTIPLE.
         """
         level = self._mpi.Query_thread()
         if level < self._mpi.THREAD_MULTIPLE:
@@ -96,7 +96,7 @@ class MPICommunicator:
         return _Lane(self, self._shared.lanes, number)
 
     def split(self, groups: Sequence[Sequence[int]]) -> MPICommunicator:
-        """Returns one for the group of this process. A collective call.
+        """Returns the communicator of this process's group. A collective call.
 
         Its calls and those of this communicator keep one order.
         """
@@ -132,7 +132,7 @@ class MPICommunicator:
     def _add_up(self, tensor: tf.Tensor, name: str, witness: tf.Tensor | None) -> tf.Tensor:
         if tf.executing_eagerly():
             return tf.constant(self._all_reduce(name, tensor.numpy()))
-        # As the graph makes it unique.
+        # The unique name that the graph will give it.
         unique = tf.compat.v1.get_default_graph().unique_name(name, mark_as_used=False)
         inputs = [tensor] if witness is None else [tensor, witness]
         total = tf.numpy_function(
@@ -154,7 +154,7 @@ class MPICommunicator:
         """Raises on all ranks where they make different calls.
 
         Backward functions of nested functions have no order when a tape outside of a `tf.function`
-        makes them; and memory would not survive messages of different sizes.
+        creates them, and messages of different sizes would corrupt memory.
         """
         digest = zlib.crc32(call.encode())
         for array in witness:
@@ -178,10 +178,10 @@ class MPICommunicator:
 
 
 class _Lane(MPICommunicator):
-    """One whose messages have a tag, so that several share a communicator of MPI.
+    """One whose messages have a tag, so that several share an MPI communicator.
 
-    A communicator of MPI for each lane could not be freed, since TensorFlow keeps the Python
-    functions of its graphs for ever, and Open MPI has 65,532 of them. Its all-reduces take no tags.
+    An MPI communicator for each lane could not be freed, since TensorFlow keeps the Python
+    functions of its graphs for ever, and Open MPI has only 65,532. An MPI all-reduce has no tag.
     """
 
     def __init__(self, one: MPICommunicator, comm: Any, number: int):
@@ -208,10 +208,10 @@ class _Lane(MPICommunicator):
 
 
 class _Shared:
-    """What the communicators that are made of one `mpi4py.MPI.Comm` share.
+    """What the communicators created from one `mpi4py.MPI.Comm` share.
 
-    None of its communicators of MPI is ever freed: freeing is collective, and no process knows that
-    the others are done. There are few, as each is there once.
+    None of its MPI communicators is ever freed: freeing is collective, and no process knows when
+    the others are done. There are few, as each exists once.
     """
 
     def __init__(self, comm: Any):
@@ -251,11 +251,11 @@ def _watch(comm: Any) -> None:
         return to_bytes(message)
 
     rank, size, abort = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, MPI.COMM_WORLD.Abort
-    start(WatchedJob("mpi", rank, size, one_host, share, share_in_thread=False, end=abort))
+    watch_job(WatchedJob("mpi", rank, size, one_host, share, share_in_thread=False, end=abort))
 
 
 def _shared(comm: Any) -> _Shared:
-    # MPI's own place for what a library has beside a communicator. A duplicate does not inherit it.
+    # MPI's attribute caching: a library's own data of a communicator, not copied to duplicates.
     key = _attribute()
     if comm.Get_attr(key) is None:
         comm.Set_attr(key, _Shared(comm))
