@@ -21,6 +21,7 @@ OF_TWO = [
     "engines",
     "equivalence",
     "local_variables",
+    "mixups",
     "second_derivatives",
     "tape",
     "user_reports",
