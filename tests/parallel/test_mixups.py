@@ -96,7 +96,7 @@ FAULTS = {"ba": "ab", "b": "ab", "aa": "ab", "cb": "ac", "aB": "b", "abc": "c"}
 @pytest.mark.parametrize("calls", FAULTS)
 def test_a_mixup_is_an_error_on_all_replicas_before_it_moves_anything(calls, graph, replicas):
     if ENGINE == "multiworker" and (graph or "c" in calls):
-        pytest.skip("TensorFlow's workers do not go on after this: launchers/test_failures.py")
+        pytest.skip("TensorFlow's workers do not go on after this: launchers/test_mixups.py")
 
     def step(layer, x):
         last = syncbn.resolve().rank == replicas.size - 1
