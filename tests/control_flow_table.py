@@ -1,48 +1,53 @@
 """What constructs give for every derivative on every engine: right, or refused with a sentence.
 
-``python -m tests.control_flow_table`` writes it to docs/control-flow.md.
+``python -m tests.control_flow_table`` writes it to docs/control-flow.md. With
+``SYNCBN_TEST_CELLS=all`` every cell is tested, otherwise a choice.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from tests.control_flow import CONSTRUCTS, SINGLE
+from tests.control_flow import CONSTRUCTS
 from tests.processes import ROOT
 
 PAGE = ROOT / "docs" / "control-flow.md"
-KINDS = [
+RUNS = ROOT / "tests" / "control_flow_runs.json"
+"""When every cell was tested: `tests/control_flow_runs.py` writes it."""
+ALL = os.environ.get("SYNCBN_TEST_CELLS") == "all"
+
+LAYERS = ("SyncBatchNormalization", "SyncCentering")
+PLAIN = "BatchNormalization"
+KINDS = (
     "outputs",
     "gradients",
     "second derivatives",
     "forward mode",
     "jacobian",
     "batch_jacobian",
-]
+)
 PROCESSES = ("horovod", "mpi")
-STRATEGIES = ("mirrored", "multiworker")
+TWO_LEVELS = ("horovod+mirrored", "mpi+mirrored")
+STRATEGIES = ("mirrored", "multiworker", *TWO_LEVELS)
+ENGINES = ("local", *PROCESSES, *STRATEGIES)
 BRANCHES = ("tf.cond", "tf.switch_case", "tf.case", "if", "training=tensor")
 WHILES = ("for", "while", "tf.while_loop", "tf.scan")
 MAPS = ("tf.map_fn", "parallel tf.map_fn", "RNN")
-# Eagerly, branches and loops are Python, and nothing new.
-EAGER = [
-    "none",
-    "tf.vectorized_map",
-    "tf.recompute_grad",
-    "tf.function",
-    "RNN",
-    "tf.cond in tf.function",
-    "tf.function in tf.function",
-]
+# Eagerly, the other constructs are Python, and what is inside of them is as if it were alone.
+NOT_PYTHON = ("tf.vectorized_map", "tf.recompute_grad", "tf.function")
 
-# Of pairs, second derivatives take seconds to trace; a branch in a loop, four.
-DIFFERENTIATED_TWICE = [
-    "tf.cond in tf.cond",
-    "if in for",
-    "tf.while_loop in tf.cond",
-    "tf.function in tf.function",
-    "tf.recompute_grad in tf.cond",
-]
+
+class Cell(NamedTuple):
+    layer: str
+    graph: bool
+    construct: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}, {'graph' if self.graph else 'eager'}, {self.construct}, {self.kind}"
 
 
 class Refusal(NamedTuple):
@@ -226,24 +231,75 @@ def refusal(engine: str, construct: str, kind: str, graph: bool) -> Refusal | No
     return next(covering, None)
 
 
-def constructs(layer: str, graph: bool) -> list[str]:
-    """Returns those that are tested."""
-    if not graph:
-        return EAGER if layer == "SyncBatchNormalization" else EAGER[:-2]
-    return list(CONSTRUCTS if layer == "SyncBatchNormalization" else SINGLE)
+def constructs(engine: str, graph: bool) -> list[str]:
+    return [
+        name
+        for name in CONSTRUCTS
+        if (graph or " in " not in name or name.endswith(NOT_PYTHON))
+        and (engine != "local" or "delayed" not in name)
+    ]
 
 
-def kinds(construct: str, engine: str) -> list[str]:
-    """Returns what is tested: of pairs with several replicas, only what trains."""
-    pair, several = " in " in construct, engine != "local"
-    if pair and several:
-        return KINDS[:2]
-    left_out = set()
-    if pair and construct not in DIFFERENTIATED_TWICE:
-        left_out.add("second derivatives")
-    if construct != "none" and (pair or several):
-        left_out.add("batch_jacobian")  # which goes the way of the other
-    return [kind for kind in KINDS if kind not in left_out]
+def cells(engine: str) -> list[Cell]:
+    """Returns all of them, of our layers."""
+    return [
+        Cell(layer, graph, construct, kind)
+        for layer in LAYERS
+        for graph in (True, False)
+        for construct in constructs(engine, graph)
+        for kind in KINDS
+    ]
+
+
+def chosen(engine: str) -> list[Cell]:
+    """Returns those that are tested where not all are.
+
+    Each construct with each kind of derivative, in a graph, and of every second pair one kind; with
+    one of the layers. The layer, the pairs and their kinds are others from engine to engine.
+    """
+    shift = ENGINES.index(engine)
+    found = []
+    for graph in (True, False):
+        for row, name in enumerate(constructs(engine, graph)):
+            pair = " in " in name
+            if pair and (not graph or (row + shift) % 2):
+                continue
+            if not graph and name not in ("none", "RNN", *NOT_PYTHON):
+                continue
+            for column, kind in enumerate(KINDS):
+                turn = row // 2 + shift
+                if not pair or turn % len(KINDS) == column:
+                    layer = LAYERS[(turn // len(KINDS) if pair else row + column + shift) % 2]
+                    found.append(Cell(layer, graph, name, kind))
+    return found
+
+
+def tested(engine: str) -> list[Cell]:
+    return cells(engine) if ALL else chosen(engine)
+
+
+def refused_to_plain_layers() -> list[tuple[Cell, Refusal]]:
+    """Returns what TensorFlow is said to refuse to the plain layer too, on one replica."""
+    found = {
+        (Cell(PLAIN, graph, name, kind), REFUSALS.index(refused))
+        for engine in ENGINES
+        for graph in (True, False)
+        for name in constructs("local", graph)
+        for kind in KINDS
+        if (refused := refusal(engine, name, kind, graph)) and refused.plain
+    }
+    return [(cell, REFUSALS[index]) for cell, index in sorted(found)]
+
+
+GROUPS = {
+    "One replica": ("local",),
+    "Horovod and MPI": PROCESSES,
+    "MirroredStrategy": ("mirrored",),
+    "MultiWorkerMirroredStrategy, and a MirroredStrategy in each process of Horovod or MPI": (
+        "multiworker",
+        *TWO_LEVELS,
+    ),
+}
 
 
 def page() -> str:
@@ -252,50 +308,42 @@ def page() -> str:
     numbers = {id(r): f"[{n}](#{n})" for n, r in enumerate(shown, 1)}
     first = {r.sentence: numbers[id(r)] for r in reversed(shown)}
 
-    def table(engine: str, names: list[str], graph: bool) -> list[str]:
-        lines = [f"| | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
-        for name in names:
-            tested = kinds(name, engine)
-            texts = (text(refusal(engine, name, k, graph)) if k in tested else "" for k in KINDS)
-            lines.append(f"| {name} | {' | '.join(texts)} |")
-        return [*lines, ""]
-
-    def text(cell: Refusal | None) -> str:
+    def text(engines: tuple[str, ...], name: str, kind: str, graph: bool) -> str:
+        (cell,) = {refusal(engine, name, kind, graph) for engine in engines}
         return "right" if cell is None else numbers.get(id(cell), first[cell.sentence])
 
+    def table(engines: tuple[str, ...], graph: bool) -> Iterator[str]:
+        rows: dict[tuple[str, ...], list[str]] = {}
+        for name in constructs(engines[0], graph):
+            row = tuple(text(engines, name, kind, graph) for kind in KINDS)
+            rows.setdefault(row, []).append(name)
+        yield f"| | {' | '.join(KINDS)} |"
+        yield "|---" * (len(KINDS) + 1) + "|"
+        for row, names in rows.items():
+            yield f"| {'; '.join(names)} | {' | '.join(row)} |"
+        yield ""
+
+    lines = [INTRODUCTION, *_runs(), ""]
+    for graph in (True, False):
+        for title, engines in GROUPS.items():
+            lines += [f"## {'In a graph' if graph else 'Eagerly'}: {title}", ""]
+            lines += table(engines, graph)
     notes = [
         f'{n}. <a id="{n}"></a>`` {r.sentence} ``: {r.why}'
         + (" It refuses the plain layer too, on one replica." if r.plain else "")
         for n, r in enumerate(shown, 1)
     ]
-    lines = [
-        INTRODUCTION,
-        "## In a graph, one replica",
-        "",
-        *table("local", list(CONSTRUCTS), True),
-        "## In a graph, Horovod and MPI",
-        "",
-        *table("mpi", list(CONSTRUCTS), True),
-        "## In a graph, MirroredStrategy",
-        "",
-        *table("mirrored", list(CONSTRUCTS), True),
-        "## In a graph, MultiWorkerMirroredStrategy",
-        "",
-        *table("multiworker", list(CONSTRUCTS), True),
-        "## Eagerly, one replica, Horovod and MPI",
-        "",
-        "Branches and loops are Python then, and like no construct.",
-        "",
-        *table("local", EAGER, False),
-        "## Eagerly, MirroredStrategy and MultiWorkerMirroredStrategy",
-        "",
-        *table("mirrored", EAGER, False),
-        "## What the errors say",
-        "",
-        *notes,
-        "",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "## What the errors say", "", *notes, ""])
+
+
+def _runs() -> Iterator[str]:
+    yield "| | cells | all tested | with | cells that CI tests |"
+    yield "|---|---|---|---|---|"
+    runs = json.loads(RUNS.read_text())
+    for engine in ENGINES:
+        run = runs[engine]
+        few = len(chosen(engine))
+        yield f"| {engine} | {run['cells']} | {run['date']} | {run['versions']} | {few} |"
 
 
 INTRODUCTION = """\
@@ -306,18 +354,24 @@ is right is what plain mathematics in float64 gives for the whole batch in one p
 outputs, each replica's own share of the gradients, and the moving statistics afterwards. The rest
 raises an error, to which a number leads. Both layers give the same.
 
-`tests/control_flow_table.py` holds the tables and wrote this page; `tests/control_flow.py` has the
-code of each row. Each cell is tested, on each engine of its table
-(`tests/parallel/test_control_flow.py`, `tests/single/test_control_flow.py`); pairs of constructs
-with `SyncBatchNormalization` only. What is empty is not tested. *A in B* is an A inside of a B.
-*training=tensor* is a call whose `training` the graph does not know. *Replicas delayed* come to
-their calls at different times.
+*A in B* is an A inside of a B: of each family of constructs there is one in one of each other, and
+of its own. *training=tensor* is a call whose `training` the graph does not know; what is inside of
+another construct knows no `training`, so there is nothing inside of it. *Replicas delayed* come to
+their calls at different times. Eagerly, branches, loops and cells are Python, and what is inside of
+them is as if it were alone.
 
 Two things hold for plain layers too. The calls of a vectorized loop all start from the same
 moving statistics, and the first one's stay. `tf.keras.layers.RNN` calls its cell once more for
 the first step, to learn what it returns, which moves the moving statistics once more. And two
 hold only for them: a plain layer's second derivatives are wrong, as `tf.nn.moments` stops a
 gradient, and inside of `tf.recompute_grad` its statistics move twice.
+
+`tests/control_flow_table.py` holds the tables and wrote this page; `tests/control_flow.py` has the
+code of each construct. A cell is a construct, a derivative, a layer, an engine, and a graph or
+none. `make test-control-flow` tests all of them; where TensorFlow is said to refuse the plain layer
+too, that is among the cells of one replica. CI tests a choice: on every engine each construct with
+each derivative in a graph, with one of the layers in turns; eagerly what is not Python; and of
+every second pair one derivative. The pairs and their derivatives are others on other engines.
 """
 
 

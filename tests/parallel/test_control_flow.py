@@ -5,24 +5,15 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from tests.control_flow_table import constructs
-from tests.derivatives import differences
+from tests.control_flow_table import LAYERS, refusal, tested
+from tests.derivatives import unlike
 from tests.parallel.conftest import ENGINE
 
-LAYERS = ["SyncBatchNormalization", "SyncCentering"]
 
-
-@pytest.mark.parametrize(
-    ("layer", "graph", "construct"),
-    [
-        (layer, graph, name)
-        for layer in LAYERS
-        for graph in (True, False)
-        for name in constructs(layer, graph)
-    ],
-)
-def test_control_flow_gives_what_the_table_says(replicas, layer, graph, construct):
-    assert not differences(replicas, ENGINE, layer, construct, graph)
+@pytest.mark.parametrize("cell", tested(ENGINE), ids=str)
+def test_a_cell_is_what_the_table_says(replicas, cell):
+    said = refusal(ENGINE, cell.construct, cell.kind, cell.graph)
+    assert not unlike(replicas, cell, said)
 
 
 @pytest.mark.parametrize("branch", [False, True], ids=["", "branch"])
