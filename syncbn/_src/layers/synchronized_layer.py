@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._src.autograph import unconverted
-from syncbn._src.call_stack import repeats_forward
+from syncbn._src.call_stack import loses_gradients, repeats_forward
 from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.groups import Grouping
 from syncbn._src.communicators.local import LocalCommunicator
@@ -113,7 +113,8 @@ class SynchronizedLayer(StatisticsLayer):
         Raises:
             TypeError: inputs that are no numbers, such as complex ones or strings.
             ValueError: a mask of more dimensions, or an axis that the inputs do not have.
-            NotImplementedError: with ``renorm``, in `tf.recompute_grad`.
+            NotImplementedError: with ``renorm``, in `tf.recompute_grad`; with gamma or beta, where
+                that is inside of a vectorized loop of a graph.
             RuntimeError: in the cross-replica context of a strategy that joins several workers,
                 each of which would give a batch of its own, or, over Horovod and MPI, of a layer
                 with groups, which are groups of replicas.
@@ -123,6 +124,13 @@ class SynchronizedLayer(StatisticsLayer):
         training = keras_api.training_mode(self, training)
         if training is False:
             return self._call_inference(inputs)
+        if self.trainable_weights and loses_gradients():
+            raise NotImplementedError(
+                "In a graph, tf.recompute_grad inside of a vectorized loop loses the gradients of "
+                f"variables. Received: a training call there of {self.name}, which has "
+                f"{len(self.trainable_weights)}. Use tf.map_fn, or put tf.vectorized_map inside of "
+                "tf.recompute_grad."
+            )
         # Read once: what is made of a statistic and what it becomes then cannot be out of order.
         # (TensorFlow 2.21 orders a second read before the assignment, and loses that on the way.)
         before = {name: tf.convert_to_tensor(getattr(self, name)) for name in self._moving()}
