@@ -70,7 +70,7 @@ test-clients: $(VENV)/.clients
 	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/clients
 
 test-control-flow: $(VENV)/.test
-	$(python) -m tests.control_flow_runs $(ENGINES)
+	PYTHONPATH=launch $(python) -m tests.control_flow_runs $(ENGINES)
 
 bench: $(VENV)/.test
 	$(python) -m benchmarks --out $(BUILD)/benchmarks $(BENCH)

@@ -205,7 +205,7 @@ FAMILIES = {
     "recomputed": ("tf.recompute_grad",),
     "functions": ("tf.function",),
     "cells": ("RNN",),
-    "calls": ("training=tensor",),
+    "calls": ("none", "training=tensor"),
 }
 
 NESTED = """

@@ -162,8 +162,9 @@ def _data(size):
     return x + np.arange(size)[:, None, None] / 2, weights, tangent
 
 
-def find(replicas, layer, construct, kind, graph, **options):
+def find(replicas, cell, **options):
     """Returns "right", or what is wrong and by how much, or the error."""
+    layer, graph, construct, kind = cell
     normalizes = layer != "SyncCentering"
     layers = replicas.build(
         lambda rank: (
@@ -198,7 +199,7 @@ def find(replicas, layer, construct, kind, graph, **options):
 
 def unlike(replicas, cell, said):
     """Returns what is found in a cell, if that is not what is said of it: a refusal or None."""
-    found = find(replicas, cell.layer, cell.construct, cell.kind, cell.graph)
+    found = find(replicas, cell)
     return found if (found != "right" if said is None else said.sentence not in found) else ""
 
 

@@ -5,15 +5,14 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from tests.control_flow_table import LAYERS, refusal, tested
+from tests.control_flow_table import LAYERS, refusal, to_test
 from tests.derivatives import unlike
 from tests.parallel.conftest import ENGINE
 
 
-@pytest.mark.parametrize("cell", tested(ENGINE), ids=str)
+@pytest.mark.parametrize("cell", to_test(ENGINE), ids=str)
 def test_a_cell_is_what_the_table_says(replicas, cell):
-    said = refusal(ENGINE, cell.construct, cell.kind, cell.graph)
-    assert not unlike(replicas, cell, said)
+    assert not unlike(replicas, cell, refusal(ENGINE, cell))
 
 
 @pytest.mark.parametrize("branch", [False, True], ids=["", "branch"])
