@@ -20,8 +20,8 @@ from tests.control_flow import FAMILIES
 from tests.control_flow_table import ENGINES, PAGE, RUNS, count, page
 
 TAKES = 3600  # seconds, the longest of them
-TEST = "tests/parallel/test_control_flow.py::test_a_cell_is_what_the_table_says"
-OF_ONE = "tests/single/test_control_flow.py::test_a_cell_is_what_the_table_says"
+TEST = "tests/parallel/test_control_flow.py::test_control_flow_gives_what_the_table_says"
+OF_ONE = "tests/single/test_control_flow.py::test_control_flow_gives_what_the_table_says"
 OF_PLAIN = (
     "tests/single/test_control_flow.py::"
     "test_where_tensorflow_is_said_to_refuse_the_plain_layer_it_does"

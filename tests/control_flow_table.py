@@ -424,19 +424,22 @@ def page() -> str:
     numbers = {id(r): f"[{n}](#{n})" for n, r in enumerate(shown, 1)}
     first = {r.sentence: numbers[id(r)] for r in reversed(shown)}
 
-    def text(engines: tuple[str, ...], name: str, kind: str, graph: bool) -> str:
-        said = {}
-        for layer in LAYERS:
-            (cell,) = {refusal(engine, Cell(layer, graph, name, kind)) for engine in engines}
-            said[layer] = "right" if not cell else numbers.get(id(cell), first[cell.sentence])
-        one, other = said.values()
-        return one if one == other else "; ".join(f"{one} ({layer})" for layer, one in said.items())
+    def text(engines: tuple[str, ...], cell: Cell) -> str:
+        (said,) = {refusal(engine, cell) for engine in engines}
+        return "right" if said is None else numbers.get(id(said), first[said.sentence])
 
     def table(engines: tuple[str, ...], graph: bool) -> Iterator[str]:
         rows: dict[tuple[str, ...], list[str]] = {}
         for name in constructs(engines[0], graph):
-            row = tuple(text(engines, name, kind, graph) for kind in KINDS)
-            rows.setdefault(row, []).append(name)
+            of_layers = {
+                layer: tuple(text(engines, Cell(layer, graph, name, kind)) for kind in KINDS)
+                for layer in LAYERS
+            }
+            alike = len({*of_layers.values()}) == 1
+            for layer, row in of_layers.items():
+                names = rows.setdefault(row, [])
+                if name not in names:
+                    names.append(name if alike else f"{name} ({layer})")
         yield f"| | {' | '.join(KINDS)} |"
         yield "|---" * (len(KINDS) + 1) + "|"
         for row, names in rows.items():
@@ -479,7 +482,7 @@ INTRODUCTION = """\
 A training call in branches, loops, mapped and nested functions, and what can be asked of it. What
 is right is what plain mathematics in float64 gives for the whole batch in one process: the
 outputs, each replica's own share of the gradients, and the moving statistics afterwards. The rest
-raises an error, to which a number leads. Both layers give the same.
+raises an error, to which a number leads. Both layers give the same, unless a row names one.
 
 *A in B* is an A inside of a B: of each family of constructs there is one in one of each other, and
 of its own. *training=tensor* is a call whose `training` the graph does not know; what is inside of

@@ -11,7 +11,7 @@ from tests.parallel.conftest import ENGINE
 
 
 @pytest.mark.parametrize("cell", to_test(ENGINE), ids=str)
-def test_a_cell_is_what_the_table_says(replicas, cell):
+def test_control_flow_gives_what_the_table_says(replicas, cell):
     assert not unlike(replicas, cell, refusal(ENGINE, cell))
 
 

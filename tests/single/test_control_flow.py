@@ -33,7 +33,7 @@ ONE = kinds.Process(0, 1)
 @pytest.mark.parametrize(
     "cell", [cell for cell in to_test("local") if KERAS_3 or cell.construct in OF_KERAS], ids=str
 )
-def test_a_cell_is_what_the_table_says(cell):
+def test_control_flow_gives_what_the_table_says(cell):
     assert not unlike(ONE, cell, refusal("local", cell))
 
 
