@@ -184,8 +184,8 @@ REFUSALS = [
     ),
     Refusal(
         "`merge_call` called while defining a new graph",
-        "A strategy of tf.distribute lets replicas meet in the graph of `strategy.run` only, not "
-        "in those of branches, loops and functions inside of it.",
+        "Replicas of a strategy of tf.distribute can communicate in the graph of `strategy.run` "
+        "only, not in those of branches, loops and functions inside of it.",
         lambda w: (
             w.engine in STRATEGIES
             and (
@@ -233,7 +233,7 @@ REFUSALS = [
     ),
     Refusal(
         ASSERTION,
-        "`tf.recompute_grad` gives first derivatives only, and says no more in a branch.",
+        "`tf.recompute_grad` gives first derivatives only, and gives no reason in a branch.",
         lambda w: (
             w.nests(BRANCHES, RECOMPUTE) and w.cell.graph and w.cell.kind == "second derivatives"
         ),
@@ -484,22 +484,22 @@ def _runs() -> Iterator[str]:
 INTRODUCTION = """\
 # Control flow and derivatives
 
-A training call in branches, loops, mapped and nested functions, and what can be asked of it. What
-is right is what plain mathematics in float64 gives for the whole batch in one process: the
-outputs, each replica's own share of the gradients, and the moving statistics afterwards. The rest
-raises an error, to which a number leads. Both layers give the same, unless a row names one.
+A training call in branches, loops, mapped and nested functions, and what can be asked of it.
+*Right* is what plain mathematics in float64 gives for the whole batch in one process: the outputs,
+each replica's own share of the gradients, and the moving statistics afterwards. Everything else
+raises an error, to which a number links. Both layers behave alike, unless a row names one.
 
 *A in B* is an A inside of a B: of each family of constructs (branches, loops, maps, and one each of
 the others) there is one in one of every family. *training=tensor* is a call whose `training` the
-graph does not know; nothing can be inside of a call. *Replicas delayed* come to their calls at
-different times. Eagerly, branches, loops and cells are Python, and what is inside of them is as if
-it were alone.
+graph does not know; nothing can be inside of a call. *Replicas delayed* make their calls at
+different times. Eagerly, branches, loops and cells are plain Python, and make no difference to what
+is inside of them.
 
 Two things hold for plain layers too. The calls of a vectorized loop all start from the same
-moving statistics, and the first one's stay. `tf.keras.layers.RNN` calls its cell once more for
-the first step, to learn what it returns, which moves the moving statistics once more. And two
-hold only for them: a plain layer's second derivatives are wrong, as `tf.nn.moments` stops a
-gradient, and inside of `tf.recompute_grad` its statistics move twice.
+moving statistics, and the update of the first one remains. `tf.keras.layers.RNN` calls its cell
+once more for the first step, to infer what it returns, which updates the moving statistics once
+more. And two hold for plain layers only: their second derivatives are wrong, as `tf.nn.moments`
+stops a gradient, and inside of `tf.recompute_grad` their statistics are updated twice.
 
 `tests/control_flow_table.py` holds the tables and wrote this page; `tests/control_flow.py` has the
 code of each construct. A cell is a construct, a derivative, a layer, an engine, and a graph or
