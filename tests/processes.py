@@ -107,6 +107,11 @@ def horovodrun(size, controller, *command):
     return ["horovodrun", f"--{controller}", "-np", str(size), *command]
 
 
+def program(name, *arguments):
+    """The command that runs a program of `tests/programs`."""
+    return [sys.executable, "-m", f"tests.programs.{name}", *arguments]
+
+
 def workers(size, *command):
     """The commands of ``size`` workers of one tf.distribute cluster on this machine."""
     with contextlib.ExitStack() as stack:
@@ -129,7 +134,7 @@ def workers(size, *command):
 
 
 def python(code, *, takes=12, **env):
-    """Runs a piece of Python in a process of its own."""
+    """Runs a few lines of Python in a process of its own; more of them go into a `program`."""
     return run([("python", [sys.executable, "-c", code], {})], takes=takes, env=env)
 
 
