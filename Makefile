@@ -11,6 +11,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BUILD ?= build
+# How many tests run side by side.
+JOBS ?= 2
 
 bin := $(VENV)/bin
 python := $(bin)/python
@@ -18,6 +20,12 @@ install := $(python) -m pip install -q --disable-pip-version-check
 
 # Also for what pip builds in environments of its own.
 export PIP_CONSTRAINT := constraints.txt
+
+pytest := $(python) -m pytest -n $(JOBS)
+# The tests of one process, by whole files, whose tests share models.
+single := $(pytest) --dist loadfile tests/single
+# Those that start processes, each where there is room, the longest first.
+launchers := $(pytest) --dist load --maxschedchunk 1 tests/launchers/test_suite.py tests/launchers
 
 # The tests in which no Keras has a part run once.
 keras_free := accuracy architecture docker_files ops oracle scaling
@@ -29,7 +37,7 @@ quick_parts := lint lint-scripts types test-quickly
 # What `make quick` leaves out of the tests of one process.
 slow := clustering control_flow converted_files recalibrate saving
 
-.PHONY: demo test quick test-clients bench docker-test clean
+.PHONY: demo test quick test-clients test-matrix bench docker-test clean
 .PHONY: lint lint-scripts types test-keras-3 test-keras-2 test-launchers test-quickly
 
 demo: $(VENV)/.demo
@@ -46,27 +54,30 @@ lint: $(VENV)/.test
 	$(bin)/ruff format --check .
 
 lint-scripts: $(VENV)/.test
-	$(bin)/shellcheck launch/*.sh launch/slurm.sbatch docker/*.sh .ci/run .ci/parts
+	$(bin)/shellcheck launch/*.sh launch/slurm.sbatch docker/*.sh .ci/run .ci/parts .ci/matrix
 	$(bin)/hadolint docker/*.Dockerfile
 
 types: $(VENV)/.test
 	$(bin)/mypy
 
 test-keras-3: $(VENV)/.test
-	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/single
+	TF_USE_LEGACY_KERAS=0 $(single)
 
 test-keras-2: $(VENV)/.test
-	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/single $(keras_free:%=--ignore=tests/single/test_%.py)
+	TF_USE_LEGACY_KERAS=1 $(single) $(keras_free:%=--ignore=tests/single/test_%.py)
 
 test-launchers: $(VENV)/.test
-	$(python) -m pytest tests/launchers
+	$(launchers)
 
 test-quickly: $(VENV)/.test
-	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/single $(slow:%=--ignore=tests/single/test_%.py)
+	TF_USE_LEGACY_KERAS=0 $(single) $(slow:%=--ignore=tests/single/test_%.py)
 
 test-clients: $(VENV)/.clients
 	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/clients
 	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/clients
+
+test-matrix:
+	TF_USE_LEGACY_KERAS=0 .ci/matrix $(BUILD)/matrix -n $(JOBS) --dist loadfile tests/single $(slow:%=--ignore=tests/single/test_%.py)
 
 bench: $(VENV)/.test
 	$(python) -m benchmarks --out $(BUILD)/benchmarks $(BENCH)

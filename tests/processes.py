@@ -18,8 +18,11 @@ from tests import patience
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What a launcher, or a test that was itself launched, leaves behind for its children.
-_INHERITED = ("OMPI_", "PMI", "PRTE_", "HOROVOD_", "SLURM_", "TF_CONFIG", "SYNCBN_TEST")
+# What a launcher, pytest-xdist, or a test that was itself launched, leaves behind for its children.
+_INHERITED = (
+    *("OMPI_", "PMI", "PRTE_", "HOROVOD_", "SLURM_", "TF_CONFIG"),
+    *("PYTEST_XDIST", "SYNCBN_TEST"),
+)
 
 
 class Finished(NamedTuple):
@@ -44,6 +47,8 @@ def environment(**changes):
         "TF_NUM_INTRAOP_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        # Who waits gives way to the ranks of whatever runs beside it.
+        "OMPI_MCA_mpi_yield_when_idle": "1",
         "PATH": os.pathsep.join([os.path.dirname(sys.executable), kept.get("PATH", "")]),
         "PYTHONUNBUFFERED": "1",
     }

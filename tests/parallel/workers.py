@@ -17,6 +17,15 @@ on_one_level = pytest.mark.skipif(
     "mirrored" in ENGINE or ENGINE == "multiworker", reason="one replica in each process"
 )
 
+
+def kept(values, *everywhere):
+    """Values of a parameter, marked but for those whose messages every engine has to carry."""
+    return [
+        value if value in everywhere else pytest.param(value, marks=pytest.mark.arithmetic)
+        for value in values
+    ]
+
+
 if KERAS_3:
     LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
 else:
