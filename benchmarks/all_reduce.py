@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import jobs, machine
+from launch.process_groups import end
 
 ALGORITHMS = {"recursive doubling": 3, "ring": 4, "tree": 2}
 """The numbers that Open MPI 4 gives them."""
@@ -101,7 +102,7 @@ def run(algorithm: str, workers: int) -> list[float]:
             except subprocess.TimeoutExpired:
                 raise jobs.JobError(f"no end within {LIMIT:g} s\n{jobs.tail(log)}") from None
             finally:
-                jobs.end(process)
+                end([process], jobs.TERMINATE)
         if process.returncode:
             raise jobs.JobError(f"exit code {process.returncode}\n{jobs.tail(log)}")
         return json.loads(results.read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import json
@@ -18,6 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.cases import Case
+from launch.process_groups import end
+
+TERMINATE = 10.0
+"""Seconds that a job gets to end when told to."""
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
@@ -155,7 +158,7 @@ def run(
             except subprocess.TimeoutExpired:
                 raise JobError(f"no end within {limit:g} s\n{tail(log)}") from None
             finally:
-                end(process)
+                end([process], TERMINATE)
         lines = results.read_text().splitlines()
         if process.returncode or len(lines) != len(points):
             reason = f"exit code {process.returncode}, {len(lines)} of {len(points)} points"
@@ -244,17 +247,6 @@ def _hold_signals() -> Callable[[], None]:
             signal.raise_signal(number)
 
     return release
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and its group; launchers first, which end what they have started elsewhere."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def tail(log: Path) -> str:

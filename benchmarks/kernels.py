@@ -1,4 +1,4 @@
-"""Time of every kernel in every variant: where `kernels.choose` draws its lines.
+"""Time of every kernel in every variant: where `kernels.choose_kernels` draws its lines.
 
 usage: python benchmarks/kernels.py [--repeats 40] [--dtype float32]
 """
@@ -16,8 +16,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf
 
-from syncbn.ops import kernels, moments, training_kernels
-from syncbn.ops.kernels import PLAIN, Kernels
+from syncbn._src.ops import kernels, moments, training_kernels
+from syncbn._src.ops.kernels import PLAIN, Kernels
 
 SHAPES = [
     (16, 64),
@@ -58,10 +58,12 @@ def variants(shape: tuple[int, int], dtype: str) -> dict[str, list[Callable[[], 
         return moments.exact_sums(x, count, axes, None)
 
     def one_replica() -> object:
-        return training_kernels.normalize_alone(x, vector, vector, 1e-3, axes)
+        return training_kernels.normalize_single_replica(x, vector, vector, 1e-3, axes)
 
     def one_replica_gradient() -> object:
-        return training_kernels.gradient_alone(dy, x, vector, vector, tf.square(vector), 1e-3, axes)
+        return training_kernels.single_replica_gradient(
+            dy, x, vector, vector, tf.square(vector), 1e-3, axes
+        )
 
     return {
         "moments": [exact, lambda: training_kernels.rough_moments(x, axes), compiled(exact)],
@@ -116,7 +118,7 @@ def main() -> None:
     names = list(variants((1, 1), "float32"))
     print(f"| rows, channels | chosen | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
     for shape in SHAPES:
-        chosen = kernels.choose(tf.TensorSpec(shape), (1,)).fused
+        chosen = kernels.choose_kernels(tf.TensorSpec(shape), (1,)).fused
         cells = [
             " / ".join(f"{value:.0f}" for value in medians(functions, given.repeats))
             for functions in variants(shape, given.dtype).values()

@@ -33,8 +33,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from typing import IO
+
+from process_groups import end, ended, free_addresses, settle
 
 SETTLE, TERMINATE = 5.0, 5.0
 """Seconds that workers get to fail by themselves, and to end when told to."""
@@ -120,15 +121,6 @@ def check_inherited(cluster: list[str] | None) -> None:
         )
 
 
-def free_addresses(number: int) -> list[str]:
-    """Returns ``number`` addresses of this machine with ports that are free now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
-
-
 def check_free(address: str) -> None:
     """Exits with a message where the port of ``address`` is in use on this machine."""
     port = int(address.rpartition(":")[2])
@@ -167,19 +159,6 @@ def copy_lines(index: int, source: IO[bytes], target: IO[bytes]) -> None:
             target.flush()
 
 
-def ended(worker: subprocess.Popen[bytes]) -> tuple[int, str] | None:
-    """Returns the exit code of a worker and how it ended, or None while it runs.
-
-    The worker is not reaped, so that its process group stays its own and can be signalled.
-    """
-    state = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if state is None:
-        return None
-    if state.si_code == os.CLD_EXITED:
-        return state.si_status, f"exited with code {state.si_status}"
-    return 128 + state.si_status, f"was ended by {signal.Signals(state.si_status).name}"
-
-
 def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> int:
     """Waits until all have ended well, one has failed, or a signal has come.
 
@@ -197,35 +176,12 @@ def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> in
                 others = "; ending the others" if None in ends.values() else ""
                 message = f"multiworker.py: worker {index} {it[1]}{others}"
                 print(message, file=sys.stderr, flush=True)
-                settle(workers, SETTLE, received)
+                settle(list(workers.values()), SETTLE, lambda: bool(received))
                 return it[0]
         if None not in ends.values():
             return 0
         time.sleep(0.05)
     return 128 + received[0]
-
-
-def settle(
-    workers: dict[int, subprocess.Popen[bytes]], seconds: float, received: Sequence[int] = ()
-) -> None:
-    """Waits until all workers have ended, ``seconds`` are over, or a signal has come."""
-    deadline = time.monotonic() + seconds
-    while (
-        not received
-        and time.monotonic() < deadline
-        and any(ended(worker) is None for worker in workers.values())
-    ):
-        time.sleep(0.05)
-
-
-def end(workers: dict[int, subprocess.Popen[bytes]]) -> None:
-    """Ends the workers, and what they have started and left in their process groups."""
-    for worker in workers.values():
-        os.killpg(worker.pid, signal.SIGTERM)
-    settle(workers, TERMINATE)
-    for worker in workers.values():
-        os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()
 
 
 def main() -> int:
@@ -260,7 +216,7 @@ def main() -> int:
                 copiers.append(copier)
         return wait(workers, received)
     finally:
-        end(workers)
+        end(list(workers.values()), TERMINATE)
         for copier in copiers:
             copier.join(1)  # a process that left its group may still hold the pipe
 

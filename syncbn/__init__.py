@@ -3,27 +3,22 @@
 from importlib.metadata import version as _version
 
 from syncbn import training
-from syncbn.communicators import (
-    Communicator,
-    DistributeCommunicator,
-    HorovodCommunicator,
-    LocalCommunicator,
-    MPICommunicator,
-    resolve,
-)
-from syncbn.layers import SyncBatchNormalization, SyncCentering
-from syncbn.models import (
-    Conversion,
-    Equivalence,
+from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.horovod import HorovodCommunicator
+from syncbn._src.communicators.local import LocalCommunicator
+from syncbn._src.communicators.mpi import MPICommunicator
+from syncbn._src.communicators.resolution import resolve
+from syncbn._src.communicators.tf_distribute import DistributeCommunicator
+from syncbn._src.layers.sync_batch_normalization import SyncBatchNormalization
+from syncbn._src.layers.sync_centering import SyncCentering
+from syncbn._src.models.agreement import assert_synchronized
+from syncbn._src.models.communication_report import Report, report
+from syncbn._src.models.conversion import Conversion, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn._src.models.equivalence.check import Equivalence, check_equivalence
+from syncbn._src.models.recalibration import recalibrate
+from syncbn._src.models.statistics import (
     MovingStatistics,
-    Report,
-    assert_synchronized,
-    check_equivalence,
-    convert_sync_batchnorm,
     moving_statistics,
-    recalibrate,
-    report,
-    revert_sync_batchnorm,
     set_moving_statistics,
 )
 

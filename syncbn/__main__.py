@@ -2,7 +2,7 @@
 
 import sys
 
-from syncbn.cli import main
+from syncbn._src.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

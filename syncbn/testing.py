@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from syncbn.models.equivalence import check_equivalence
+from syncbn._src.models.equivalence.check import check_equivalence
 
 __all__ = ["assert_equivalent"]
 

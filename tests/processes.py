@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +12,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import process_groups
+
 from tests import patience
+
+TERMINATE = 3  # seconds, in which a launcher passes the signal on to its ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,22 +83,21 @@ def run(commands, *, takes=12, env=None):
                 env=environment(**env, **changes),
                 start_new_session=True,
             )
-            stack.callback(_end, process)
+            stack.callback(process_groups.end, [process], TERMINATE)
             started.append((label, process, log))
         deadline = time.monotonic() + limit
         verdict = ""
         while any(process.poll() is None for _, process, _ in started):
             if any(process.poll() for _, process, _ in started):
                 verdict = "one process failed, so the others were ended"
-                _settle(started, 5)
+                process_groups.settle([process for _, process, _ in started], 5)
                 break
             if time.monotonic() > deadline:
                 verdict = f"ended after the limit of {limit:g} s"
                 break
             time.sleep(0.05)
         codes = [process.poll() for _, process, _ in started]
-        for _, process, _ in started:
-            _end(process)
+        process_groups.end([process for _, process, _ in started], TERMINATE)
         output = "".join(f"----- {label}\n{_read(log)}" for label, _, log in started)
         failed = [code for code in codes if code] + [124 for code in codes if code is None]
         return Finished(failed[0] if failed else 0, f"{output}\n{verdict}")
@@ -119,11 +120,7 @@ def program(name, *arguments):
 
 def workers(size, *command):
     """The commands of ``size`` workers of one tf.distribute cluster on this machine."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(size)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        hosts = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+    hosts = process_groups.free_addresses(size)
     return [
         (
             f"worker {rank}",
@@ -141,23 +138,6 @@ def workers(size, *command):
 def python(code, *, takes=12, **env):
     """Runs a few lines of Python in a process of its own; more of them go into a `program`."""
     return run([("python", [sys.executable, "-c", code], {})], takes=takes, env=env)
-
-
-def _settle(started, seconds):
-    """Gives the others a moment to fail by themselves, and to say why."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(p.poll() is None for _, p, _ in started):
-        time.sleep(0.05)
-
-
-def _end(process):
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(3)  # a launcher passes the signal on to its ranks
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _read(log):

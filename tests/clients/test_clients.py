@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import syncbn
+from syncbn._src.keras_compat.layer_names import named_layers
 from tests.keras import KERAS_3, keras
 
 
@@ -79,7 +80,7 @@ def test_a_model_is_converted_trained_saved_and_loaded(build, two_replicas, tmp_
 
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    layers = syncbn.keras_api.named_layers(loaded).values()
+    layers = named_layers(loaded).values()
     kept = [layer for layer in layers if isinstance(layer, syncbn.SyncBatchNormalization)]
     assert len(kept) == len(result.converted)
     for one, other in zip(loaded.get_weights(), model.get_weights(), strict=True):

@@ -43,7 +43,7 @@ def test_every_engine_of_this_machine_works():
 def test_without_horovod_it_says_how_to_get_it():
     code = (
         "import sys; sys.modules['horovod'] = None\n"
-        "from syncbn.cli import main\n"
+        "from syncbn._src.cli import main\n"
         "sys.exit(main(['doctor', '--engine', 'horovod-gloo']))"
     )
     finished = processes.python(code)
@@ -62,7 +62,7 @@ def test_a_doctor_that_is_ended_takes_the_ranks_along(launcher, tmp_path):
         "horovodrun": processes.horovodrun(2, "gloo", *ranks),
     }[launcher]
     code = (
-        "from syncbn.doctor.processes import Command, run\n"
+        "from syncbn._src.doctor.processes import Command, run\n"
         f"run([Command({command!r}, {{}})], {hang})"
     )
     doctor = subprocess.Popen(

@@ -7,9 +7,9 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.models.agreement import assert_synchronized
-from syncbn.models.job import job_of
-from syncbn.models.report import report
+from syncbn._src.models.agreement import assert_synchronized
+from syncbn._src.models.communication_report import report
+from syncbn._src.models.training_job import job_of
 from tests.parallel.test_collectives import arguments, collectives, forward_and_backward
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import syncbn
-from syncbn.models.equivalence import check_equivalence, diagnosis
+from syncbn._src.models.equivalence import diagnosis
+from syncbn._src.models.equivalence.check import check_equivalence
 from tests.keras import keras
 from tests.parallel import workers
 

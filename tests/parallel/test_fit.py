@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.training.multi_worker import mend_keras_fit
+from syncbn._src.training.multi_worker import mend_keras_fit
 from tests.keras import keras
 from tests.parallel.conftest import ENGINE
 from tests.replicas import Strategy

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.communicators import groups
+from syncbn._src.communicators import groups
 
 
 def outputs(replicas, layer, batches):

@@ -9,9 +9,9 @@ import pytest
 import train_digits
 
 import syncbn
-from syncbn.communicators.exchange import all_gather
-from syncbn.models.job import job_of
-from syncbn.models.recalibrate import recalibrate
+from syncbn._src.communicators.host_collectives import all_gather
+from syncbn._src.models.recalibration import recalibrate
+from syncbn._src.models.training_job import job_of
 from tests.keras import keras
 from tests.replicas import Strategy
 

@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from syncbn.models.equivalence import check_equivalence
+from syncbn import check_equivalence
 
 
 def build():

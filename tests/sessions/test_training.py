@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.training.sessions import prediction_variables
+from syncbn._src.training.sessions import prediction_variables
 
 keras = tf.keras
 v1 = tf.compat.v1

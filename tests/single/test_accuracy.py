@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.ops import channels, kernels, moments, virtual, xla
+from syncbn._src.ops import channels, kernels, moments, virtual, xla
 from tests import oracle, processes
 from tests.keras import KERAS_3
 

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.models.agreement import assert_synchronized
+from syncbn._src.models.agreement import assert_synchronized
 from tests.keras import keras
 from tests.replicas import Threads
 

@@ -11,15 +11,15 @@ from tests import processes
 PACKAGE = Path(syncbn.__file__).parent
 
 FLOORS = {
-    "syncbn.ops": 0,
-    "syncbn.communicators.base": 0,
-    "syncbn.communicators": 1,
-    "syncbn.keras_api": 1,
-    "syncbn.keras_inplace": 1,
-    "syncbn.keras_optimizers": 1,
-    "syncbn.layers": 2,
-    "syncbn.training": 3,
-    "syncbn.models": 3,
+    "syncbn._src.autograph": 0,
+    "syncbn._src.call_stack": 0,
+    "syncbn._src.ops": 0,
+    "syncbn._src.communicators.base": 0,
+    "syncbn._src.communicators": 1,
+    "syncbn._src.keras_compat": 1,
+    "syncbn._src.layers": 2,
+    "syncbn._src.training": 3,
+    "syncbn._src.models": 3,
     "syncbn": 4,
 }
 
@@ -93,8 +93,8 @@ def test_imports_go_down_only():
 
 
 def test_engines_do_not_know_each_other():
-    names = ("local", "distribute", "horovod", "mpi", "nested")
-    engines = {f"syncbn.communicators.{name}" for name in names}
+    names = ("local", "tf_distribute", "horovod", "mpi", "nested")
+    engines = {f"syncbn._src.communicators.{name}" for name in names}
     for importer, imported in imports():
         assert not (importer in engines and imported in engines), f"{importer} imports {imported}"
 

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.communicators.launcher import launched
+from syncbn._src.communicators.launcher import launched
 from tests.keras import KERAS_3, keras
 
 BOTH = pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
@@ -132,8 +132,8 @@ def test_an_engine_that_is_not_installed(name, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)
     layer = syncbn.SyncBatchNormalization(communicator=name)
     layer(np.ones((2, 3), "float32"))  # inference needs no engine
-    way_out = {"horovod": "install_horovod.sh", "mpi": r"pip install 'syncbn\[mpi\]'"}[name]
-    with pytest.raises(ImportError, match=way_out):
+    remedy = {"horovod": "install_horovod.sh", "mpi": r"pip install 'syncbn\[mpi\]'"}[name]
+    with pytest.raises(ImportError, match=remedy):
         layer(np.ones((2, 3), "float32"), training=True)
 
 

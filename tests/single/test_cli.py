@@ -9,10 +9,10 @@ import types
 import pytest
 
 import syncbn
-from syncbn import bench, cli
-from syncbn.doctor import engines, examine, processes
-from syncbn.doctor.examine import Result
-from syncbn.doctor.processes import Command
+from syncbn._src import bench_command, cli
+from syncbn._src.doctor import engines, examine, processes
+from syncbn._src.doctor.examine import Result
+from syncbn._src.doctor.processes import Command
 from tests import patience
 from tests.launchers.test_doctor import is_alive
 
@@ -82,7 +82,7 @@ def no_benchmarks(tmp_path, monkeypatch):
     """As if the package were installed, beside another one's `benchmarks`."""
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "command.py").write_text("raise AssertionError('another one')")
-    monkeypatch.setattr(bench, "PACKAGE", tmp_path / "syncbn")
+    monkeypatch.setattr(bench_command, "PACKAGE", tmp_path / "syncbn")
 
 
 def test_bench_has_the_options_of_the_benchmarks(capsys):

@@ -11,9 +11,9 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.communicators import launcher
-from syncbn.communicators.order import Order
-from syncbn.communicators.resolve import choose
+from syncbn._src.communicators import launcher, resolution
+from syncbn._src.communicators.order import Order
+from syncbn._src.communicators.resolution import choose_engine
 from tests.keras import keras
 
 
@@ -47,12 +47,7 @@ def test_a_communicator_is_taken_as_it_is():
 
 
 def test_the_choice_is_logged_once(caplog):
-    import sys
-
-    from syncbn.communicators import resolve as function
-
-    module = sys.modules[function.__module__]
-    module._engine.cache_clear()
+    resolution._engine.cache_clear()
     with caplog.at_level(logging.INFO, "syncbn"):
         layers = [syncbn.SyncCentering() for _ in range(3)]
         for layer in layers:
@@ -87,7 +82,7 @@ def joined_by(monkeypatch, engine, size):
 def test_an_engine_joins_the_replicas_of_several_processes(mirrored, monkeypatch, engine):
     joined_by(monkeypatch, engine, 2)
     with mirrored(2).strategy.scope():
-        assert choose() == engine
+        assert choose_engine() == engine
         for given in "tf.distribute", syncbn.DistributeCommunicator():
             with pytest.raises(RuntimeError, match=f"joins 1 of the 2 processes that {engine} joi"):
                 syncbn.resolve(given)

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.ops import kernels, xla
+from syncbn._src.ops import kernels, xla
 from tests import replicas as kinds
 from tests.cases import RENORM, some_groups, splits
 from tests.contract import Case, check
@@ -88,7 +88,7 @@ def test_one_trace_serves_all_batch_sizes_and_layers_of_as_many_channels(monkeyp
     traces = []
     plain = kernels.scale_and_offset
     monkeypatch.setattr(
-        "syncbn.ops.synchronized.scale_and_offset",
+        "syncbn._src.ops.normalization.scale_and_offset",
         lambda *arguments: traces.append(1) or plain(*arguments),
     )
     layers = [syncbn.SyncBatchNormalization(epsilon=0.0123) for _ in range(3)]

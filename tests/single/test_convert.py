@@ -5,7 +5,8 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.models.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn._src.keras_compat.layer_names import named_layers
+from syncbn._src.models.conversion import convert_sync_batchnorm, revert_sync_batchnorm
 from tests.keras import KERAS_3, keras
 
 Plain = keras.layers.BatchNormalization
@@ -101,7 +102,7 @@ def data():
 
 
 def normalizations(model):
-    layers = syncbn.keras_api.named_layers(model)
+    layers = named_layers(model)
     return {name: layer for name, layer in layers.items() if isinstance(layer, Plain)}
 
 
@@ -116,7 +117,7 @@ def identities(variables):
 
 def state(model):
     """All that a failed conversion could have changed."""
-    layers = {id(model): model, **syncbn.keras_api.named_layers(model)}
+    layers = {id(model): model, **named_layers(model)}
     return [
         (id(layer), type(layer), list(vars(layer).items()), identities(layer.weights))
         for layer in layers.values()

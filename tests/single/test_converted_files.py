@@ -11,7 +11,9 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.models.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.layer_names import named_layers
+from syncbn._src.models.conversion import convert_sync_batchnorm, revert_sync_batchnorm
 from tests.keras import KERAS_3, keras
 
 Plain = keras.layers.BatchNormalization
@@ -148,8 +150,8 @@ def made(build):
 
 
 def normalizations(model):
-    layers = [model, *syncbn.keras_api.named_layers(model).values()]
-    return [layer for layer in layers if isinstance(layer, syncbn.keras_api.BATCH_NORMALIZATION)]
+    layers = [model, *named_layers(model).values()]
+    return [layer for layer in layers if isinstance(layer, keras_api.BATCH_NORMALIZATION)]
 
 
 # The ways: each takes a model and a function that builds an equal one, and gives another model.
@@ -260,7 +262,7 @@ def collectives(monkeypatch):
             asked.append(name)
             return 2 * tensor
 
-    monkeypatch.setattr("syncbn.layers.synchronized.resolve", lambda given: Recording())
+    monkeypatch.setattr("syncbn._src.layers.synchronized_layer.resolve", lambda given: Recording())
     return asked
 
 
@@ -290,9 +292,9 @@ def test_what_comes_back_is_synchronized_and_equal(build, way, collectives, tmp_
         return model
 
     if (build, way) in REFUSED:
-        error, way_out = REFUSED[build, way]
+        error, remedy = REFUSED[build, way]
         for model in made(build), converted():
-            with pytest.raises(error, match=way_out):
+            with pytest.raises(error, match=remedy):
                 way(model, converted, tmp_path)
         return
 

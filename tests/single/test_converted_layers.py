@@ -10,8 +10,8 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.models.agreement import assert_synchronized
-from syncbn.models.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn._src.models.agreement import assert_synchronized
+from syncbn._src.models.conversion import convert_sync_batchnorm, revert_sync_batchnorm
 from tests.keras import KERAS_3, keras
 
 Plain = keras.layers.BatchNormalization

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.models import equivalence
-from syncbn.models.equivalence import check_equivalence, diagnosis
+from syncbn._src.models.equivalence import check_command, diagnosis
+from syncbn._src.models.equivalence.check import check_equivalence
 from syncbn.testing import assert_equivalent
 from tests import processes
 from tests.keras import KERAS_3, keras
@@ -361,8 +361,8 @@ def test_among_workers_of_tf_distribute_it_is_refused(monkeypatch):
 
 def command(*arguments):
     parser = argparse.ArgumentParser()
-    equivalence.add_arguments(parser)
-    return equivalence.run(parser.parse_args(arguments))
+    check_command.add_arguments(parser)
+    return check_command.run(parser.parse_args(arguments))
 
 
 HERE = "tests.single.test_equivalence"

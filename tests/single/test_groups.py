@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.communicators import groups
-from syncbn.layers import replicas
+from syncbn._src.communicators import groups
+from syncbn._src.layers import replica_groups
 from tests import replicas as kinds
 
 BOTH = pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
@@ -195,8 +195,8 @@ def test_what_was_split_ends_with_its_communicator():
     layer = syncbn.SyncCentering(communicator=communicator, group_size=2)
     layer(tf.ones([2, 3]), training=True)
     key, end = id(communicator), weakref.ref(communicator)
-    assert key in replicas._splits
+    assert key in replica_groups._splits
     del layer, communicator
     gc.collect()
     assert end() is None
-    assert key not in replicas._splits
+    assert key not in replica_groups._splits

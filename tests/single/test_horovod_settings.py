@@ -9,8 +9,8 @@ import types
 import pytest
 
 import syncbn
-from syncbn.communicators import horovod_settings
-from syncbn.communicators.horovod_settings import advice, in_force
+from syncbn._src.communicators import horovod_settings
+from syncbn._src.communicators.horovod_settings import advice, in_force
 from tests import processes
 
 NAMES = ("HOROVOD_CYCLE_TIME", "HOROVOD_CACHE_CAPACITY")

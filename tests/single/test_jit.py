@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.communicators import tracing
+from syncbn._src.communicators import tracing
 from tests.keras import KERAS_3, keras
 
 

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from syncbn.training.multi_worker import mend_keras_fit
+from syncbn._src.training.multi_worker import mend_keras_fit
 from tests import processes
 from tests.keras import KERAS_3
 
@@ -56,7 +56,7 @@ def test_a_strategy_can_be_made_afterwards():
     # As MultiWorkerMirroredStrategy is, devices are configured before TensorFlow's first operation.
     finished = processes.python(
         "import tensorflow as tf\n"
-        "from syncbn.training.multi_worker import mend_keras_fit\n"
+        "from syncbn._src.training.multi_worker import mend_keras_fit\n"
         "assert len(mend_keras_fit()) == 2\n"
         "cpu = tf.config.list_physical_devices('CPU')[0]\n"
         "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()])",

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from syncbn.ops import kernels, training_kernels
-from syncbn.ops.channels import normalized_axes
-from syncbn.ops.moments import local_sums, not_negative, pack, unpack
+from syncbn._src.ops import kernels, training_kernels
+from syncbn._src.ops.channels import normalized_axes
+from syncbn._src.ops.moments import local_sums, not_negative, pack, unpack
 
 
 def moments_of(x, axes):
@@ -129,17 +129,17 @@ def test_the_kernels_of_one_replica_alone_give_what_differentiation_does(rows):
     gradients = tape.gradient(y, sources, dy)
 
     x, dy, scale, offset = (tf.constant(value, tf.float32) for value in (x, dy, scale, offset))
-    ours = training_kernels.normalize_alone(x, scale, offset, 1e-3, (2,))
+    ours = training_kernels.normalize_single_replica(x, scale, offset, 1e-3, (2,))
     for one, truth in zip(ours, (y, mean, variance), strict=True):
         np.testing.assert_allclose(one, truth, rtol=1e-4, atol=1e-5)
-    ours = training_kernels.gradient_alone(dy, x, scale, *ours[1:], 1e-3, (2,))
+    ours = training_kernels.single_replica_gradient(dy, x, scale, *ours[1:], 1e-3, (2,))
     for one, truth in zip(ours, gradients, strict=True):
         np.testing.assert_allclose(one, truth, atol=5e-5 * np.abs(truth).max())
 
 
 def test_fused_kernels_are_chosen_for_large_channels_last_inputs_only(monkeypatch):
     def chosen(shape, axes, dtype=tf.float32):
-        return kernels.choose(tf.TensorSpec(shape, dtype), axes).fused
+        return kernels.choose_kernels(tf.TensorSpec(shape, dtype), axes).fused
 
     assert chosen([8, 56, 56, 64], (3,))
     assert chosen([None, 56, 56, 64], (3,))
@@ -155,7 +155,9 @@ def test_fused_kernels_are_chosen_for_large_channels_last_inputs_only(monkeypatc
 def test_xla_compiles_in_functions_for_known_shapes_only():
     def compiled():
         shapes = (8, 56, 56, 64), (None, 56, 56, 64), (2, 7, 7, 512)
-        return [kernels.choose(tf.TensorSpec(shape), (3,)).compiled_gradient for shape in shapes]
+        return [
+            kernels.choose_kernels(tf.TensorSpec(shape), (3,)).compiled_gradient for shape in shapes
+        ]
 
     assert compiled() == [False, False, False]
     with tf.Graph().as_default():  # of a session

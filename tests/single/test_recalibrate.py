@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.models.recalibrate import recalibrate
+from syncbn._src.models.recalibration import recalibrate
 from tests.keras import KERAS_3, keras
 
 L = keras.layers

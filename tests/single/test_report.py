@@ -10,7 +10,7 @@ import tensorflow as tf
 from rich.console import Console
 
 import syncbn
-from syncbn.models.report import Payload, report
+from syncbn._src.models.communication_report import Payload, report
 from tests.keras import KERAS_3, keras
 
 
@@ -45,6 +45,14 @@ def sequential(*layers, shape=(7, 5), **options):
 def row(model, name, *arguments):
     (found,) = (one for one in report(model, *arguments).layers if one.name == name)
     return found
+
+
+@pytest.mark.parametrize("arguments", [(), ("auto",)])
+def test_a_single_replica_is_told_what_several_would_send(arguments):
+    # So large that one replica alone would take other kernels, which send nothing.
+    model = sequential(syncbn.SyncBatchNormalization(name="norm"), shape=(56, 56, 64))
+    found = row(model, "norm", *arguments)
+    assert (found.forward, found.backward) == (((129, "float64"),), ((128, "float64"),))
 
 
 SEVERAL_AXES = [(syncbn.SyncCentering, {"axis": (1, 2)}, [(70, "float64")], [(35, "float64")])]

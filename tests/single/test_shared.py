@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn.ops.shared import shared
+from syncbn._src.ops.shared_traces import shared
 
 
 def twice(traced=None):

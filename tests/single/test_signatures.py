@@ -9,7 +9,7 @@ import tensorflow as tf
 from tensorflow.python.util import tf_inspect
 
 import syncbn
-from syncbn.communicators.tracing import callers
+from syncbn._src.call_stack import callers
 from tests import oracle
 from tests.keras import KERAS_3, keras
 
@@ -44,7 +44,7 @@ def test_a_distributed_optimizer_shows_its_arguments():
 def test_nothing_hides_its_arguments():
     package = Path(syncbn.__file__).parent
     users = [path.name for path in package.rglob("*.py") if "do_not_convert" in path.read_text()]
-    assert users == ["tracing.py"]
+    assert users == ["autograph.py"]
 
 
 @BOTH
@@ -58,7 +58,7 @@ def test_autograph_leaves_call_alone(make):
     layer = make(communicator=Recorder())
     layer.build((None, 3))
     tf.function(lambda: layer(tf.ones([2, 3]), training=True))()
-    assert ("syncbn.layers.synchronized", "call") in found
+    assert ("syncbn._src.layers.synchronized_layer", "call") in found
     assert not any(name == "tf__call" for _, name in found)
 
 

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from syncbn import training
-from syncbn.keras_optimizers import optimizer_variables, state_of
+from syncbn._src.keras_compat.optimizer_state import optimizer_variables, state_of
 from tests.keras import KERAS_3, keras
 
 OPTIMIZERS = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Ftrl", "Nadam"]

@@ -1,0 +1,73 @@
+"""Process groups that cannot stay, and addresses for the workers of a cluster. No TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str] | None:
+    """Returns the exit code of a process and how it ended, or None while it runs.
+
+    128 + n is the code where signal n ended it. The process is not reaped, so that its group stays
+    its own and can be signalled.
+    """
+    if process.returncode is None:
+        state = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if state is None:
+            return None
+        code = state.si_status if state.si_code == os.CLD_EXITED else -state.si_status
+    else:  # somebody has reaped it
+        code = process.returncode
+    if code >= 0:
+        return code, f"exited with code {code}"
+    return 128 - code, f"was ended by {signal.Signals(-code).name}"
+
+
+def settle(
+    processes: Sequence[subprocess.Popen],
+    seconds: float,
+    cut_short: Callable[[], bool] = lambda: False,
+) -> None:
+    """Waits until all processes have ended, ``seconds`` are over, or it is cut short."""
+    deadline = time.monotonic() + seconds
+    while (
+        not cut_short()
+        and time.monotonic() < deadline
+        and any(ended(process) is None for process in processes)
+    ):
+        time.sleep(0.05)
+
+
+def end(processes: Sequence[subprocess.Popen], seconds: float) -> None:
+    """Ends processes that lead groups, and what they have started and left in these.
+
+    Args:
+        processes: Those of launchers pass the signal on to what they have started elsewhere.
+        seconds: What they get to end by themselves once told to.
+    """
+    _signal(processes, signal.SIGTERM)
+    settle(processes, seconds)
+    _signal(processes, signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def _signal(processes: Sequence[subprocess.Popen], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):  # reaped before, and its group is empty
+            os.killpg(process.pid, number)
+
+
+def free_addresses(number: int) -> list[str]:
+    """Returns ``number`` addresses of this machine with ports that are free now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]

@@ -1,0 +1,1 @@
+"""The engines that join replicas, behind one protocol."""

@@ -1,0 +1,155 @@
+"""Horovod: the processes of a `horovodrun` or `mpirun` job, or those of a process set."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._src.communicators import horovod_settings
+from syncbn._src.communicators.base import wire_dtype
+from syncbn._src.communicators.launcher import require_whole_job
+from syncbn._src.communicators.order import AddUp, Order, Turn
+from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
+
+
+class HorovodCommunicator:
+    """All Horovod processes, or those of one process set.
+
+    Where Horovod has settings of its own that make small messages slow, rank 0 logs that once (see
+    `syncbn.training.init_horovod`).
+
+    Args:
+        process_set: A `horovod.tensorflow.ProcessSet` that this process belongs to, or ``None``
+            for all processes.
+
+    Raises:
+        ImportError: Horovod with TensorFlow support is not installed.
+        RuntimeError: Horovod is not initialized, or runs with one process while the launcher
+            started several.
+        ValueError: this process does not belong to ``process_set``.
+    """
+
+    name = "horovod"
+    supports_jit = False
+
+    def __init__(self, process_set: Any = None):
+        hvd = import_horovod()
+        if not hvd.is_initialized():
+            raise RuntimeError(
+                "communicator='horovod' needs Horovod to be initialized. Received: a process in "
+                "which it is not. Call hvd.init() before the first training step."
+            )
+        require_whole_job(
+            "Horovod", hvd.size(), "Start the job with horovodrun, or build Horovod with MPI."
+        )
+        self._hvd = hvd
+        # Horovod matches the processes' calls by the name of the operation, which must not run
+        # beside itself, as it would in the iterations of a loop. Others may run beside it.
+        self._orders: defaultdict[str, Order] = defaultdict(lambda: Order(everywhere=False))
+        self._process_set = hvd.global_process_set if process_set is None else process_set
+        if not self._process_set.included():
+            raise ValueError(
+                "A process can only use a process set that it belongs to. Received: "
+                f"{self._process_set} on rank {hvd.rank()}. Give each process its own set."
+            )
+        if hvd.size() > 1 and hvd.rank() == 0:
+            horovod_settings.advise_once()
+
+    @property
+    def size(self) -> int:
+        return self._process_set.size()
+
+    @property
+    def rank(self) -> int:
+        return self._process_set.rank()
+
+    def split(self, groups: Sequence[Sequence[int]]) -> HorovodCommunicator:
+        """Returns one for the group of this process, as a process set. A collective call.
+
+        Raises:
+            ValueError: this is not one for all processes.
+            RuntimeError: Horovod does not take new process sets.
+        """
+        if self._process_set is not self._hvd.global_process_set:
+            raise ValueError(
+                "Only all processes of Horovod together can be split, since each of them has to "
+                f"know all process sets. Received: groups of {self._process_set}. Give each layer "
+                "the process set of its group instead: HorovodCommunicator(process_set)."
+            )
+        sets = [self._process_set_of(ranks) for ranks in groups]  # all of them, on all processes
+        return HorovodCommunicator(next(one for one in sets if one.included()))
+
+    def _process_set_of(self, ranks: Sequence[int]) -> Any:
+        # Horovod takes no second process set of the same processes, and tells nobody of the first:
+        # it has no public way to. Tried with 0.28.1, its last release.
+        from horovod.common import process_sets
+
+        known = process_sets._basics._get_process_set_ids_and_ranks()
+        for number, members in known.items():
+            if sorted(members) == sorted(ranks):
+                process_set = self._hvd.ProcessSet(ranks)
+                process_set.process_set_id = number
+                return process_set
+        try:
+            return self._hvd.add_process_set(ranks)
+        except ValueError as error:
+            raise RuntimeError(
+                "Groups need Horovod to take new process sets. Received: a job in which it does "
+                f"not ({error}). Call hvd.init(process_sets='dynamic'), or set "
+                "HOROVOD_DYNAMIC_PROCESS_SETS=1."
+            ) from error
+
+    def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        return self._all_reduce_sum(self._orders[name].turn(), tensor, name)
+
+    def for_call(self, scope: str) -> AddUp:
+        turn = self._orders[scope].turn()
+        return lambda tensor, name: self._all_reduce_sum(turn, tensor, f"{scope}/{name}")
+
+    def _all_reduce_sum(self, turn: Turn, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        refuse_xla("Horovod")
+        refuse_forward_mode("Horovod", tensor)
+        tensor, dtype = tf.cast(tensor, wire_dtype(tensor.dtype)), tensor.dtype
+        if tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions():
+            total = turn.all_reduce_sum(self._add_up, tensor, name)
+        else:  # the graph of a session has no program order
+            total = self._add_up(tensor, name)
+        return tf.cast(total, dtype)
+
+    def _add_up(self, tensor: tf.Tensor, name: str, witness: tf.Tensor | None = None) -> tf.Tensor:
+        # A graph makes names unique by numbering them, in the order of the trace, which is the same
+        # everywhere.
+        return self._hvd.allreduce(
+            tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
+        )
+
+    def grouped_all_reduce_sum(self, tensors: list[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """Returns the sums of tensors of one dtype over all replicas, negotiated as one.
+
+        Args:
+            tensors: float32 or float64, with the same shapes on all replicas.
+            name: As for `all_reduce_sum`.
+        """
+        refuse_xla("Horovod")
+        return self._hvd.grouped_allreduce(
+            tensors, op=self._hvd.Sum, name=name, process_set=self._process_set
+        )
+
+
+def import_horovod() -> Any:
+    """Returns the module ``horovod.tensorflow``.
+
+    Raises:
+        ImportError: Horovod with TensorFlow support is not installed.
+    """
+    try:
+        import horovod.tensorflow as hvd
+    except ImportError as error:
+        raise ImportError(
+            "communicator='horovod' needs Horovod with TensorFlow support. It has no wheels "
+            "and its last release does not build as it is: run launch/install_horovod.sh."
+        ) from error
+    return hvd

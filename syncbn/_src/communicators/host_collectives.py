@@ -1,0 +1,96 @@
+"""What workers tell each other outside of the graph: arrays, and whether they agree."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from syncbn._src.communicators.base import Communicator
+
+DIGEST_PARTS = 16
+"""The length of a `digest`."""
+
+
+def sum_arrays(
+    communicator: Communicator, arrays: Sequence[np.ndarray], name: str
+) -> list[np.ndarray]:
+    """Returns the sums over all workers, in one collective for each dtype.
+
+    Args:
+        communicator: What joins the workers.
+        arrays: Floating, with the same shapes and dtypes on all workers.
+        name: Of the collectives.
+    """
+    totals: list[np.ndarray] = [np.empty(0)] * len(arrays)
+    for dtype in sorted({array.dtype.name for array in arrays}):
+        chosen = [index for index, array in enumerate(arrays) if array.dtype.name == dtype]
+        flat = np.concatenate([arrays[index].ravel() for index in chosen])
+        total = communicator.all_reduce_sum(tf.constant(flat), f"{name}/{dtype}").numpy()
+        ends = np.cumsum([arrays[index].size for index in chosen])
+        for index, part in zip(chosen, np.split(total, ends[:-1]), strict=True):
+            totals[index] = part.reshape(arrays[index].shape)
+    return totals
+
+
+def all_gather(communicator: Communicator, vector: np.ndarray, name: str) -> np.ndarray:
+    """Returns the vectors of all workers as rows, float64 ``(size, length)``, in one collective.
+
+    ``vector`` has the same length on all workers.
+    """
+    rows = np.zeros((communicator.size, len(vector)))
+    rows[communicator.rank] = vector
+    return communicator.all_reduce_sum(tf.constant(rows), name).numpy()
+
+
+def require_agreement(
+    communicator: Communicator,
+    descriptions: Sequence[str],
+    names: Sequence[str],
+    what: str,
+    root: int = 0,
+) -> None:
+    """Compares lists of descriptions over the workers.
+
+    Takes one small collective where they agree, and one more where they do not.
+
+    Args:
+        communicator: What joins the workers.
+        descriptions: One for each of the things that should be the same.
+        names: Of these things, for the message; they may differ.
+        what: What they are, in the plural.
+        root: The worker that the others are compared with.
+
+    Raises:
+        ValueError: a worker's descriptions differ from those of ``root``. Raised on all workers,
+            each of which says what it has at the first difference.
+    """
+    own = np.concatenate([[len(descriptions)], digest("\n".join(descriptions).encode())])
+    rows = all_gather(communicator, own, "syncbn/agreement")
+    differing = [rank for rank, row in enumerate(rows) if not np.array_equal(row, rows[root])]
+    if not differing:
+        return
+    # All workers come here, as all have seen the same rows.
+    count = int(rows[:, 0].max())
+    digests = np.zeros((count, DIGEST_PARTS))
+    for index, description in enumerate(descriptions):
+        digests[index] = digest(description.encode())
+    rows = all_gather(communicator, digests.ravel(), "syncbn/agreement/each")
+    gathered = rows.reshape(communicator.size, count, DIGEST_PARTS)
+    rank = communicator.rank
+    other = rank if rank in differing else differing[0]
+    first = int(np.argmax((gathered[other] != gathered[root]).any(axis=1)))
+    here = f"{names[first]}, {descriptions[first]}" if first < len(names) else "missing"
+    raise ValueError(
+        f"All workers must have the same {what}. Received: other ones on rank "
+        f"{', '.join(map(str, differing))} than on rank {root}. The first in which rank {other} "
+        f"differs from rank {root} is number {first}; on this rank, {rank}, it is {here}. "
+        "Build the same model, from the same arguments, on every worker."
+    )
+
+
+def digest(data: bytes) -> np.ndarray:
+    """Returns the 16-bit parts of a SHA-256, each of which float64 holds exactly."""
+    return np.frombuffer(hashlib.sha256(data).digest(), np.uint16).astype(np.float64)

@@ -1,0 +1,100 @@
+"""Two levels: the replicas of a strategy in each of several processes that an engine joins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.host_collectives import require_agreement
+from syncbn._src.communicators.strategy import (
+    GroupRows,
+    local_replicas,
+    replica_context,
+    replica_number,
+)
+from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn._src.communicators.vectorization import refused
+
+
+class NestedCommunicator:
+    """The replicas of the strategy of each process, in whose replica context a call is made.
+
+    A process adds up what its replicas have, and sends one message to the others. Sums are right
+    however many replicas each process has; `size` and `rank` count on equally many.
+
+    Args:
+        across: What joins the processes.
+    """
+
+    supports_jit = False
+
+    def __init__(self, across: Communicator):
+        self.across = across
+        self.name = across.name
+
+    @property
+    def size(self) -> int:
+        return self.across.size * local_replicas()
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of this process's replicas; outside of them."""
+        local = local_replicas()
+        return [self.across.rank * local + number for number in range(local)]
+
+    @property
+    def rank(self) -> int:
+        # The replicas of several workers of a strategy are counted over the workers.
+        local = local_replicas()
+        return self.across.rank * local + replica_number() % local
+
+    def split(self, groups: Sequence[Sequence[int]]) -> GroupRows:
+        """Returns what adds up within groups of the replicas. A collective call.
+
+        Raises:
+            ValueError: processes have different numbers of replicas.
+            NotImplementedError: the call is made in the graph of a session.
+        """
+        self.require_equal_processes()
+        return GroupRows(self, groups)
+
+    def require_equal_processes(self) -> None:
+        """Raises where ranks would not be those of replicas. A collective call of the processes.
+
+        Raises:
+            ValueError: processes have different numbers of replicas.
+            NotImplementedError: the call is made in the graph of a session.
+        """
+        with tf.init_scope():
+            if not tf.executing_eagerly():
+                raise NotImplementedError(
+                    "Processes can only compare their numbers of replicas where TensorFlow runs "
+                    "eagerly. Received: the graph of a session. Use layers without groups there."
+                )
+            require_agreement(
+                self.across, [str(local_replicas())], ["the number"], "numbers of replicas"
+            )
+
+    def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        context = replica_context()
+        engines = f"{self.name} and tf.distribute"
+        refuse_xla(engines)
+        refuse_forward_mode(engines, tensor)
+
+        def add_up(strategy: tf.distribute.Strategy, tensors: Any) -> tf.Tensor:
+            with tf.device(strategy.extended.worker_devices[0]):
+                own = tf.add_n(strategy.experimental_local_results(tensors))
+            # The gradient ends here: that of all replicas' sum is below.
+            return tf.stop_gradient(self.across.all_reduce_sum(own, name))
+
+        @tf.custom_gradient
+        def reduce(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+            def gradient(upstream: tf.Tensor) -> tf.Tensor:
+                return self.all_reduce_sum(upstream, f"{name}/gradient")
+
+            return context.merge_call(add_up, args=[refused(tensor, engines)]), gradient
+
+        return reduce(tensor)

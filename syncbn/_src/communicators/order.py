@@ -1,0 +1,136 @@
+"""Sums over processes in program order, in whatever order TensorFlow would run them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import tensorflow as tf
+from tensorflow.python.ops import handle_data_util
+
+from syncbn._src.communicators.tracing import in_branch_or_loop
+from syncbn._src.communicators.vectorization import vectorized
+from syncbn._src.ops.differentiation import in_current_graph
+
+AddUp = Callable[[tf.Tensor, str], tf.Tensor]
+"""Adds a tensor up over processes, under a name."""
+
+Sum = Callable[[tf.Tensor, str, tf.Tensor | None], tf.Tensor]
+"""Likewise, not differentiable. The last argument, where there is one, is a tensor that all
+processes have alike, and other calls of that name do not: it tells them apart."""
+
+_numbers = itertools.count()
+
+
+class Order:
+    """Keeps sums in the order in which the program states them, one after the other.
+
+    TensorFlow runs operations without a path between them in any order, and the iterations of a
+    loop side by side. Accesses to a variable stay in program order, across nested functions, loops
+    and branches, so each sum touches one before and after.
+
+    Args:
+        everywhere: Whether sums with different names are kept in order too, or only those in
+            branches and loops, which could meet themselves.
+    """
+
+    def __init__(self, everywhere: bool = True) -> None:
+        self.everywhere = everywhere
+        self._variable: tf.Tensor | None = None
+        self._last: WeakKeyDictionary[tf.Graph, str] = WeakKeyDictionary()
+
+    def last(self) -> list[tf.Operation]:
+        """Returns the operation of this graph, if any, that the next one has to follow."""
+        # Nothing else orders the backward function of a nested `tf.function`, which TensorFlow
+        # makes without automatic control dependencies.
+        graph = tf.compat.v1.get_default_graph()
+        return [graph.get_operation_by_name(self._last[graph])] if graph in self._last else []
+
+    def follow(self, operation: tf.Operation) -> None:
+        """Makes the next sum of this graph follow ``operation``, and who calls the graph wait."""
+        graph = operation.graph
+        self._last[graph] = operation.name
+        # Where there are automatic control dependencies, they see to that.
+        if graph.building_function and not getattr(graph, "_add_control_dependencies", False):
+            graph.control_outputs.append(operation)
+
+    def turn(self) -> Turn:
+        """Returns what runs the sums of one call, and of its gradient."""
+        return Turn(self)
+
+    def variable(self) -> tf.Tensor:
+        """Returns the handle of the variable, made at the first use."""
+        # Not a `tf.Variable`, of which a strategy would make one for each of its replicas.
+        if self._variable is None:
+            with tf.init_scope(), tf.device("CPU:0"):
+                handle = tf.raw_ops.VarHandleOp(
+                    dtype=tf.int64, shape=[], shared_name=f"syncbn/order/{next(_numbers)}"
+                )
+                data = handle_data_util.create_handle_data(tf.TensorShape([]), tf.int64)
+                handle_data_util.set_handle_data(handle, data)
+                tf.raw_ops.AssignVariableOp(resource=handle, value=tf.zeros([], tf.int64))
+            self._variable = handle
+        return self._variable
+
+
+class Turn:
+    """The sums of one call and of its gradient, in an `Order`."""
+
+    def __init__(self, order: Order):
+        self._order = order
+        self._handle: tf.Tensor | None = None
+        self._witness: tf.Tensor | None = None
+
+    def all_reduce_sum(
+        self,
+        add_up: Sum,
+        tensor: tf.Tensor,
+        name: str,
+        handle: tf.Tensor | None = None,
+        witness: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Returns ``add_up(tensor, name, ...)``, differentiable to any order."""
+
+        @tf.custom_gradient
+        def reduce(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+            own = None
+
+            def gradient(upstream: tf.Tensor) -> tf.Tensor:
+                return self.all_reduce_sum(add_up, upstream, f"{name}/gradient", own, total)
+
+            if tf.executing_eagerly():
+                total = add_up(tensor, name, None)
+                return total, gradient
+            if not self._order.everywhere and not in_branch_or_loop():
+                total = add_up(tensor, name, None)
+                return vectorized(total, again), gradient
+            known = self._handle if handle is None else handle
+            with tf.control_dependencies(self._order.last()):
+                begin = _touch(self._order.variable() if known is None else known)
+            if in_branch_or_loop():
+                # The gradient may take the variable from here, and not from outside.
+                own = begin.inputs[0]
+                if self._handle is None:
+                    self._handle = own
+            with tf.control_dependencies([begin]):
+                total = add_up(tensor, name, self._witness if witness is None else witness)
+            if self._witness is None:
+                self._witness = total
+            vectorized(total, again)
+            with tf.control_dependencies([total]):
+                self._order.follow(_touch(begin.inputs[0]))
+            return total, gradient
+
+        def again(rows: tf.Tensor) -> tf.Tensor:
+            # In a turn of its own: what this one knows may be of another graph.
+            return self._order.turn().all_reduce_sum(add_up, rows, name)
+
+        return reduce(in_current_graph(tensor))
+
+
+def _touch(handle: tf.Tensor) -> tf.Operation:
+    operation = tf.raw_ops.AssignAddVariableOp(resource=handle, value=tf.ones([], tf.int64))
+    # A vectorized loop (see there) takes one turn for all iterations.
+    operation.pfor_converter = lambda loop: _touch(loop.unstacked_input(0))
+    return operation

@@ -1,0 +1,82 @@
+"""The strategy in whose scope or replica a call is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from syncbn._src.communicators.base import Communicator
+
+
+def replica_context() -> tf.distribute.ReplicaContext:
+    """Returns the context of the replica that makes the call.
+
+    Raises:
+        RuntimeError: no replica does.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        raise outside_of_replicas("Replicas add up in a replica context.")
+    return context
+
+
+def outside_of_replicas(requirement: str) -> RuntimeError:
+    """Returns the error of a call in a cross-replica context that does not meet a requirement."""
+    return RuntimeError(
+        f"{requirement} Received: a call in the cross-replica context of "
+        f"{type(tf.distribute.get_strategy()).__name__}. Make it inside the function that is given "
+        "to `strategy.run(...)`, or train with `model.fit`."
+    )
+
+
+def replica_number() -> int:
+    """Returns which of the strategy's replicas makes the call."""
+    number = replica_context().replica_id_in_sync_group
+    static = number if isinstance(number, int) else tf.get_static_value(number)
+    return number if static is None else int(static)
+
+
+def local_replicas() -> int:
+    """Returns how many replicas the strategy has in this process."""
+    strategy = tf.distribute.get_strategy()
+    # The default strategy has one, and no devices of its own.
+    return len(strategy.extended.worker_devices) if strategy.num_replicas_in_sync > 1 else 1
+
+
+def joined_processes() -> int:
+    """Returns how many processes the strategy joins; one where it is a strategy of this one."""
+    return tf.distribute.get_strategy().num_replicas_in_sync // local_replicas()
+
+
+class GroupRows:
+    """Groups of replicas that cannot add up for themselves.
+
+    One collective over all replicas does instead, in which each group has a row of its own.
+
+    Args:
+        communicator: What joins all replicas.
+        groups: Their ranks.
+    """
+
+    def __init__(self, communicator: Communicator, groups: Sequence[Sequence[int]]):
+        self._communicator = communicator
+        self._groups = len(groups)
+        members = {rank: group for group, ranks in enumerate(groups) for rank in ranks}
+        self._group_of = [members[rank] for rank in range(len(members))]
+
+    def own(self, rows: tf.Tensor) -> tf.Tensor:
+        """Returns the row of this replica's group."""
+        # By a slice: the gradient of `tf.gather` is no tensor, which custom gradients want.
+        return rows[self._own_group()]
+
+    def all_reduce_rows(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        """Returns the sums of ``tensor`` over each of the groups, as rows."""
+        own = tf.range(self._groups) == self._own_group()
+        own = tf.reshape(own, [-1, *[1] * tensor.shape.rank])
+        # Not a product: zero times a NaN of this group would be one in the others' rows.
+        rows = tf.where(own, tensor, tf.zeros([], tensor.dtype))
+        return self._communicator.all_reduce_sum(rows, name)
+
+    def _own_group(self) -> tf.Tensor:
+        return tf.gather(self._group_of, self._communicator.rank)

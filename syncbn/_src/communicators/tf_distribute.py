@@ -1,0 +1,101 @@
+"""tf.distribute: MirroredStrategy, MultiWorkerMirroredStrategy, OneDeviceStrategy and their kin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._src.communicators.strategy import (
+    GroupRows,
+    joined_processes,
+    replica_context,
+    replica_number,
+)
+from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn._src.communicators.vectorization import refused, vectorized
+
+
+class DistributeCommunicator:
+    """The replicas of the `tf.distribute.Strategy` in whose replica context a call is made."""
+
+    name = "tf.distribute"
+    supports_jit = False
+
+    def split(self, groups: Sequence[Sequence[int]]) -> GroupRows:
+        """Returns what adds up within groups of the replicas."""
+        return GroupRows(self, groups)
+
+    def hosts(self) -> list[str]:
+        """Returns the host of each replica, as the strategy's cluster names it."""
+        strategy = tf.distribute.get_strategy()
+        resolver = strategy.cluster_resolver
+        cluster = resolver.cluster_spec().as_dict() if resolver else {}
+        tasks = [*cluster.get("chief", []), *cluster.get("worker", [])] or ["localhost"]
+        replicas = strategy.num_replicas_in_sync // len(tasks)
+        return [task.rpartition(":")[0] for task in tasks for _ in range(replicas)]
+
+    @property
+    def size(self) -> int:
+        return tf.distribute.get_strategy().num_replicas_in_sync
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of this process's replicas; outside of them."""
+        strategy = tf.distribute.get_strategy()
+        ranks = strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(context.replica_id_in_sync_group)
+        )
+        return [int(rank) for rank in strategy.experimental_local_results(ranks)]
+
+    @property
+    def rank(self) -> int:
+        return replica_number()
+
+    def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        context = replica_context()
+        if context.num_replicas_in_sync == 1:
+            return tensor
+        refuse_xla("tf.distribute")
+        refuse_forward_mode("tf.distribute", tensor)
+        with tf.name_scope(name):
+            return _all_reduce_sum(tensor)
+
+
+def _shares_one_memory(strategy: tf.distribute.Strategy) -> bool:
+    """Says whether all replicas are on the CPUs of this process.
+
+    Then one addition, whose result all of them read, does what a collective does, in a small part
+    of the time (two replicas, 129 numbers, on two cores: 0.005 ms against 0.15 ms).
+    """
+    return joined_processes() == 1 and all(
+        tf.DeviceSpec.from_string(device).device_type == "CPU"
+        for device in strategy.extended.worker_devices
+    )
+
+
+@tf.custom_gradient
+def _all_reduce_sum(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+    # What comes back has a custom gradient already. The custom gradient of a layer, which walks the
+    # graph from its results to its inputs, must not walk on into the other replicas from here.
+    if _shares_one_memory(replica_context().strategy):
+        total = tf.stop_gradient(_add_up(tensor))
+        if not tf.executing_eagerly():
+            # A vectorized loop drops custom gradients; what it makes of the sum has one again.
+            total.op.pfor_converter = lambda loop: [loop.inputs[0]]
+        return total, _all_reduce_sum
+    # An argument of a function has no device, without which TensorFlow finds no destination; a copy
+    # made here has the replica's.
+    own = refused(tensor, "tf.distribute")
+    total = replica_context().all_reduce(tf.distribute.ReduceOp.SUM, own)
+    return tf.stop_gradient(total), _all_reduce_sum
+
+
+def _add_up(tensor: tf.Tensor) -> tf.Tensor:
+    def add(strategy: tf.distribute.Strategy, tensors: Any) -> tf.Tensor:
+        return tf.add_n(strategy.experimental_local_results(tensors), name="all_reduce_sum")
+
+    total = replica_context().merge_call(add, args=[tensor])
+    # One operation of all replicas, each of which vectorizes a loop of its own.
+    return total if tf.executing_eagerly() else vectorized(total, _all_reduce_sum, replica_number)

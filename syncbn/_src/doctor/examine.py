@@ -1,0 +1,167 @@
+"""What this machine has for synchronized training, and whether it works."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from syncbn._src.communicators import horovod_settings
+from syncbn._src.communicators.launcher import launched
+from syncbn._src.doctor import engines, processes
+from syncbn._src.keras_compat import keras_api
+
+
+class Result(NamedTuple):
+    """What came of trying an engine."""
+
+    engine: str
+    status: str
+    """``"ok"``, ``"failed"`` or ``"missing"``."""
+    milliseconds: float | None = None
+    """The latency of an all-reduce of 129 float64 numbers."""
+    reason: str = ""
+    """Why it is not ok."""
+    advice: str = ""
+    """What to do."""
+    output: str = ""
+    """The end of what the processes printed, where they failed."""
+
+    def __str__(self) -> str:
+        words = {"ok": f"ok {self.milliseconds or 0:.2f} ms", "missing": "not installed"}
+        line = ": ".join(
+            filter(None, [words.get(self.status, self.status), self.reason, self.advice])
+        )
+        return "\n    | ".join([line, *self.output.splitlines()])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``doctor``."""
+    parser.add_argument(
+        "--engine",
+        action="append",
+        choices=list(engines.ENGINES),
+        help="try this one only; may be given several times",
+    )
+    parser.add_argument(
+        "--limit",
+        type=_seconds,
+        default=120.0,
+        metavar="SECONDS",
+        help="how long an engine may take before its processes are ended (default: %(default)g)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, at the end")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Describes the machine, tries the engines, and prints both.
+
+    Returns:
+        0 where all engines that are installed work, 1 where one does not, and 2 where a launcher
+        started this process.
+    """
+    launch = launched()
+    if launch.processes > 1 and launch.variable != "TF_CONFIG":
+        print(
+            "The doctor starts processes of its own, so a launcher must not start it. Received: "
+            f"{launch.variable}={launch.processes}. Run it once, by itself.",
+            file=sys.stderr,
+        )
+        return 2
+    machine = describe()
+    width = max(map(len, (*machine, *engines.ENGINES)))
+    if not arguments.json:
+        for what, text in machine.items():
+            print(f"{what:{width}}  {text}")
+        print("\nOn CPUs, between two replicas: an all-reduce, a training step, the latency")
+    results = []
+    for engine in arguments.engine or engines.ENGINES:
+        if not arguments.json:
+            print(f"{engine:{width}}  ", end="", flush=True)
+        results.append(try_out(engine, arguments.limit))
+        if not arguments.json:
+            print(results[-1], flush=True)
+    if arguments.json:
+        print(json.dumps({"machine": machine, "engines": [r._asdict() for r in results]}, indent=2))
+    return int(any(result.status == "failed" for result in results))
+
+
+def describe() -> dict[str, str]:
+    """Returns what this machine has, in words."""
+    gpus = [
+        tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)
+        for gpu in tf.config.list_physical_devices("GPU")
+    ]
+    return {
+        "Python": f"{platform.python_version()}, {sys.executable}",
+        "syncbn": metadata.version("syncbn"),
+        "TensorFlow": tf.__version__,
+        "tf.keras": "Keras 3" if keras_api.KERAS_3 else "tf_keras",
+        "Keras": engines.installed("keras"),
+        "tf_keras": engines.installed("tf_keras"),
+        "CPU cores": str(len(os.sched_getaffinity(0))),
+        "GPUs": ", ".join(gpus) or "none",
+        "Horovod": _in_words(engines.describe_horovod),
+        "mpi4py": _in_words(engines.describe_mpi4py),
+        "mpirun": _in_words(lambda: ", ".join(engines.mpirun())),
+        "horovodrun": _in_words(engines.horovodrun),
+    }
+
+
+def try_out(engine: str, limit: float) -> Result:
+    """Runs an engine, in processes that are ended after ``limit`` seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "seconds")
+        probe = [sys.executable, "-m", "syncbn._src.doctor.probe", engine, str(file)]
+        commands, advice = engines.ENGINES[engine]
+        try:
+            reason, output = processes.run(commands(probe), limit)
+        except engines.Unusable as unusable:
+            return _unusable(engine, unusable)
+        if reason:
+            return Result(engine, "failed", None, reason, _proxy(engine) or advice, output)
+        seconds = float(file.read_text())
+    return Result(engine, "ok", 1e3 * seconds, advice="; ".join(_hints(engine)))
+
+
+def _unusable(engine: str, unusable: engines.Unusable) -> Result:
+    return Result(engine, unusable.status, None, unusable.reason, unusable.advice)
+
+
+def _hints(engine: str) -> Iterator[str]:
+    if engine.startswith("horovod"):
+        controller = engine.removeprefix("horovod-")
+        yield f"with {horovod_settings.in_force(controller, 2)}"
+        yield from filter(None, [horovod_settings.advice(controller, 2)])
+    if engine in ("mpi", "horovod-mpi") and processes.root_needs():
+        yield f"jobs that root starts need {processes.root_needs()}"
+
+
+def _proxy(engine: str) -> str:
+    proxies = [name for name in ("grpc_proxy", "https_proxy", "http_proxy") if name in os.environ]
+    if engine != "multiworker" or not proxies:
+        return ""
+    return f"{proxies[0]} keeps workers from each other; name their hosts in no_proxy"
+
+
+def _in_words(describe: Callable[[], str]) -> str:
+    try:
+        return describe()
+    except engines.Unusable as unusable:
+        return str(_unusable("", unusable))
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive. Received: {text}")
+    return seconds

@@ -1,0 +1,94 @@
+"""The seam between the two Kerases: the only module that knows which one `tf.keras` is.
+
+`tf.keras` is Keras 3, or Keras 2 (the package ``tf_keras``) where ``TF_USE_LEGACY_KERAS=1`` was
+set before TensorFlow was imported. Tried with Keras 3.15, and tf_keras 2.16 and 2.21.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import tensorflow as tf
+
+keras = tf.keras
+
+KERAS_3 = hasattr(keras, "Variable")
+"""Whether `tf.keras` is Keras 3; Keras 2 had no variables of its own."""
+
+if KERAS_3 and keras.config.backend() != "tensorflow":
+    raise ImportError(
+        "syncbn needs Keras with the TensorFlow backend. Received: KERAS_BACKEND="
+        f"{keras.config.backend()}. Set KERAS_BACKEND=tensorflow before importing Keras."
+    )
+
+VARIABLES: tuple[type, ...] = (tf.Variable, keras.Variable) if KERAS_3 else (tf.Variable,)
+"""What a user can have as a variable."""
+
+register_keras_serializable = keras.utils.register_keras_serializable
+
+OPTIMIZERS: tuple[type, ...] = (keras.optimizers.Optimizer,)
+"""The base classes of the optimizers of `tf.keras`."""
+if not KERAS_3:
+    OPTIMIZERS += (keras.optimizers.legacy.Optimizer,)
+
+
+# Looked up once: users may put a layer of this package under the host's name later, for code that
+# looks it up there.
+PLAIN_BATCH_NORMALIZATION: Any = keras.layers.BatchNormalization
+"""The batch normalization of `tf.keras`."""
+
+BATCH_NORMALIZATION: Any = PLAIN_BATCH_NORMALIZATION
+"""What all batch normalizations of `tf.keras` come from; that of Keras 2 is not public."""
+if not KERAS_3:
+    BATCH_NORMALIZATION = BATCH_NORMALIZATION.__base__
+
+
+def renorm_arguments(**arguments: Any) -> dict[str, Any]:
+    """Returns arguments for the renormalization of the host's `BatchNormalization`.
+
+    Raises:
+        NotImplementedError: it has none.
+    """
+    known = inspect.signature(PLAIN_BATCH_NORMALIZATION.__init__).parameters
+    if KERAS_3 and "renorm" not in known:
+        raise NotImplementedError(
+            "renorm=True needs a Keras whose BatchNormalization has it: Keras 3.14, or Keras 2. "
+            f"Received: Keras {keras.__version__}. Update it: pip install -U keras."
+        )
+    return arguments
+
+
+def variable(weight: Any) -> Any:
+    """Returns the variable of TensorFlow that a weight of Keras, or that itself, is."""
+    return weight.value if KERAS_3 and isinstance(weight, keras.Variable) else weight
+
+
+def draws_numbers(layer: Any) -> bool:
+    """Says whether a layer has a generator of random numbers."""
+    if KERAS_3:
+        return any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
+    return isinstance(layer, keras.__internal__.layers.BaseRandomLayer)
+
+
+def prepare_training(model: Any, data: tuple[Any, ...]) -> None:
+    """Does what `fit` does before the first `train_step`; within the strategy's scope."""
+    if KERAS_3:
+        # Metrics and the loss are otherwise built in replicas, which must not make variables. There
+        # is no public way.
+        model._symbolic_build(data_batch=tf.nest.map_structure(tf.constant, data))
+
+
+def training_mode(layer: Any, training: Any) -> Any:
+    """Returns whether a call trains: a bool, or in a graph of Keras 2 possibly a tensor.
+
+    ``None`` is Keras 2's learning phase, and false in Keras 3. A frozen layer does not train.
+    """
+    if not layer.trainable:
+        return False
+    if training is None:
+        training = False if KERAS_3 else keras.backend.learning_phase()
+    if tf.is_tensor(training):
+        static = tf.get_static_value(training)
+        return training if static is None else bool(static)
+    return bool(training)

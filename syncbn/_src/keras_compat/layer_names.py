@@ -1,0 +1,42 @@
+"""Names of layers and weights that do not depend on who asks, or where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from syncbn._src.keras_compat.keras_api import KERAS_3
+
+
+def named_layers(model: Any) -> dict[str, Any]:
+    """Returns the layers of ``model``, each once, by names such as ``"block/normalization"``.
+
+    They come in the order in which they are tracked, layers of layers after the layer around them.
+    """
+    found: dict[str, Any] = {}
+    seen = {id(model)}
+
+    def walk(outer: Any, prefix: str) -> None:
+        # Both Kerases have this method for themselves; `Model.layers` leaves out the layers of
+        # layers.
+        for layer in outer._flatten_layers(recursive=False, include_self=False):
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            name, number = prefix + layer.name, 1
+            while name in found:
+                name, number = f"{prefix}{layer.name}_{number}", number + 1
+            found[name] = layer
+            walk(layer, f"{name}/")
+
+    walk(model, "")
+    return found
+
+
+def short_name(weight: Any) -> str:
+    """Returns the name that a layer has for its weight, such as ``"moving_mean"``."""
+    return weight.name if KERAS_3 else weight.name.rpartition("/")[2].partition(":")[0]
+
+
+def layer_path(layer: Any) -> str:
+    """Returns a name for ``layer`` that is the same on all workers that build the same model."""
+    return layer.path if KERAS_3 else layer.name

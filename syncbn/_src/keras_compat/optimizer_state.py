@@ -1,0 +1,107 @@
+"""What the optimizers of either Keras keep, and how they are made to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._src.keras_compat.keras_api import KERAS_3, keras
+
+_INDICES = "_trainable_variables_indices" if KERAS_3 else "_index_dict"
+"""Where an optimizer that is built has the number of each variable."""
+
+_LEGACY_WITH_VELOCITIES: tuple[type, ...] = ()
+if not KERAS_3:
+    _LEGACY_WITH_VELOCITIES = (keras.optimizers.legacy.SGD, keras.optimizers.legacy.RMSprop)
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """Returns what an optimizer that scales the loss wraps, or ``None``."""
+    return getattr(optimizer, "inner_optimizer", None)
+
+
+def trained_variables(optimizer: Any, given: Any) -> list[Any]:
+    """Returns the variables of a call ``optimizer.apply(gradients, given)`` of Keras 3."""
+    return list(optimizer._trainable_variables if given is None else given)
+
+
+def build_optimizer(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Lets an optimizer make its state now, if it is one that would do so in its first step."""
+    if KERAS_3 and not getattr(optimizer, "built", True):
+        with tf.init_scope():
+            optimizer.build(variables)
+            optimizer.built = True
+
+
+def optimizer_variables(optimizer: Any) -> list[Any]:
+    """Returns the state of an optimizer, as far as it has been made."""
+    variables = optimizer.variables
+    return list(variables() if callable(variables) else variables)
+
+
+def state_of(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
+    """Returns what an optimizer keeps of each of ``variables``, such as its momentum.
+
+    There is no public way to learn this, but for the slots of older optimizers. The others of both
+    Kerases keep lists as long as that of the variables that they were built with, in its order.
+
+    Raises:
+        ValueError: the optimizer keeps something else than numbers outside of such lists.
+    """
+    optimizer = inner_optimizer(optimizer) or optimizer
+    if hasattr(optimizer, "get_slot"):
+        names = optimizer.get_slot_names()
+        slots = [_slot(optimizer, one, name) for one in variables for name in names]
+        return [slot for slot in slots if slot is not None]
+    indices = getattr(optimizer, _INDICES, {})
+    own = [indices[key] for key in map(optimizer._var_key, variables) if key in indices]
+    state = optimizer_variables(optimizer)
+    known = {id(one) for one in state}
+    lists = [
+        value
+        for name, value in vars(optimizer).items()
+        if name not in ("_variables", "_trainable_variables")
+        and isinstance(value, list | tuple)
+        and len(value) == len(indices)
+        and any(id(one) in known for one in value)
+    ]
+    found = {id(one) for value in lists for one in value}
+    for one in state:
+        if len(one.shape) and id(one) not in found:
+            raise ValueError(
+                "Where variables are local, it must be known which of an optimizer's state belongs "
+                f"to them. Received: {type(optimizer).__name__}, of whose {one.name} it is not "
+                "known. Use another optimizer, such as SGD or Adam."
+            )
+    return [value[index] for value in lists for index in own if value[index] is not None]
+
+
+def _slot(optimizer: Any, variable: Any, name: str) -> Any:
+    try:
+        return optimizer.get_slot(variable, name)
+    except KeyError:  # there are none before the first step
+        return None
+
+
+def velocities(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
+    """Returns the state of an optimizer that is a sum of past steps, learning rates included.
+
+    SGD and RMSprop with momentum have such state; that of others is of gradients.
+
+    Args:
+        optimizer: Of `tf.keras`.
+        variables: Those that it trains.
+    """
+    optimizer = inner_optimizer(optimizer) or optimizer
+    if hasattr(optimizer, "get_slot"):
+        if not isinstance(optimizer, _LEGACY_WITH_VELOCITIES):
+            return []
+        slots = [_slot(optimizer, variable, "momentum") for variable in variables]
+        return [slot for slot in slots if slot is not None]
+    if isinstance(optimizer, keras.optimizers.SGD):
+        return list(getattr(optimizer, "momentums", ()))
+    if isinstance(optimizer, keras.optimizers.RMSprop):
+        return list(getattr(optimizer, "_momentums", ()))
+    return []

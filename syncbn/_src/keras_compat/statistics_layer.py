@@ -1,0 +1,85 @@
+"""Moving statistics: weights that are synchronized when they are read, in either Keras."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._src.keras_compat.keras_api import KERAS_3, keras
+from syncbn._src.keras_compat.session_graphs import in_session_graph, require_updates
+
+_STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
+
+
+class StatisticsLayer(keras.layers.Layer):
+    """A layer that can hold moving statistics, in either Keras.
+
+    A moving statistic is a weight that is not trained, float32 at least, and synchronized
+    ``ON_READ`` with aggregation ``MEAN``: each replica has and updates a copy of its own, and
+    whoever looks at it from outside of the replicas sees their mean, up to its rounding.
+    """
+
+    def add_statistic(self, name: str, shape: Any, initializer: Any, dtype: Any = None) -> Any:
+        """Creates a moving statistic. ``dtype`` is the layer's, but float32 at least."""
+        if dtype is None:
+            own = tf.as_dtype(self.variable_dtype if KERAS_3 else self.dtype or "float32")
+            dtype = "float64" if own == tf.float64 else "float32"
+        if not KERAS_3:
+            return super().add_weight(
+                name=name,
+                shape=shape,
+                dtype=dtype,
+                initializer=initializer,
+                trainable=False,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.MEAN,
+                experimental_autocast=False,
+            )
+        # `Layer.add_weight` of Keras 3 cannot synchronize on read; a variable can. The layer
+        # tracks it when it is assigned to an attribute.
+        return keras.Variable(
+            keras.initializers.get(initializer),
+            shape=shape,
+            dtype=dtype,
+            trainable=False,
+            autocast=False,
+            synchronization="on_read",
+            aggregation="mean",
+            name=name,
+        )
+
+    def update_statistic(self, statistic: Any, value: tf.Tensor) -> None:
+        """Assigns ``value`` to a moving statistic.
+
+        In the graph of a session nothing runs by itself. There the assignment becomes one of the
+        layer's updates, and one of the collection ``UPDATE_OPS``.
+
+        Raises:
+            NotImplementedError: a session could not run the assignment: that of a layer of Keras 3,
+                or in a branch or loop.
+        """
+        if not tf.compat.v1.executing_eagerly_outside_functions():
+            require_updates()
+        update = statistic.assign(value)
+        if in_session_graph():
+            self.add_update(update)
+            tf.compat.v1.add_to_collection(tf.compat.v1.GraphKeys.UPDATE_OPS, update.op)
+
+    if KERAS_3:
+
+        def add_weight(
+            self,
+            shape: Any = None,
+            initializer: Any = None,
+            *args: Any,
+            trainable: bool = True,
+            name: str | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            # Keras' own batch normalization makes its moving statistics here.
+            if name in _STATISTICS:
+                return self.add_statistic(name, shape, initializer)
+            return super().add_weight(
+                shape, initializer, *args, trainable=trainable, name=name, **kwargs
+            )

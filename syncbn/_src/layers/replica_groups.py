@@ -1,0 +1,119 @@
+"""The replicas that a layer shares its statistics with: all, or those of a group."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._src.communicators.base import Communicator, sums_for_call
+from syncbn._src.communicators.groups import Grouping, Groups
+from syncbn._src.communicators.strategy import GroupRows
+from syncbn._src.ops.moments import Moments, Sums, average, pack, unbiased, unpack, weigh
+from syncbn._src.ops.replicas import Replicas
+
+
+class ReplicaGroups:
+    """The groups of a layer, made when it first trains with a communicator, and kept."""
+
+    def __init__(self, grouping: Grouping):
+        self.grouping = grouping
+        self._splits: list[tuple[Communicator, int, Any]] = []
+
+    def replicas(self, communicator: Communicator, batch: int | None, scope: str) -> Replicas:
+        """Returns the replicas to share statistics with.
+
+        The moving statistics take up the average of the groups' statistics, weighted by their
+        counts; so they stay equal on all replicas.
+
+        Args:
+            communicator: What joins all replicas.
+            batch: How many samples this replica has, where that is known.
+            scope: The first part of the names of the collectives.
+        """
+        all_reduce_sum = sums_for_call(communicator, scope)
+        size = communicator.size
+        # One replica has nobody to be grouped with, and a model made for a job stays usable in one.
+        if size == 1 or not self.grouping.is_given():
+            return Replicas(all_reduce_sum, alone=size == 1)
+        split = self._split(communicator, size, batch)
+        if split is None:
+            return Replicas(all_reduce_sum)
+        if isinstance(split, GroupRows):
+            return _OneCollectiveGroups(split, scope)
+        return _SubgroupReplicas(sums_for_call(split, scope), all_reduce_sum)
+
+    def _split(self, communicator: Communicator, size: int, batch: int | None) -> Any:
+        for known, known_size, split in self._splits:
+            if known is communicator and known_size == size:
+                return split
+        split = _split(communicator, self.grouping.choose(communicator, batch))
+        self._splits.append((communicator, size, split))
+        return split
+
+
+# Of each communicator, by groups: layers with the same groups share them. By its identity, since a
+# communicator need not be hashable, and equal ones may be different.
+_splits: dict[int, dict[Groups, Any]] = {}
+_kept: list[Communicator] = []
+
+
+def _split(communicator: Communicator, groups: Groups) -> Any:
+    """Returns what joins the group of this replica, or ``None`` where all are in one."""
+    if len(groups) == 1:
+        return None
+    if not hasattr(communicator, "split"):
+        raise TypeError(
+            "A layer with groups needs a communicator that has a method split(groups). "
+            f"Received: communicator={communicator!r}."
+        )
+    made = _splits_of(communicator)
+    if groups not in made:
+        made[groups] = communicator.split(groups)
+    return made[groups]
+
+
+def _splits_of(communicator: Communicator) -> dict[Groups, Any]:
+    key = id(communicator)
+    if key not in _splits:
+        _splits[key] = {}
+        try:
+            weakref.finalize(communicator, _splits.pop, key).atexit = False
+        except TypeError:
+            # It has slots, and nothing tells of its end: kept, no other one gets its identity.
+            _kept.append(communicator)
+    return _splits[key]
+
+
+class _SubgroupReplicas(Replicas):
+    """Groups that add up for themselves: one more collective tells of the others."""
+
+    def __init__(self, all_reduce_sum: Callable, all_reduce_sum_over_all: Callable):
+        super().__init__(all_reduce_sum)
+        self._over_all = all_reduce_sum_over_all
+
+    def merge(self, sums: Sums, bessel: bool = False) -> tuple[Moments, Moments]:
+        merged, own = super().merge(sums, bessel)
+        # Each replica stands for its part of the group's count.
+        variance = None if own.variance is None else sums.count * own.variance
+        share = pack(sums._replace(second=variance))
+        return merged, average(self._over_all(share, "moving"), sums)
+
+
+class _OneCollectiveGroups(Replicas):
+    """Groups that learn of each other by one collective."""
+
+    def __init__(self, groups: GroupRows, scope: str):
+        self._groups, self._scope = groups, scope
+        super().__init__(lambda tensor, name: groups.own(self._rows(tensor, name)))
+
+    def merge(self, sums: Sums, bessel: bool = False) -> tuple[Moments, Moments]:
+        rows = self._rows(pack(sums), "statistics")
+        each = unpack(rows, sums)
+        share = pack(weigh(unbiased(each) if bessel else each))
+        return unpack(self._groups.own(rows), sums), average(tf.reduce_sum(share, 0), sums)
+
+    def _rows(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        return self._groups.all_reduce_rows(tensor, f"{self._scope}/{name}")

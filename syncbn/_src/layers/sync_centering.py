@@ -1,0 +1,99 @@
+"""Centering: batch normalization's mean without its variance."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.groups import check_grouping
+from syncbn._src.keras_compat import keras_api
+from syncbn._src.layers.synchronized_layer import SynchronizedLayer
+from syncbn._src.ops.centering import center
+from syncbn._src.ops.channels import broadcast_channels, normalized_axes
+from syncbn._src.ops.replicas import Replicas
+
+
+@keras_api.register_keras_serializable(package="syncbn")
+class SyncCentering(SynchronizedLayer):
+    r"""Removes the mean of each channel, taken over all replicas, and learns it.
+
+    In training $y = x - \mathrm{E}[x]$, where the mean is that of all elements of a channel on all
+    replicas, while a moving average of it is kept. At inference, and when ``trainable`` is false,
+    the layer subtracts that average, a constant. The variance is left alone.
+
+    Each training call costs one all-reduce of ``channels + 1`` float64 numbers, and its gradient
+    one of ``channels``. As with `SyncBatchNormalization`, every replica has to make every training
+    call.
+
+    Args:
+        axis: The axis (or axes) that keeps its means apart, typically that of the features.
+        momentum: Of the moving average, as for `SyncBatchNormalization`.
+        moving_mean_initializer: Of the moving mean.
+        communicator, group_size, groups, target_batch: As for `SyncBatchNormalization`.
+        **kwargs: Those of any layer.
+
+    Raises:
+        ValueError: ``momentum`` outside of [0, 1], an unknown ``communicator``, groups that no job
+            could have.
+        TypeError: a ``communicator`` that is none, a momentum that is neither a number nor a scalar
+            variable.
+    """
+
+    def __init__(
+        self,
+        axis: int | Sequence[int] = -1,
+        momentum: Any = 0.99,
+        *,
+        moving_mean_initializer: Any = "zeros",
+        communicator: str | Communicator = "auto",
+        group_size: int | str | None = None,
+        groups: Sequence[Sequence[int]] | None = None,
+        target_batch: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        grouping = check_grouping(group_size, groups, target_batch)
+        super().__init__(momentum, communicator, grouping, **kwargs)
+        if isinstance(axis, Sequence):
+            self.axis: int | list[int] = [operator.index(one) for one in axis]
+        else:
+            self.axis = operator.index(axis)
+        self.moving_mean_initializer = keras_api.keras.initializers.get(moving_mean_initializer)
+
+    def build(self, input_shape: Any) -> None:
+        shape = self._check_input_shape(input_shape)
+        sizes = {axis: shape[axis] for axis in normalized_axes(self.axis, shape)}
+        self.moving_mean = self.add_statistic(
+            "moving_mean", tuple(sizes.values()), self.moving_mean_initializer
+        )
+        self._build_count(self.moving_mean.shape)
+        self.input_spec = keras_api.keras.layers.InputSpec(ndim=len(shape), axes=sizes)
+        super().build(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        initializer = keras_api.keras.initializers.serialize(self.moving_mean_initializer)
+        axis = self.axis if isinstance(self.axis, int) else list(self.axis)
+        return {**super().get_config(), "axis": axis, "moving_mean_initializer": initializer}
+
+    def _statistics(self) -> tuple[str, ...]:
+        return ("moving_mean",)
+
+    def _call_training(
+        self,
+        inputs: tf.Tensor,
+        axes: tuple[int, ...],
+        mask: tf.Tensor | None,
+        replicas: Replicas,
+        before: Mapping[str, tf.Tensor],
+    ) -> tuple[tf.Tensor, ...]:
+        outputs, moments = center(inputs, axes=axes, replicas=replicas, mask=mask)
+        return outputs, moments.count, moments.mean
+
+    def _call_inference(self, inputs: tf.Tensor) -> tf.Tensor:
+        mean = tf.reshape(tf.convert_to_tensor(self.moving_mean), [-1])
+        axes = normalized_axes(self.axis, inputs.shape.as_list())
+        wide = tf.cast(inputs, mean.dtype)
+        return tf.cast(wide - broadcast_channels(mean, inputs, axes), self.compute_dtype)

@@ -1,0 +1,346 @@
+"""What the synchronized layers share: the communicator, checked inputs, moving averages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._src.autograph import unconverted
+from syncbn._src.call_stack import repeats_forward
+from syncbn._src.communicators.base import Communicator, process_communicator
+from syncbn._src.communicators.groups import Grouping
+from syncbn._src.communicators.local import LocalCommunicator
+from syncbn._src.communicators.resolution import check_communicator, resolve, supports_jit
+from syncbn._src.communicators.strategy import joined_processes, outside_of_replicas
+from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.layer_names import layer_path
+from syncbn._src.keras_compat.session_graphs import cond
+from syncbn._src.keras_compat.statistics_layer import StatisticsLayer
+from syncbn._src.keras_compat.untrained_traces import never_trains
+from syncbn._src.layers.momentum import MomentumAttribute, momentum_of
+from syncbn._src.layers.replica_groups import ReplicaGroups
+from syncbn._src.ops.channels import normalized_axes, statistics_dtype
+from syncbn._src.ops.moments import expand_mask
+from syncbn._src.ops.replicas import Replicas
+from syncbn._src.ops.shared_traces import shared
+
+
+class SynchronizedLayer(StatisticsLayer):
+    """A layer that takes statistics over all replicas when it trains.
+
+    Subclasses set `momentum`, build their statistics, call `_build_count`, and define
+    `_statistics`, `_call_training` and `_call_inference`.
+    """
+
+    momentum = MomentumAttribute(or_none="the cumulative average")
+
+    def __init__(
+        self,
+        momentum: Any,
+        communicator: str | Communicator,
+        grouping: Grouping,
+        **kwargs: Any,
+    ) -> None:
+        self._communicator = check_communicator(communicator)
+        self._groups = ReplicaGroups(grouping)
+        super().__init__(**kwargs)
+        self.momentum = momentum
+        self.supports_masking = True
+
+    _host_supports_jit = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), MomentumAttribute):
+            # Keras would make a variable that it sees one of the layer's weights.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def communicator(self) -> str | Communicator:
+        """The communicator that the layer was given."""
+        return self._communicator
+
+    @property
+    def supports_jit(self) -> bool:
+        """Whether XLA can compile a training step with this layer, with the engine used now."""
+        return self._host_supports_jit and supports_jit(self._communicator)
+
+    @supports_jit.setter
+    def supports_jit(self, value: bool) -> None:
+        self._host_supports_jit = value
+
+    def get_config(self) -> dict[str, Any]:
+        communicator = self._communicator
+        name = communicator if isinstance(communicator, str) else communicator.name
+        own = {"momentum": momentum_of(self, "momentum").value(), "communicator": name}
+        return {**super().get_config(), **own, **self._groups.grouping._asdict()}
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    @unconverted
+    def call(
+        self,
+        inputs: Any,
+        training: Any = None,
+        mask: Any = None,
+        update_moving_statistics: bool = True,
+    ) -> Any:
+        """Applies the layer.
+
+        Args:
+            inputs: Rank 2 at least. Integers and booleans are taken as floats.
+            training: Whether to use, and move towards, the statistics of the batch over all
+                replicas, rather than the moving ones. In that case every replica has to make the
+                call, with an empty batch if need be. In the cross-replica context of a strategy a
+                batch is given once: its statistics are its own (over Horovod and MPI those of the
+                batches of all processes), and all copies move alike.
+            mask: Booleans, one dimension less than ``inputs``: they cover all dimensions but the
+                last. With fewer they cover the first ones. The statistics are those of the elements
+                where it is true, whatever the others hold; all elements are normalized.
+            update_moving_statistics: Whether the moving statistics move in a training call. False
+                for a batch that is seen a second time. The forward pass that `tf.recompute_grad`
+                repeats for the gradient moves nothing by itself, unless it is that of a
+                `tf.function`, whose trace is the same both times.
+
+        Returns:
+            Shape of ``inputs``, the layer's compute dtype.
+
+        Raises:
+            TypeError: inputs that are no numbers, such as complex ones or strings.
+            ValueError: a mask of more dimensions, or an axis that the inputs do not have.
+            NotImplementedError: with ``renorm``, in `tf.recompute_grad`.
+            RuntimeError: in the cross-replica context of a strategy that joins several workers,
+                each of which would give a batch of its own, or, over Horovod and MPI, of a layer
+                with groups, which are groups of replicas.
+            ImportError, RuntimeError: see `syncbn.resolve`.
+        """
+        inputs = self._with_known_channels(self._floating(inputs))
+        training = keras_api.training_mode(self, training)
+        if training is False:
+            return self._call_inference(inputs)
+        # Read once: what is made of a statistic and what it becomes then cannot be out of order.
+        # (TensorFlow 2.21 orders a second read before the assignment, and loses that on the way.)
+        before = {name: tf.convert_to_tensor(getattr(self, name)) for name in self._moving()}
+        if tf.is_tensor(training):
+            # The statistics move outside of the branches, where a session can run it as an update.
+            outputs, *batch = cond(
+                training,
+                lambda: self._with_counts(*self._train(inputs, mask, before)),
+                lambda: (self._call_inference(inputs), *self._no_batch()),
+            )
+        else:
+            outputs, *batch = self._train(inputs, mask, before)
+        if update_moving_statistics:
+            if not repeats_forward():
+                self._move(before, *batch)
+            elif self._uses_moving_statistics():
+                raise NotImplementedError(
+                    f"tf.recompute_grad repeats a call of {self.name}, whose outputs depend on "
+                    "statistics that the first call has moved. Received: renorm=True. Call it with "
+                    "update_moving_statistics=False there, or leave out one of the two."
+                )
+        return outputs
+
+    def _uses_moving_statistics(self) -> bool:
+        """Says whether the outputs in training depend on what the call moves."""
+        return False
+
+    def _floating(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Gives integers and booleans the dtype in which their statistics are taken."""
+        if inputs.dtype.is_floating:
+            return inputs
+        if not (inputs.dtype.is_integer or inputs.dtype.is_bool):
+            raise TypeError(
+                f"{type(self).__name__} needs inputs that are floats, integers or booleans. "
+                f"Received: dtype {inputs.dtype.name}. Cast them, with tf.cast(x, tf.float32)."
+            )
+        # Not in 16 bits, to which Keras casts the outputs: they round integers from 257 on.
+        return tf.cast(inputs, statistics_dtype(tf.as_dtype(self.compute_dtype)))
+
+    def _with_known_channels(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Gives the inputs the rank and channels that the layer was built for.
+
+        A trace may know neither.
+        """
+        rank = self.input_spec.ndim
+        shape = [None] * rank if inputs.shape.rank is None else inputs.shape.as_list()
+        known = {axis % len(shape): size for axis, size in self.input_spec.axes.items()}
+        if all(shape[axis] is not None for axis in known):
+            return inputs
+        return tf.ensure_shape(inputs, [known.get(axis, size) for axis, size in enumerate(shape)])
+
+    def _train(
+        self, inputs: tf.Tensor, mask: Any, before: Mapping[str, tf.Tensor]
+    ) -> tuple[tf.Tensor, ...]:
+        """Returns the outputs, and what `_move` takes of the batch."""
+        axes = normalized_axes(self.axis, inputs.shape.as_list())
+        if mask is not None:
+            mask = expand_mask(mask, inputs)
+        replicas = self._replicas(inputs.shape[0])
+        outputs, count, *targets = self._call_training(inputs, axes, mask, replicas, before)
+        statistics = [before[name] for name in self._statistics()]
+        shape = statistics[0].shape
+        if count.shape == [shape.num_elements()]:
+            count = _shaped(count, shape)
+        targets = [
+            _shaped(tf.cast(target, statistic.dtype), shape)
+            for statistic, target in zip(statistics, targets, strict=True)
+        ]
+        return tf.cast(outputs, self.compute_dtype), count, *targets
+
+    def _with_counts(self, outputs: tf.Tensor, count: tf.Tensor, *targets: tf.Tensor) -> tuple:
+        """Gives the count the shape of `_no_batch`, which branches must have in common."""
+        return outputs, tf.broadcast_to(count, targets[0].shape), *targets
+
+    def _no_batch(self) -> list[tf.Tensor]:
+        """Returns what `_move` takes where nothing shall move."""
+        statistics = [getattr(self, name) for name in self._statistics()]
+        zeros = [tf.zeros(statistic.shape, statistic.dtype) for statistic in statistics]
+        return [tf.zeros(statistics[0].shape, tf.float64), *zeros]
+
+    def _statistics(self) -> tuple[str, ...]:
+        """Returns the names of the statistics that move towards a batch's, all of one shape."""
+        raise NotImplementedError
+
+    def _moving(self) -> tuple[str, ...]:
+        """Returns the names of all weights that a training call reads and moves."""
+        return (
+            (*self._statistics(), "moving_count") if self.momentum is None else self._statistics()
+        )
+
+    def _call_training(
+        self,
+        inputs: tf.Tensor,
+        axes: tuple[int, ...],
+        mask: tf.Tensor | None,
+        replicas: Replicas,
+        before: Mapping[str, tf.Tensor],
+    ) -> tuple[tf.Tensor, ...]:
+        """Returns the outputs, the batch's count, and its value for each of the statistics."""
+        raise NotImplementedError
+
+    def _call_inference(self, inputs: tf.Tensor) -> tf.Tensor:
+        raise NotImplementedError
+
+    def _replicas(self, batch: int | None) -> Replicas:
+        # Looked up at each call: the layer may be tried out eagerly before it is trained under a
+        # strategy. The lookup costs microseconds, and a graph pays them once.
+        if never_trains():
+            communicator: Communicator = LocalCommunicator()
+        else:
+            _require_replicas_in_step()
+            communicator = resolve(self._communicator)
+            if tf.distribute.in_cross_replica_context():
+                communicator = self._given_once(communicator)
+        path = re.sub(r"[^\w.\-/]", "_", layer_path(self))
+        return self._groups.replicas(communicator, batch, f"syncbn/{path}")
+
+    def _given_once(self, communicator: Communicator) -> Communicator:
+        """Returns what joins batches that processes give once, outside of their replicas.
+
+        All copies of the moving statistics then move alike.
+
+        Raises:
+            RuntimeError: there is no such thing.
+        """
+        if joined_processes() > 1:
+            # Each worker would give a batch of its own, and tf.distribute adds up in replicas only.
+            raise outside_of_replicas(
+                "A synchronized layer must be called in a replica context when training with "
+                "several workers of tf.distribute."
+            )
+        if communicator.name == "tf.distribute":
+            return LocalCommunicator()
+        once = process_communicator(communicator)
+        if once is not communicator and self._groups.grouping.is_given():
+            raise outside_of_replicas(
+                "Groups are of replicas, so a layer with groups must be called in a replica "
+                "context when training in several processes."
+            )
+        return once
+
+    def _check_input_shape(self, input_shape: Any) -> tuple[int | None, ...]:
+        """Returns the shape as a tuple, and raises what `call` would for inputs of it."""
+        given = tf.TensorShape(input_shape)
+        if given.rank is None or given.rank < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs inputs of rank 2 at least: a batch and channels. "
+                f"Received: input shape {given}. Where a trace cannot know the rank, build the "
+                "layer before, with layer.build(shape)."
+            )
+        shape = tuple(given.as_list())
+        normalized_axes(self.axis, shape)
+        return shape
+
+    def _build_count(self, shape: Any) -> None:
+        """Creates what the cumulative average needs: how many elements each channel has seen."""
+        if self.momentum is None:
+            # float64: in float32 a sum stops growing at ten million batches of a few elements.
+            self.moving_count = self.add_statistic("moving_count", shape, "zeros", "float64")
+
+    def _move(
+        self, before: Mapping[str, tf.Tensor], count: tf.Tensor, *targets: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """Moves the statistics towards those of a batch of ``count`` elements per channel.
+
+        All arguments have the statistics' shape, or the count is one for all channels. Where it is
+        zero, nothing moves. Returns the statistics' new values.
+        """
+        if self.momentum is None:
+            total = before["moving_count"] + count
+            rate = tf.math.divide_no_nan(count, total)
+            self.update_statistic(self.moving_count, total)
+        else:
+            rate = momentum_of(self, "momentum").rate()
+        return self._move_towards(before, self._statistics(), targets, count, rate)
+
+    def _move_towards(
+        self,
+        before: Mapping[str, tf.Tensor],
+        names: Sequence[str],
+        targets: Sequence[tf.Tensor],
+        count: tf.Tensor,
+        rate: tf.Tensor,
+    ) -> list[tf.Tensor]:
+        moved = _moved(count, rate, *(before[name] for name in names), *targets)
+        for name, value in zip(names, moved, strict=True):
+            self.update_statistic(getattr(self, name), value)
+        return moved
+
+
+@shared
+def _moved(count: tf.Tensor, rate: tf.Tensor, *averages_and_targets: tf.Tensor) -> list[tf.Tensor]:
+    """Returns the averages, as many as targets, moved towards these by ``rate``.
+
+    None moves where ``count`` is zero.
+    """
+    half = len(averages_and_targets) // 2
+    averages, targets = averages_and_targets[:half], averages_and_targets[half:]
+    rate = tf.where(count > 0, rate, 0.0)
+    return [
+        average + (target - average) * tf.cast(rate, average.dtype)
+        for average, target in zip(averages, targets, strict=True)
+    ]
+
+
+def _shaped(tensor: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+    return tensor if tensor.shape == shape else tf.reshape(tensor, shape)
+
+
+def _require_replicas_in_step() -> None:
+    """Raises where a training call cannot be synchronized, whatever the engine."""
+    asynchronous = (
+        tf.distribute.experimental.ParameterServerStrategy,
+        tf.compat.v1.distribute.experimental.ParameterServerStrategy,
+    )
+    if isinstance(tf.distribute.get_strategy(), asynchronous):
+        raise RuntimeError(
+            "Statistics can be synchronized only over replicas that run in step. Received: a "
+            "training call under ParameterServerStrategy, whose workers are asynchronous. Use "
+            "MirroredStrategy or MultiWorkerMirroredStrategy, or plain BatchNormalization."
+        )

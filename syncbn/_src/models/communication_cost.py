@@ -1,0 +1,95 @@
+"""What a layer sends to the other replicas."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from syncbn._src.communicators.groups import Grouping
+from syncbn._src.communicators.strategy import GroupRows
+from syncbn._src.models.training_job import TrainingJob
+
+
+class Payload(NamedTuple):
+    """What a collective adds up over the replicas."""
+
+    elements: int
+    dtype: str
+
+
+def trace_payloads(
+    layer: Any, shape: tuple[int | None, ...], job: TrainingJob | None = None
+) -> tuple[tuple[Payload, ...], tuple[Payload, ...], str]:
+    """Returns what a training call of a layer sends, what its gradient sends, and a note.
+
+    A twin of the layer is traced with a communicator that takes notes, so this is what the layer
+    does, not what somebody has written about it.
+
+    Args:
+        layer: A built layer.
+        shape: That of its input, as far as it is known.
+        job: The replicas; ``None`` where they are not known, nor therefore what groups cost.
+    """
+    config = layer.get_config()
+    groups, note = None, ""
+    grouping = Grouping(*(config[name] for name in Grouping._fields))
+    if grouping.is_given():
+        note = "groups not counted"
+        if job is not None and job.size > 1 and (shape[0] or not grouping.target_batch):
+            with job.scope():
+                groups = grouping.choose(job.communicator, shape[0])
+            note = f"{len(groups)} groups"
+    # As if there were another one: a single replica has kernels of its own, and sends nothing.
+    recorder = _Recorder(size=2)
+    if job is not None and job.size > 1:
+        recorder = _Recorder(job.size, job.ranks[0], of_strategy=job.strategy is not None)
+    # Any name will do, while that of a layer need not be one for a graph.
+    config.update(communicator=recorder, name="twin", **Grouping(groups=groups)._asdict())
+    # In a thread of its own, which is outside of any strategy and graph.
+    with ThreadPoolExecutor(1) as thread:
+        forward, backward = thread.submit(
+            _trace, type(layer), config, shape, layer.compute_dtype, recorder
+        ).result()
+    return forward, backward, note
+
+
+class _Recorder:
+    """In the place of a communicator, notes what a layer sends."""
+
+    name = "local"
+    supports_jit = False
+
+    def __init__(self, size: int, rank: int = 0, of_strategy: bool = False):
+        self.size, self.rank, self._of_strategy = size, rank, of_strategy
+        self.payloads: list[Payload] = []
+
+    def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        self.payloads.append(Payload(tensor.shape.num_elements(), tensor.dtype.name))
+        return tensor
+
+    def split(self, groups: Sequence[Sequence[int]]) -> Any:
+        part: Any = copy.copy(self)  # which takes its notes in the same list
+        return GroupRows(part, groups) if self._of_strategy else part
+
+
+def _trace(
+    kind: Any, config: dict[str, Any], shape: Any, dtype: str, recorder: _Recorder
+) -> tuple[tuple[Payload, ...], tuple[Payload, ...]]:
+    twin = kind.from_config(config)
+    twin.build(shape)
+    forward: list[Payload] = []
+
+    def step(x: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = twin(x, training=True)
+        forward.extend(recorder.payloads)
+        return tape.gradient(y, x)
+
+    function = tf.function(step, autograph=False)
+    function.get_concrete_function(tf.TensorSpec(shape, dtype))
+    return tuple(forward), tuple(recorder.payloads[len(forward) :])

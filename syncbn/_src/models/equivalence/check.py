@@ -1,0 +1,190 @@
+"""The check: a model on several replicas, and on one, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.layer_names import named_layers
+from syncbn._src.layers.synchronized_layer import SynchronizedLayer
+from syncbn._src.models.equivalence import diagnosis
+from syncbn._src.models.equivalence.batch import as_arrays, number_of_samples, shares
+from syncbn._src.models.equivalence.batch_replicas import BatchReplicas, comparison_replicas
+from syncbn._src.models.equivalence.differences import Row, table
+from syncbn._src.models.equivalence.measurements import Comparison, Names, random_projections
+
+_TOLERANCES = {"float64": 1e-8, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Equivalence:
+    """What `check_equivalence` has found. As text it is a table, and the advice."""
+
+    replicas: int
+    rows: list[Row]
+    """Each array of each quantity: how far it is from that on one replica, and whether that is
+    within the tolerance."""
+    advice: list[str]
+    """What probably is the matter, and what was not checked."""
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether all rows are within their tolerance."""
+        return all(row.ok for row in self.rows)
+
+    def __str__(self) -> str:
+        verdict = "does" if self.equivalent else "does not do"
+        head = f"On {self.replicas} replicas the model {verdict} what it does on one."
+        return "\n".join(
+            [head, "", table(self.rows), "", *(f"- {a}" for a in self.advice)]
+        ).rstrip()
+
+
+def check_equivalence(
+    build_model: Callable[[], Any],
+    batch: Any,
+    replicas: int = 2,
+    *,
+    loss: Callable[[Any, Any], Any] | None = None,
+    split: Sequence[int] | None = None,
+    rtol: float | None = None,
+) -> Equivalence:
+    """Trains a model on several replicas, and on one with the whole batch, and compares.
+
+    Compared are the outputs in training, the gradients of the inputs and of the parameters, and the
+    change of the moving statistics; of a compiled model, the gradients that a step of its own
+    `train_step` applies too, through its loss and optimizer. So this finds layers that are not
+    synchronized, losses that are scaled wrongly, and gradients that are added up twice.
+
+    The replicas are GPUs, if there are enough, or logical devices of the CPU, under
+    `tf.distribute.MirroredStrategy`. In a job of Horovod or MPI they are its workers, one each; all
+    of them make the call, with the same batch. There the whole batch, too, goes through the
+    `train_step` that averages over the workers, so what that does wrongly on all of them alike is
+    not found.
+
+    The models are made for the check, and those of the caller stay as they are. No seed is set.
+
+    Args:
+        build_model: Returns a new `tf.keras.Model` at each call, compiled or not. Its initial
+            weights may be random: those of the first are copied.
+        batch: The inputs ``x``, or a tuple ``(x, y)`` or ``(x, y, sample_weight)``, as for `fit`:
+            arrays, or lists, tuples and dictionaries of them, with the samples of all replicas.
+        replicas: How many, 2 at least.
+        loss: Of ``y`` and the outputs, for all but `train_step`. What it gives for each sample is
+            averaged over the whole batch. A scalar is taken for a replica's share: those of all
+            replicas are added up, as tf.distribute does. By default a fixed random projection of
+            the outputs, which needs no ``y``.
+        split: How many samples each replica gets, zero too. By default equally many. `train_step`
+            is not checked with unequal ones, since losses of Keras give replicas, not samples,
+            equal weights.
+        rtol: How far an array may be off, relative to its largest element (of gradients: that of
+            all of them; of moving statistics: that of their change). By default as the dtype of
+            the model's layers allows: 1e-8, 1e-4, 0.02 and 0.1 for float64, float32, float16 and
+            bfloat16. Deep networks can amplify rounding beyond that; float64 shows what it is.
+
+    Returns:
+        What differs, and advice. A model with dropout, or other randomness, is reported as that
+        and not compared.
+
+    Raises:
+        TypeError: ``build_model`` cannot be called, or returns no `tf.keras.Model`.
+        ValueError: less than two replicas, a batch without samples, with parts of different
+            lengths, or that does not divide, a ``split`` for another batch; models, or the batches
+            of workers, that differ; a `train_step` that changes nothing.
+        RuntimeError: TensorFlow has started with fewer devices, or this is called in the scope of a
+            strategy.
+    """
+    if not callable(build_model):
+        raise TypeError(
+            "`build_model` must be a function that returns a new model at each call. "
+            f"Received: build_model={build_model!r}."
+        )
+    data = as_arrays(batch)
+    samples = number_of_samples(data)
+    sizes = shares(samples, replicas, split)
+    several, single, communicator = comparison_replicas(sizes, data)
+    reference = _build(single, build_model, data[0])
+    if communicator is not None:
+        # One worker with the whole batch, without the others.
+        for layer in diagnosis.of_kind(reference, SynchronizedLayer).values():
+            layer._communicator = "local"
+    comparison = Comparison(
+        Names.of(reference, data[0]),
+        several.from_first(reference.get_weights()),
+        data,
+        loss,
+        _tolerance(reference) if rtol is None else rtol,
+    )
+    outputs = comparison.outputs(single, reference)
+    projections = random_projections(outputs, samples)
+    expected = comparison.measure(single, reference, projections)
+    rows = comparison.output_rows(diagnosis.REPEATED, outputs, expected.outputs)
+    if several.any_worker(any(not row.ok for row in rows)):
+        return Equivalence(replicas, rows, [diagnosis.randomness(rows, reference, "the model")])
+    model = _build(several, build_model, data[0])
+    _require_same_structure(reference, model)
+    rows = comparison.rows(comparison.measure(several, model, projections), expected)
+
+    untrained = _why_not_trained(reference, data, sizes)
+    if untrained is None:
+        once, twice = comparison.train(single, reference, 2)
+        repeated = comparison.gradient_rows(diagnosis.REPEATED_TRAINING, twice, once)
+        if several.any_worker(any(not row.ok for row in repeated)):
+            advice = diagnosis.randomness(repeated, reference, "train_step")
+            return Equivalence(replicas, repeated, [advice])
+        (applied,) = comparison.train(several, model, 1)
+        rows += comparison.gradient_rows(diagnosis.TRAINING, applied, once)
+    found = diagnosis.advice(rows, model, replicas, communicator)
+    return Equivalence(replicas, rows, [*found, untrained] if untrained else found)
+
+
+def _why_not_trained(model: Any, data: tuple[Any, ...], sizes: Sequence[int]) -> str | None:
+    """Returns ``None`` where `train_step` is to be checked, ``""`` where there is none."""
+    if getattr(model, "optimizer", None) is None or not model.trainable_variables:
+        return ""
+    if len(data) == 1 and getattr(model, "loss", None) is not None:
+        return "train_step was not checked: the compiled loss needs a batch of (x, y)."
+    if len(set(sizes)) > 1:
+        return (
+            "train_step was not checked: with unequal shares, losses of Keras give replicas, not "
+            "samples, equal weights."
+        )
+    return None
+
+
+def _tolerance(model: Any) -> float:
+    layers = [model, *named_layers(model).values()]
+    dtypes = {tf.as_dtype(layer.compute_dtype or "float32").name for layer in layers}
+    return max(_TOLERANCES.get(dtype, 0.0) for dtype in dtypes) or _TOLERANCES["float32"]
+
+
+def _build(replicas: BatchReplicas, build_model: Callable[[], Any], x: Any) -> Any:
+    with replicas.scope():
+        model = build_model()
+        if not isinstance(model, keras_api.keras.Model):
+            raise TypeError(
+                "`build_model` must return a tf.keras.Model. "
+                f"Received: {type(model).__module__}.{type(model).__qualname__}."
+            )
+        if not all(layer.built for layer in (model, *named_layers(model).values())):
+            model(tf.nest.map_structure(lambda array: tf.constant(array[:1]), x), training=False)
+    return model
+
+
+def _require_same_structure(reference: Any, model: Any) -> None:
+    first, second = (
+        [f"{'trainable' if w.trainable else 'fixed'} {tuple(w.shape)}" for w in m.weights]
+        for m in (reference, model)
+    )
+    if first != second:
+        pairs = itertools.zip_longest(first, second, fillvalue="none")
+        number, (one, other) = next((n, p) for n, p in enumerate(pairs) if p[0] != p[1])
+        raise ValueError(
+            "`build_model` must return the same model at each call. Received: weight "
+            f"{number} of the first is {one}, of the second {other}."
+        )

@@ -1,0 +1,138 @@
+"""What replicas run: a model forward and backward, and its own training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from syncbn._src.autograph import unconverted
+from syncbn._src.keras_compat import keras_api
+from syncbn._src.models.equivalence.batch_replicas import BatchReplicas
+
+_STEPS = 32
+"""After so many an optimizer must have changed something: dynamic loss scaling skips steps until
+its scale fits."""
+
+
+def floating(structure: Any) -> list[Any]:
+    """Returns the leaves that have a gradient."""
+    return [v for v in tf.nest.flatten(structure) if tf.as_dtype(v.dtype).is_floating]
+
+
+def forward(model: Any) -> Callable[[Any], list[tf.Tensor]]:
+    """Returns a step that gives the floating outputs of ``model`` in training."""
+
+    def step(data: dict[str, Any]) -> list[tf.Tensor]:
+        return [tf.identity(y) for y in floating(model(data["x"], training=True))]
+
+    return step
+
+
+def forward_backward(model: Any, loss: Any, samples: int) -> Callable[[Any], Any]:
+    """Returns a step that gives outputs, input gradients and parameter gradients.
+
+    Args:
+        model: Is trained on ``data["x"]``.
+        loss: Of ``data["y"]`` and the outputs, or ``None`` for that of their products with
+            ``data["projections"]``. What it gives for each sample is averaged over all replicas; a
+            scalar is a replica's share of the sum.
+        samples: Of all replicas together.
+    """
+
+    def step(data: dict[str, Any]) -> Any:
+        inputs = floating(data["x"])
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            predictions = model(data["x"], training=True)
+            outputs = floating(predictions)
+            if loss is None:
+                pairs = zip(outputs, data["projections"], strict=True)
+                value = tf.add_n([tf.reduce_sum(tf.cast(y, p.dtype) * p) for y, p in pairs])
+            else:
+                value = tf.convert_to_tensor(loss(data.get("y"), predictions))
+                if value.shape.rank:
+                    elements = samples * np.prod(value.shape[1:].as_list(), dtype=int)
+                    value = tf.reduce_sum(tf.cast(value, tf.float32)) / elements
+        gradients = tape.gradient(
+            value, [*inputs, *model.trainable_variables], unconnected_gradients="zero"
+        )
+        # What replicas return is told apart by identity: a sum over them may be one tensor.
+        gradients = [tf.identity(gradient) for gradient in gradients]
+        outputs = [tf.identity(output) for output in outputs]
+        return outputs, gradients[: len(inputs)], gradients[len(inputs) :]
+
+    return step
+
+
+def applied_gradients(
+    replicas: BatchReplicas, model: Any, data: tuple[Any, ...]
+) -> Callable[[], list[np.ndarray]]:
+    """Returns what gives the gradients that a model's own training applies to its parameters.
+
+    That is a step of `Model.train_step`, as in `fit`, with the compiled loss and optimizer.
+
+    Args:
+        replicas: Where the model has been built.
+        model: Compiled. Its optimizers leave gradients in the place of weights from now on.
+        data: ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)``, arrays of the whole batch.
+
+    Returns:
+        A function that takes a step and returns an array ``(replicas, ...)`` for each parameter.
+        It raises `ValueError` where no parameter changes.
+    """
+    with replicas.scope():
+        keras_api.prepare_training(model, data)
+        for optimizer in _optimizers(model):
+            _leave_gradients(optimizer)
+
+    def step(data: tuple[Any, ...]) -> list[Any]:
+        model.train_step(data)
+        return []
+
+    run = replicas.prepare(step, data, eager=model.run_eagerly)
+
+    def train() -> list[np.ndarray]:
+        before = replicas.values(model.trainable_variables)
+        for _ in range(_STEPS):
+            run()
+            after = replicas.values(model.trainable_variables)
+            changed = [not np.array_equal(*pair) for pair in zip(before, after, strict=True)]
+            if any(changed):
+                return [a if c else np.zeros_like(a) for a, c in zip(after, changed, strict=True)]
+        raise ValueError(
+            "`train_step` must change parameters. Received: a model whose parameters are the same "
+            f"after {_STEPS} steps."
+        )
+
+    return train
+
+
+def _optimizers(model: Any) -> list[Any]:
+    return [value for value in vars(model).values() if isinstance(value, keras_api.OPTIMIZERS)]
+
+
+def _leave_gradients(optimizer: Any) -> None:
+    """Makes an optimizer assign gradients to weights, as it would apply them.
+
+    All around that stays its own: reduction, clipping, accumulation, loss scaling. A step with a
+    learning rate of one instead would leave of a small gradient but a few digits.
+    """
+
+    @unconverted
+    def assign(gradient: Any, variable: Any, *args: Any, **kwargs: Any) -> Any:
+        return variable.assign(tf.cast(tf.convert_to_tensor(gradient), variable.dtype))
+
+    def assign_sparse(gradient: Any, variable: Any, indices: Any, **kwargs: Any) -> Any:
+        return assign(tf.IndexedSlices(gradient, indices, variable.shape), variable)
+
+    innermost = optimizer
+    while getattr(innermost, "inner_optimizer", None) is not None:
+        innermost = innermost.inner_optimizer
+    if hasattr(innermost, "update_step"):
+        innermost.update_step = assign
+    else:  # of `tf.keras.optimizers.legacy`
+        innermost._resource_apply_dense = assign
+        innermost._resource_apply_sparse = assign_sparse

@@ -1,0 +1,303 @@
+"""Exact population statistics for the normalizations of a model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.host_collectives import require_agreement
+from syncbn._src.keras_compat import keras_api
+from syncbn._src.models.activation_statistics import Observer
+from syncbn._src.models.statistics import (
+    MovingStatistics,
+    moving_statistics,
+    normalizations,
+    set_moving_statistics,
+)
+from syncbn._src.models.training_job import job_of
+from syncbn._src.ops.moments import Moments, Sums, pack, sums_of, unbiased, unpack
+
+
+def recalibrate(
+    model: Any,
+    dataset: Iterable[Any],
+    communicator: str | Communicator = "auto",
+    *,
+    exact: bool = False,
+    steps: int | None = None,
+    verbose: int | str = "auto",
+) -> None:
+    """Sets the moving statistics of a model to those of a whole dataset ("precise BN").
+
+    Moving averages remember the last batches only, as older weights saw them. After the weights
+    have changed in another way than by training (averaged as in SWA and EMA, pruned, rounded), or
+    before a model is evaluated, this gives each normalization, this package's and Keras' own
+    `BatchNormalization`, the mean and variance of all elements that it sees in a dataset. Each
+    worker goes through a dataset of its own, and every element of every worker counts the same,
+    however they are dealt out; a worker may have no batches at all.
+
+    The model runs as for inference, and nothing but the moving statistics changes. With a mask, the
+    statistics are those of the elements where it is true. The inputs of a layer that is used twice
+    are pooled. Frozen layers (``trainable=False``), and those that the model does not call at
+    inference, keep their statistics.
+
+    What a layer sees depends on how those before it normalize:
+
+    - By default with the statistics of the batch at hand, of this worker alone: one pass over the
+      dataset, which costs about one inference. The larger the batches, the nearer to ``exact``.
+    - With ``exact=True`` with the population statistics that they will have. The result is what
+      each layer sees at inference; only a layer that is used twice, and so may see what has gone
+      through it before, takes the batch's for that. One pass for each normalization.
+
+    Workers exchange sums at the end of a pass only, in one collective, and get the same bits. All
+    of them make this call. Under tf.distribute each process computes on one device, and sets the
+    statistics of all of its replicas. ``renorm_mean`` and ``renorm_stddev`` stay as they are:
+    inference does not use them.
+
+    Args:
+        model: A model or layer of `tf.keras`, built.
+        dataset: Batches as `Model.predict` takes them: ``x``, ``(x, y)`` or
+            ``(x, y, sample_weight)``, of which ``x`` is used. A model with a ``predict_step`` of
+            its own gets them whole. A `tf.data.Dataset`, a `tf.keras.utils.Sequence`, or something
+            else that is iterable, of which as many batches are taken as it is long, where it has a
+            length; with ``exact`` more than once and each time over the same elements. Under
+            tf.distribute an ordinary one too, each worker's own.
+        communicator: What joins the workers, as for `syncbn.SyncBatchNormalization`.
+        exact: Whether to go layer by layer, in the order in which the model calls them.
+        steps: How many batches to take on this worker at most, or ``None`` for all.
+        verbose: 1 or ``"auto"`` for a progress bar on rank 0, 2 for its last line, 0 for silence.
+
+    Raises:
+        ValueError: no worker has a batch; the model is not built, or has no normalization that is
+            not frozen; what one sees is not finite, on whichever worker; workers have different
+            models; the dataset has no end, or cannot be iterated again.
+        TypeError: ``dataset`` is not one of batches.
+        NotImplementedError: the model calls a normalization in a loop or branch of its graph.
+        RuntimeError: another worker failed; the call is made in a graph or in a replica; and see
+            `syncbn.resolve`.
+
+        After any of these the model is as it was, on all workers.
+
+    Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.
+    """
+    workers = job_of(model, communicator).workers()
+    before, layers = moving_statistics(model), normalizations(model)
+    _require_same_call(workers, model, layers, exact)
+    if not model.built:
+        raise ValueError(
+            "recalibrate needs a model that is built. "
+            f"Received: {model.name}, which is not. Call it once on a batch."
+        )
+    pending = [name for name, layer in layers.items() if layer.trainable]
+    if not pending:
+        raise ValueError(
+            "recalibrate needs normalizations that are not frozen. Received: "
+            f"{model.name} with {f'{len(layers)}, all of them frozen' if layers else 'none'}."
+        )
+    observer = Observer(model, layers, before)
+    passes = len(pending) if exact else 1
+    batches = _Batches(dataset, steps, passes, 0 if workers.rank else verbose)
+    measured: dict[str, MovingStatistics] = {}
+    while pending:
+        seen = _measure(observer, batches, workers)
+        # In the order of execution, without those that have seen nothing.
+        pending = [name for name in seen if name in pending]
+        chosen = pending[:1] if exact else pending
+        for name in chosen:
+            measured[name] = _statistics(name, layers[name], seen[name], before[name])
+            observer.fix(name, measured[name])
+        pending = pending[len(chosen) :]
+    if not measured:
+        raise ValueError(
+            "recalibrate needs elements in the inputs of normalizations. Received: none, as "
+            "batches are empty, masks leave nothing, or the model calls none of them at inference."
+        )
+    set_moving_statistics(model, measured)
+    batches.end()
+
+
+class _Batches:
+    """The batches of a dataset, and a progress bar over all passes."""
+
+    def __init__(self, dataset: Any, steps: int | None, passes: int, verbose: int | str) -> None:
+        self._dataset, self._steps, self._passes = dataset, steps, passes
+        self._verbose = 1 if verbose == "auto" else verbose
+        self._bar: Any = None
+        self._seen = 0
+        self._in_a_pass: int | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._bar is None:
+            self._steps = self._checked_steps()
+            target = None if self._steps is None else self._passes * self._steps
+            self._bar = keras_api.keras.utils.Progbar(
+                target, verbose=self._verbose, unit_name="batch"
+            )
+        before = self._seen
+        for batch in itertools.islice(_batches(self._dataset), self._steps):
+            yield batch
+            self._seen += 1
+            self._bar.update(self._seen)
+        taken = self._seen - before
+        if self._in_a_pass not in (None, taken):
+            raise ValueError(
+                "`exact` goes through `dataset` several times, which must have the same batches "
+                f"each time. Received: {self._in_a_pass} batches at first, and then {taken}."
+            )
+        self._in_a_pass = taken
+
+    def end(self) -> None:
+        """Ends the line of the progress bar."""
+        if self._seen and self._seen != self._bar.target:
+            self._bar.target = self._seen  # tf_keras cannot end a line without a target
+            self._bar.update(self._seen, finalize=True)
+
+    def _checked_steps(self) -> int | None:
+        """Returns how many batches a pass takes at most, where that is known."""
+        dataset, steps = self._dataset, self._steps
+        if steps is not None and steps < 1:
+            raise ValueError(f"`steps` must be 1 at least, or None. Received: steps={steps}.")
+        if isinstance(dataset, np.ndarray | tf.Tensor) or not isinstance(dataset, Iterable):
+            raise TypeError(
+                "`dataset` must be an iterable of batches, such as a tf.data.Dataset. Received: "
+                f"{type(dataset).__name__}. For an array x, give "
+                "tf.data.Dataset.from_tensor_slices(x).batch(32)."
+            )
+        if isinstance(dataset, tf.distribute.DistributedDataset):
+            raise TypeError(
+                "`dataset` must be an ordinary one under tf.distribute too: each worker's own "
+                "batches. Received: a DistributedDataset. Give what it was made from."
+            )
+        if (
+            self._passes > 1
+            and isinstance(dataset, Iterator)
+            and not isinstance(dataset, _Sequence)
+        ):
+            raise ValueError(
+                f"`exact` goes through `dataset` {self._passes} times. Received: an iterator, "
+                "which can be gone through once. Give a tf.data.Dataset, or a list of batches."
+            )
+        length = _cardinality(dataset)
+        if steps is None and length == tf.data.INFINITE_CARDINALITY:
+            raise ValueError(
+                "`dataset` must have an end. Received: one that repeats forever. Give `steps`."
+            )
+        return min((n for n in (length, steps) if n is not None and n >= 0), default=None)
+
+
+# Also called PyDataset in Keras 3.
+_Sequence: Any = keras_api.keras.utils.Sequence
+
+
+def _batches(dataset: Any) -> Iterator[Any]:
+    """Yields batches, of a sequence without end."""
+    if not isinstance(dataset, _Sequence):
+        yield from dataset
+        return
+    # By number, as Keras does: some sequences are iterators, in the middle of their data maybe.
+    for number in itertools.count():
+        yield _standardized(dataset[number])
+
+
+def _standardized(batch: Any) -> Any:
+    """Returns a batch of a sequence as `predict_step` gets it from either Keras."""
+    if keras_api.KERAS_3:
+        return (batch,) if isinstance(batch, np.ndarray) else batch
+    utils = keras_api.keras.utils
+    return utils.pack_x_y_sample_weight(*utils.unpack_x_y_sample_weight(batch))
+
+
+def _cardinality(dataset: Any) -> int:
+    """Returns the number of batches, or what a `tf.data.Dataset` says where there is none."""
+    if isinstance(dataset, tf.data.Dataset):
+        return int(dataset.cardinality())
+    if keras_api.KERAS_3 and isinstance(dataset, _Sequence):
+        number = dataset.num_batches
+        return tf.data.INFINITE_CARDINALITY if number is None else number
+    try:
+        return len(dataset)
+    except TypeError:
+        return tf.data.UNKNOWN_CARDINALITY
+
+
+def _measure(observer: Observer, batches: _Batches, workers: Communicator) -> dict[str, np.ndarray]:
+    """Returns what each layer sees on all workers together, in the order of execution.
+
+    Raises:
+        Exception: what has stopped this worker.
+        RuntimeError: another worker was stopped.
+        ValueError: there are no batches.
+    """
+    seen, started, error = observer.nothing(), 0.0, None
+    try:
+        for batch in batches:
+            seen, started = observer(batch, seen), 1.0
+        packed = [pack(sums_of(Moments(*tf.unstack(one)))).numpy() for one in seen.values()]
+    except Exception as own_error:
+        # The others wait for this worker's part, whatever it is worth.
+        error, packed = own_error, [np.zeros(tf.size(one)) for one in seen.values()]
+    failed = np.zeros(workers.size)
+    failed[workers.rank] = error is not None
+    # Workers without a batch do not know the order, and add nothing to it.
+    order = np.array([observer.order.get(name, 0.0) for name in seen])
+    parts = [failed, np.array([started]), order, *packed]
+    total = workers.all_reduce_sum(tf.constant(np.concatenate(parts)), "syncbn/recalibrate").numpy()
+    ends = np.cumsum([len(part) for part in parts])
+    failed, (started,), order, *packed = np.split(total, ends[:-1])
+    if error is not None:
+        raise error
+    if failed.any():
+        raise RuntimeError(
+            "recalibrate must go through on all workers. Received: an error on rank "
+            f"{', '.join(map(str, np.flatnonzero(failed)))}, which says more there."
+        )
+    if not started:
+        raise ValueError(
+            "recalibrate needs a batch on one worker at least. Received: an empty `dataset`"
+            + (f" on all {workers.size} workers." if workers.size > 1 else ".")
+        )
+    merged = {
+        name: tf.stack(unpack(tf.constant(part), Sums(*tf.unstack(one)))).numpy()
+        for (name, one), part in zip(seen.items(), packed, strict=True)
+    }
+    names = [name for _, name in sorted(zip(order, seen, strict=True))]
+    return {name: merged[name] for name in names if merged[name][0].any()}
+
+
+def _statistics(
+    name: str, layer: Any, seen: np.ndarray, before: MovingStatistics
+) -> MovingStatistics:
+    """Returns what the layer's statistics should be."""
+    if not np.isfinite(seen).all():
+        raise ValueError(
+            "recalibrate needs finite activations. Received: NaN or infinity in the inputs of "
+            f"{name}, on some worker. Look at the data, and at the layers that come before it; "
+            "what normalizations before it see is finite."
+        )
+    moments = Moments(*seen)
+    if getattr(layer, "unbiased_moving_variance", False):
+        moments = unbiased(moments)
+    count, mean, variance = map(np.asarray, moments)
+    pairs = zip((mean, variance, count), before, strict=True)
+    return MovingStatistics(*(old if old is None else new.reshape(old.shape) for new, old in pairs))
+
+
+def _require_same_call(
+    workers: Communicator, model: Any, layers: Mapping[str, Any], exact: bool
+) -> None:
+    kinds = {
+        name: f"{tuple(layer.moving_mean.shape)}{'' if layer.trainable else ', frozen'}"
+        for name, layer in layers.items()
+    }
+    state = f"{'built' if model.built else 'not built'}, exact={exact}"
+    require_agreement(
+        workers,
+        [state, *(f"{name} {kind}" for name, kind in kinds.items())],
+        ["the call", *kinds],
+        "normalizations, and the same arguments of recalibrate",
+    )

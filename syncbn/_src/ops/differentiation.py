@@ -1,0 +1,203 @@
+"""Gradients of our own: exact to any order, backward and forward, and light on memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+# There is no public way to learn whether a tensor has a tangent. Tried with TensorFlow 2.21;
+# tests/single/test_accuracy.py holds it.
+from tensorflow.python.eager import forwardprop_util
+
+
+def in_current_graph(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns ``tensor`` as one of the graph that is being made.
+
+    TensorFlow fails to differentiate a custom gradient, in a branch of a branch or loop, whose
+    input is captured from outside.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    own = tf.executing_eagerly() or getattr(tensor, "graph", None) is graph
+    return tensor if own else tf.identity(tensor)
+
+
+def kept(structure: Any) -> Any:
+    """Returns what a gradient keeps of its forward pass, of the graph that is differentiated.
+
+    In forward mode that is a copy where the forward pass is a branch of a graph, and TensorFlow
+    fails where a custom gradient takes tensors of the branch itself. Names are the same in both.
+
+    Args:
+        structure: Nested. What is no tensor of a branch that was copied stays what it is.
+    """
+    copies = {copy.name.removesuffix("_rewritten"): copy for copy in _copied_branches()}
+
+    def of_copy(value: Any) -> Any:
+        name = getattr(getattr(value, "graph", None), "name", None)
+        if name not in copies:
+            return value
+        return of_shape(copies[name].get_tensor_by_name(value.name), value.shape)
+
+    return tf.nest.map_structure(of_copy, structure) if copies else structure
+
+
+def of_shape(tensor: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+    """Returns ``tensor``, of which a copy may know less than the graph that it is one of."""
+    if tf.executing_eagerly():
+        return tensor
+    tensor = tf.convert_to_tensor(tensor)
+    tensor.set_shape(shape)
+    return tensor
+
+
+def differentiates_copy() -> bool:
+    """Says whether what is being traced is a gradient of a copy of a branch, as forward mode's."""
+    return any(True for _ in _copied_branches())
+
+
+def _copied_branches() -> Iterator[Any]:
+    """Yields the graphs that gradients are being traced of, where TensorFlow made them anew."""
+    if tf.executing_eagerly():
+        return
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        # There is no public way to learn this. Tried with TensorFlow 2.21;
+        # tests/single/test_accuracy.py holds it.
+        branch = getattr(graph, "_forward_graph", None)
+        if branch is not None and not getattr(branch, "is_control_flow_graph", False):
+            yield branch
+        graph = getattr(graph, "outer_graph", None)
+
+
+def has_tangent(*tensors: tf.Tensor) -> bool:
+    """Says whether a `tf.autodiff.ForwardAccumulator` follows one of ``tensors`` here."""
+    return bool(forwardprop_util.pack_tangents(list(tensors)).tangents)
+
+
+def with_recomputed_gradient(
+    axes: Sequence[int], plain: Callable[..., Any], kernel: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Returns an operation that runs ``kernel``, or ``plain``, and differentiates ``plain``.
+
+    Both must know the sizes of the ``axes`` of their inputs, and of channel vectors.
+
+    TensorFlow's own gradients of the fused kernels leave out what moments and means contribute,
+    which only a second derivative asks for. And an eager tape would keep every tensor between the
+    inputs and the outputs for that; instead ``plain`` is repeated when somebody asks.
+
+    Make it once, not in each call: it keeps the functions that eager gradients run.
+    """
+
+    def vector_jacobian_product(
+        inputs: Sequence[tf.Tensor], upstream: Sequence[tf.Tensor]
+    ) -> list[tf.Tensor | None]:
+        # Not by a tape: in a backward function that forward-mode differentiation (which transposes
+        # it) has called, tapes record nothing.
+        inputs = [tf.identity(one) for one in inputs]
+        pairs = zip(tf.nest.flatten(plain(*inputs)), upstream, strict=True)
+        outputs, upstream = zip(*(pair for pair in pairs if pair[0].dtype.is_floating), strict=True)
+        return tf.gradients(outputs, inputs, upstream)
+
+    @functools.cache
+    def eager_product(*shapes: tuple[int | None, ...]) -> Callable[..., Any]:
+        # In one for all shapes, TensorFlow would trace unknown numbers of channels.
+        return tf.function(vector_jacobian_product, autograph=False, reduce_retracing=True)
+
+    @tf.custom_gradient
+    def call(*inputs: tf.Tensor) -> tuple[Any, Callable]:
+        def gradient(*upstream: tf.Tensor) -> list[tf.Tensor | None]:
+            if not tf.executing_eagerly():
+                return vector_jacobian_product(kept(inputs), upstream)
+            with _running_functions():
+                return eager_product(*(_known(one, axes) for one in inputs))(inputs, upstream)
+
+        # Without a gradient: eager tapes record what is custom, and also what it consists of. And
+        # TensorFlow cannot differentiate a branch of `tf.cond` from outside of which compiled code
+        # takes its inputs; these are inside.
+        return (kernel or plain)(*map(tf.stop_gradient, inputs)), gradient
+
+    def operation(*inputs: tf.Tensor) -> Any:
+        # In a graph, forward mode goes through what a custom gradient consists of.
+        if not tf.executing_eagerly() and (kernel is None or has_tangent(*inputs)):
+            return plain(*inputs)
+        outputs = call(*map(in_current_graph, inputs))
+        if not tf.executing_eagerly():
+            _vectorize_as(plain, len(inputs), outputs)
+        return outputs
+
+    return operation
+
+
+def _vectorize_as(plain: Callable[..., Any], number: int, outputs: Any) -> None:
+    """Makes a vectorized loop take ``plain`` for a custom gradient's operation.
+
+    `tf.vectorized_map`, and a jacobian of which there is a gradient, convert operations one by one
+    and forget custom gradients: the gradient would go through the kernel, and end there.
+
+    Args:
+        plain: The function that is differentiated.
+        number: How many inputs it has.
+        outputs: What the operation has returned, in a graph.
+    """
+
+    def convert(loop: Any) -> list[Any]:
+        # Its inputs are first the results, which are not asked for now.
+        inputs = loop.inputs[-number:]
+        rows = {at: one.t for at, one in enumerate(inputs) if one.is_stacked}
+
+        def iteration(row: dict[int, tf.Tensor]) -> list[tf.Tensor]:
+            return tf.nest.flatten(plain(*(row.get(at, one.t) for at, one in enumerate(inputs))))
+
+        results = tf.vectorized_map(iteration, rows) if rows else iteration({})
+        return [inputs[0]._replace(t=one, is_stacked=bool(rows)) for one in results] + inputs
+
+    # There is no public way to teach it. Tried with TensorFlow 2.21; tests/single/test_accuracy.py
+    # holds it.
+    tf.nest.flatten(outputs)[0].op.pfor_converter = convert
+
+
+def compiled(function: Callable[..., Any], axes: Sequence[int]) -> Callable[..., Any]:
+    """Returns ``function`` as an operation that XLA compiles, and `with_recomputed_gradient`.
+
+    It is traced once for each dtype and number of channels, whatever the other sizes are, and XLA
+    compiles it once for each shape that comes. Make it once, not in each call.
+    """
+
+    @functools.cache
+    def traced(*specs: tf.TensorSpec) -> Callable[..., Any]:
+        # A function of its own for each: TensorFlow would warn of one that is traced often.
+        @functools.wraps(function)
+        def piece(*inputs: tf.Tensor) -> Any:
+            return function(*inputs)
+
+        return tf.function(piece, jit_compile=True, autograph=False, input_signature=specs)
+
+    def kernel(*inputs: tf.Tensor) -> Any:
+        return traced(*(tf.TensorSpec(_known(one, axes), one.dtype) for one in inputs))(*inputs)
+
+    return with_recomputed_gradient(axes, function, kernel)
+
+
+def _known(tensor: tf.Tensor, axes: Sequence[int]) -> tuple[int | None, ...]:
+    """Returns the shape, without the sizes that may change from batch to batch."""
+    shape = tensor.shape.as_list()
+    if len(shape) < 2:
+        return tuple(shape)
+    return tuple(size if axis in axes else None for axis, size in enumerate(shape))
+
+
+@contextlib.contextmanager
+def _running_functions() -> Iterator[None]:
+    """Runs a `tf.function` as one, also where the user has others run eagerly."""
+    before = tf.config.functions_run_eagerly()
+    if before:
+        tf.config.run_functions_eagerly(False)
+    try:
+        yield
+    finally:
+        if before:
+            tf.config.run_functions_eagerly(True)

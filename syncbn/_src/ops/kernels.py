@@ -1,0 +1,265 @@
+"""Which kernels to use where: plain operations, TensorFlow's fused batch norm, or compiled ones.
+
+All give the same answer. TensorFlow's fused kernels read and write memory fewer times than plain
+operations but cost more to start, and exist for float32 with the channels last only. Here they
+stand for:
+
+- the forward kernel in its inference form maps ``x`` to ``(x - mean) * scale + offset``;
+- the gradient kernel in its inference form returns ``dy * scale`` and two sums over ``dy``;
+- the forward kernel in its training form returns moments, with an error that is known;
+- both in their training form are all that one replica alone needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from syncbn._src.ops import xla
+from syncbn._src.ops.channels import (
+    broadcast_channels,
+    channel_count,
+    known_rows,
+    sum_to_channels,
+    where,
+)
+from syncbn._src.ops.differentiation import with_recomputed_gradient
+
+# From how many elements on the fused kernels win, on CPUs. `benchmarks/kernels.py` prints the table
+# that this comes from; docs/design.md shows it.
+FUSED_FROM_ELEMENTS = 1 << 17
+
+# From how many elements on XLA compiles the input's gradient. That takes one or two tenths of a
+# second for each shape and device, before the first step; of fewer it spares a step 0.1 ms.
+COMPILED_FROM_ELEMENTS = 1 << 19
+
+# Beyond, the kernels' float32 sums over all rows lose more than the fifth digit.
+MOST_FUSED_ROWS = 1 << 17
+
+# The fused kernels multiply by rsqrt(variance + epsilon). With these two that factor is exactly
+# one, so the scale is ours alone.
+_EPSILON = 2.0**-10
+_UNIT_VARIANCE = 1.0 - _EPSILON
+
+
+class Kernels(NamedTuple):
+    """The kernels chosen for an input."""
+
+    fused: bool
+    """TensorFlow's fused batch norm, where it serves."""
+    compiled_gradient: bool
+    """One that XLA compiles, for the input's gradient."""
+    compiled: bool = False
+    """All that lies between the collectives, each piece by XLA."""
+
+
+PLAIN = Kernels(fused=False, compiled_gradient=False)
+
+
+def choose_kernels(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> Kernels:
+    """Returns the fastest kernels that serve ``x``, by its static shape."""
+    # What XLA compiles as a whole needs no piece of its own, and a session's graph is no place.
+    in_function = tf.compat.v1.executing_eagerly_outside_functions()
+    if xla.compiles_everything():
+        return PLAIN
+    if xla.on_gpus():
+        return PLAIN._replace(compiled=in_function)
+    if x.dtype == tf.float64 or tuple(axes) != (x.shape.rank - 1,):
+        return PLAIN
+    # An unknown size, that of the batch mostly, counts as one.
+    elements = math.prod(size or 1 for size in x.shape)
+    fused = elements >= FUSED_FROM_ELEMENTS and elements <= MOST_FUSED_ROWS * x.shape[-1]
+    # XLA compiles anew for each shape that comes.
+    once = x.shape.is_fully_defined() and not tf.executing_eagerly()
+    large = fused and elements >= COMPILED_FROM_ELEMENTS
+    return Kernels(fused, compiled_gradient=large and once and in_function and not masked)
+
+
+def scale_and_offset(
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    scale: tf.Tensor,
+    offset: tf.Tensor,
+    axes: Sequence[int],
+    fused: bool,
+) -> tf.Tensor:
+    """Returns ``(x - mean) * scale + offset``, shape and dtype of ``x``.
+
+    ``mean``, ``scale`` and ``offset`` are channel vectors of the dtype of statistics. The mean is
+    subtracted first: multiplying first would lose the digits of a large mean.
+    """
+    return _scale_and_offset(tuple(axes), fused)(x, mean, scale, offset)
+
+
+@functools.cache
+def _scale_and_offset(axes: tuple[int, ...], fused: bool) -> Callable[..., tf.Tensor]:
+    def plain(x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
+        mean, scale, offset = (broadcast_channels(vector, x, axes) for vector in vectors)
+        return tf.cast((tf.cast(x, mean.dtype) - mean) * scale + offset, x.dtype)
+
+    def kernel(x: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
+        with xla.kept_out_of(x):
+            y = tf.raw_ops.FusedBatchNormV3(
+                x=as_rows(x, axes),
+                scale=scale,
+                offset=offset,
+                mean=mean,
+                variance=tf.fill([channel_count(x, axes)], _UNIT_VARIANCE),
+                epsilon=_EPSILON,
+                is_training=False,
+            ).y
+        return tf.cast(shaped_like(x, y), x.dtype)
+
+    return with_recomputed_gradient(axes, plain, kernel if fused else None)
+
+
+class GradientSums(NamedTuple):
+    """What replicas add up for the gradient of the input, float64 ``(channels,)`` each."""
+
+    first: tf.Tensor
+    """The sum of ``dy``."""
+    centered: tf.Tensor
+    """The sum of ``dy * (x - mean)``."""
+
+
+def gradient_sums(
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    scale: tf.Tensor,
+    axes: Sequence[int],
+    kernels: Kernels,
+    mask: tf.Tensor | None = None,
+) -> tuple[GradientSums, tf.Tensor]:
+    """Returns this replica's sums, and ``dy * scale``, which the kernel makes along with them.
+
+    The latter has the dtype of ``dy`` if `kernels.compiled_gradient` and is of no use then, else
+    that of ``scale``. ``mask`` only says that ``x`` may hold NaN or Inf where ``dy`` is zero.
+    """
+    if not kernels.compiled_gradient:  # with which nothing but the sums is taken from here
+        dy, x = tf.cast(dy, scale.dtype), tf.cast(x, scale.dtype)
+
+    operation = _gradient_sums(tuple(axes), kernels.fused and mask is None, mask is not None)
+    *sums, scaled = operation(dy, x, mean, scale)
+    return GradientSums(*sums), scaled
+
+
+@functools.cache
+def _gradient_sums(
+    axes: tuple[int, ...], fused: bool, masked: bool
+) -> Callable[..., tuple[tf.Tensor, ...]]:
+    def plain(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        mean, scale = (broadcast_channels(vector, x, axes) for vector in vectors)
+        wide_dy, centered = tf.cast(dy, scale.dtype), tf.cast(x, mean.dtype) - mean
+        # Zero times NaN is NaN: what a mask hides must not come back through a zero gradient.
+        multiply = tf.math.multiply_no_nan if masked else tf.multiply
+        sums = (sum_to_channels(part, axes) for part in (wide_dy, multiply(centered, wide_dy)))
+        return *sums, tf.cast(wide_dy * scale, dy.dtype)
+
+    def kernel(
+        dy: tf.Tensor, x: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        def sums() -> tuple[tf.Tensor, ...]:
+            with xla.kept_out_of(x):
+                terms = tf.raw_ops.FusedBatchNormGradV3(
+                    y_backprop=as_rows(dy, axes),
+                    x=as_rows(x, axes),
+                    scale=scale,
+                    reserve_space_1=mean,
+                    reserve_space_2=tf.fill([channel_count(x, axes)], _UNIT_VARIANCE),
+                    reserve_space_3=tf.zeros([0]),
+                    epsilon=_EPSILON,
+                    is_training=False,
+                )
+            both = terms.offset_backprop, terms.scale_backprop
+            wide = (tf.cast(part, tf.float64) for part in both)
+            return *wide, tf.cast(shaped_like(dy, terms.x_backprop), dy.dtype)
+
+        if known_rows(x, axes) is not None:
+            return sums()
+        few = tf.size(x, tf.int64) <= MOST_FUSED_ROWS * channel_count(x, axes)
+        return tf.cond(few, sums, lambda: plain(dy, x, mean, scale))
+
+    return with_recomputed_gradient(axes, plain, kernel if fused else None)
+
+
+def input_gradient(
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    scale: tf.Tensor,
+    scaled: tf.Tensor | None,
+    slope: tf.Tensor,
+    offset: tf.Tensor,
+    axes: Sequence[int],
+    kernels: Kernels,
+    mask: tf.Tensor | None = None,
+) -> tf.Tensor:
+    """Returns ``dy * scale - ((x - mean) * slope + offset)``, shape and dtype of ``x``.
+
+    ``scaled`` is what `gradient_sums` has returned of the same, if it is kept. Where ``mask`` is
+    false, the result is ``dy * scale``.
+    """
+    if kernels.compiled_gradient:
+        return _compiled_affine_input_gradient(tuple(axes))(dy, x, mean, scale, slope, offset)
+    if scaled is None:
+        scaled = tf.cast(dy, scale.dtype) * broadcast_channels(scale, dy, axes)
+    wide_x = tf.cast(where(mask, x), mean.dtype)
+    shift = scale_and_offset(wide_x, mean, slope, offset, axes, kernels.fused)
+    return tf.cast(scaled - where(mask, shift), x.dtype)
+
+
+@functools.cache
+def _compiled_affine_input_gradient(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
+    def plain(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
+        return _affine_input_gradient(
+            dy, x, *(broadcast_channels(vector, x, axes) for vector in vectors)
+        )
+
+    def kernel(dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor) -> tf.Tensor:
+        rows = (tf.reshape(part, [-1, channel_count(x, axes)]) for part in (dy, x))
+        return tf.reshape(_COMPILED_AFFINE_INPUT_GRADIENT[x.dtype](*rows, *vectors), x.shape)
+
+    return with_recomputed_gradient(axes, plain, kernel)
+
+
+def _affine_input_gradient(
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    scale: tf.Tensor,
+    slope: tf.Tensor,
+    offset: tf.Tensor,
+) -> tf.Tensor:
+    wide_dy, wide_x = tf.cast(dy, scale.dtype), tf.cast(x, mean.dtype)
+    return tf.cast(wide_dy * scale - ((wide_x - mean) * slope + offset), x.dtype)
+
+
+# Traced once each; XLA compiles them for each shape when it comes.
+_COMPILED_AFFINE_INPUT_GRADIENT = {
+    dtype: tf.function(
+        _affine_input_gradient,
+        jit_compile=True,
+        autograph=False,
+        input_signature=[tf.TensorSpec([None, None], dtype)] * 2 + [tf.TensorSpec([None])] * 4,
+    )
+    for dtype in (tf.float32, tf.bfloat16, tf.float16)
+}
+
+
+def as_rows(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """Returns ``x`` as the fused kernels take it: ``(rows, 1, 1, channels)``."""
+    # The kernels are slower in float16 than a cast and float32, in bfloat16 faster.
+    if x.dtype == tf.float16:
+        x = tf.cast(x, tf.float32)
+    # A reshape copies nothing.
+    return tf.reshape(x, [-1, 1, 1, channel_count(x, axes)])
+
+
+def shaped_like(x: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """Returns what a kernel made of `as_rows`, in the shape of ``x``."""
+    return tf.reshape(rows, tf.shape(x, tf.int64))

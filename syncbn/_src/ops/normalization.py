@@ -1,0 +1,393 @@
+"""Batch normalization over all replicas, with an exact custom gradient.
+
+It makes one collective in the forward and one in the backward pass; every replica does, an empty
+one too, since a missing replica would leave the others waiting.
+
+Between the passes only the input, in its own dtype, and channel vectors are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from syncbn._src.ops.channels import statistics_dtype
+from syncbn._src.ops.differentiation import (
+    compiled,
+    in_current_graph,
+    kept,
+    of_shape,
+    with_recomputed_gradient,
+)
+from syncbn._src.ops.kernels import (
+    PLAIN,
+    Kernels,
+    choose_kernels,
+    gradient_sums,
+    input_gradient,
+    scale_and_offset,
+)
+from syncbn._src.ops.moments import (
+    Moments,
+    Sums,
+    count_elements,
+    cut_off,
+    exact_sums,
+    is_reliable,
+    local_sums,
+    moments_of,
+    rounded,
+    unbiased,
+    widened,
+)
+from syncbn._src.ops.replicas import Replicas
+from syncbn._src.ops.shared_traces import shared
+from syncbn._src.ops.training_kernels import normalize_single_replica, single_replica_gradient
+
+Correction = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+"""Returns ``r`` and ``d`` of batch renormalization for a mean and a variance."""
+
+
+def batch_normalize(
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    *,
+    axes: Sequence[int],
+    epsilon: float,
+    replicas: Replicas,
+    mask: tf.Tensor | None = None,
+    correction: Correction | None = None,
+    bessel: bool = False,
+) -> tuple[tf.Tensor, Moments]:
+    """Normalizes ``x`` with the statistics of all replicas.
+
+    ``y = gamma * (r * (x - mean) / sqrt(variance + epsilon) + d) + beta``, with ``r = 1`` and
+    ``d = 0`` (Ioffe & Szegedy, 2015) or constants that `correction` gives (Ioffe, 2017).
+
+    Args:
+        x: The input; floating, rank 2 at least.
+        gamma: ``(channels,)``.
+        beta: ``(channels,)``.
+        axes: The normalized axes, sorted and non-negative.
+        epsilon: Added to the variance.
+        replicas: The replicas to normalize with.
+        mask: From `expand_mask`. It chooses what the statistics are taken of; the whole of ``x`` is
+            normalized with them.
+        correction: Of batch renormalization.
+        bessel: Whether the variance that is returned is the unbiased one.
+
+    Returns:
+        ``y``, shape and dtype of ``x``, and the moments that the moving statistics take up, in
+        float32 at least and cut off from the gradient.
+
+        The gradient is that of the loss summed over the replicas with respect to this replica's
+        ``x``, and this replica's own share in those of ``gamma`` and ``beta``.
+    """
+    dtype = statistics_dtype(x.dtype)
+    kernels = choose_kernels(x, axes, masked=mask is not None)
+    x, gamma, beta = (
+        in_current_graph(x),
+        in_current_graph(tf.cast(gamma, dtype)),
+        in_current_graph(tf.cast(beta, dtype)),
+    )
+    normalization = _Normalization(tuple(axes), epsilon, kernels, mask is not None)
+    in_one_kernel = kernels.compiled or (kernels.fused and _is_positive(epsilon, dtype))
+    # The moments are not among its results, or a tape would make zeros for their gradients.
+    taken_up: list[Moments] = []
+    if replicas.alone and in_one_kernel and mask is None and correction is None:
+        normalize = _normalize_single_replica(normalization, bessel, taken_up.append)
+    else:
+        normalize = _normalize(normalization, replicas, mask, correction, bessel, taken_up.append)
+    y = tf.custom_gradient(normalize)(x, gamma, beta)
+    return y, cut_off(dtype, *taken_up[0])
+
+
+class _Factors(NamedTuple):
+    """Channel vectors of the dtype of statistics, but for the count."""
+
+    count: tf.Tensor
+    mean: tf.Tensor
+    rest: tf.Tensor
+    """What is to be added to the mean, which is rounded."""
+    inverse_deviation: tf.Tensor
+    scale: tf.Tensor
+    offset: tf.Tensor
+    r: tf.Tensor | None = None
+    """Of batch renormalization, as ``d``."""
+    d: tf.Tensor | None = None
+
+    def tensors(self) -> list[tf.Tensor]:
+        return [part for part in self if part is not None]
+
+
+class _Normalization(NamedTuple):
+    """How to normalize with given moments, and its gradient: what a replica does by itself."""
+
+    axes: tuple[int, ...]
+    epsilon: float
+    kernels: Kernels
+    masked: bool
+
+    def outputs(
+        self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *rest: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        """Returns y, and the factors.
+
+        ``rest``: the batch's count, mean and variance, and r and d of batch renormalization.
+        """
+        by = self.factors(gamma, beta, *rest)
+        offset = by.offset - by.rest * by.scale
+        y = scale_and_offset(x, by.mean, by.scale, offset, self.axes, self.kernels.fused)
+        return y, *by.tensors()
+
+    def factors(
+        self,
+        gamma: tf.Tensor,
+        beta: tf.Tensor,
+        count: tf.Tensor,
+        mean: tf.Tensor,
+        variance: tf.Tensor,
+        *renorm: tf.Tensor,
+    ) -> _Factors:
+        """Returns the channel vectors that the batch's moments make."""
+        mean, rest = rounded(mean, gamma.dtype)
+        inverse_deviation = _inverse_deviation(tf.cast(variance, gamma.dtype), self.epsilon)
+        scale, offset = gamma * inverse_deviation, beta
+        if renorm:
+            r, d = renorm
+            scale, offset = scale * r, beta + gamma * d
+        return _Factors(count, mean, rest, inverse_deviation, scale, offset, *renorm)
+
+    # With x^ the normalized input, n the count over all replicas, and both sums over all
+    # replicas:  dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
+    # The sums run over masked elements too, which also were normalized with the
+    # statistics; the two corrections go to the elements that made the statistics.
+
+    def gradient_sums(self, dy: tf.Tensor, x: tf.Tensor, *rest: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Returns both sums, of this replica, dgamma, dbeta, and what `input_gradient` may need.
+
+        ``rest``: the factors, and the mask.
+        """
+        by, mask = self._parted(rest)
+        (first, centered), scaled = gradient_sums(
+            dy, x, by.mean, by.scale, self.axes, self.kernels, mask
+        )
+        centered -= tf.cast(by.rest, first.dtype) * first
+        dbeta, dgamma = (tf.cast(part, by.scale.dtype) for part in (first, centered))
+        dgamma *= by.inverse_deviation
+        if by.r is not None:
+            dgamma = by.r * dgamma + by.d * dbeta
+        return tf.concat([first, centered], 0), dgamma, dbeta, scaled
+
+    def input_gradient(
+        self,
+        dy: tf.Tensor,
+        x: tf.Tensor,
+        total: tf.Tensor,
+        scaled: tf.Tensor | None,
+        *rest: tf.Tensor,
+    ) -> tf.Tensor:
+        """Returns dx, of the sums over all replicas. ``rest`` is that of `gradient_sums`."""
+        by, mask = self._parted(rest)
+        sums = tf.split(total, 2)
+        means = (tf.math.divide_no_nan(part, by.count) for part in sums)
+        mean_dy, mean_dy_x = (tf.cast(part, by.scale.dtype) for part in means)
+        # In this order: the cube of a small deviation's inverse is beyond float32.
+        slope = by.scale * (by.inverse_deviation * (by.inverse_deviation * mean_dy_x))
+        offset = by.scale * mean_dy - by.rest * slope
+        return input_gradient(
+            dy, x, by.mean, by.scale, scaled, slope, offset, self.axes, self.kernels, mask
+        )
+
+    def _parted(self, rest: Sequence[tf.Tensor]) -> tuple[_Factors, tf.Tensor | None]:
+        *factors, mask = rest if self.masked else (*rest, None)
+        return _Factors(*factors), mask
+
+
+class _Pieces(NamedTuple):
+    """The operations between the collectives: those of `_Normalization`, or compiled ones."""
+
+    sums: Callable[..., Sums]
+    outputs: Callable[..., tuple[tf.Tensor, ...]]
+    gradient_sums: Callable[..., tuple[tf.Tensor, ...]]
+    input_gradient: Callable[..., tf.Tensor]
+
+
+@functools.cache
+def _pieces(normalization: _Normalization) -> _Pieces:
+    axes, kernels = normalization.axes, normalization.kernels
+    piece = functools.partial(compiled, axes=axes) if kernels.compiled else shared
+    own = normalization._replace(kernels=PLAIN) if kernels.compiled else normalization
+
+    def sums(x: tf.Tensor, *mask: tf.Tensor) -> Sums:
+        return local_sums(x, axes, *mask)
+
+    # A piece of its own already where XLA compiles.
+    outputs, all_sums = piece(own.outputs), sums if kernels.compiled else shared(sums)
+    if kernels.fused and not (kernels.compiled_gradient or normalization.masked):
+        return _Pieces(all_sums, outputs, shared(own.gradient_sums), shared(own.input_gradient))
+
+    # Where no kernel makes it along with the sums, dy * scale is not kept during the collective.
+    def gradient_sums(*inputs: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return own.gradient_sums(*inputs)[:-1]
+
+    def input_gradient(
+        dy: tf.Tensor, x: tf.Tensor, total: tf.Tensor, *rest: tf.Tensor
+    ) -> tf.Tensor:
+        return own.input_gradient(dy, x, total, None, *rest)
+
+    only_sums, dx = piece(gradient_sums), piece(input_gradient)
+    return _Pieces(
+        all_sums,
+        outputs,
+        lambda *inputs: (*only_sums(*inputs), None),
+        lambda dy, x, total, _, *rest: dx(dy, x, total, *rest),
+    )
+
+
+_Normalize = Callable[..., tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, ...]]]]
+"""Takes x, gamma and beta; returns the outputs and their gradient, for `tf.custom_gradient`."""
+
+
+def _normalize(
+    normalization: _Normalization,
+    replicas: Replicas,
+    mask: tf.Tensor | None,
+    correction: Correction | None,
+    bessel: bool,
+    take_up: Callable[[Moments], None],
+) -> _Normalize:
+    """Returns what normalizes, and hands on the moments that the moving statistics take up."""
+    pieces = _pieces(normalization)
+    masks = [] if mask is None else [mask]
+
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        merged, taken_up = replicas.merge(pieces.sums(x, *masks), bessel)
+        take_up(taken_up)
+        renorm: Sequence[tf.Tensor] = ()
+        if correction is not None:
+            mean, variance = (tf.cast(part, gamma.dtype) for part in merged[1:])
+            renorm = [tf.stop_gradient(part) for part in correction(mean, variance)]
+        y, *factors = pieces.outputs(x, gamma, beta, *merged, *renorm)
+        y.set_shape(x.shape)  # which a compiled piece does not know
+        rest = [*factors, *masks]
+
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            dy, (x_, *others) = of_shape(dy, x.shape), kept((x, *rest))
+            sums, dgamma, dbeta, scaled = pieces.gradient_sums(dy, x_, *others)
+            total = replicas.all_reduce_sum(sums, "gradient")
+            dx = pieces.input_gradient(dy, x_, total, scaled, *others)
+            dx.set_shape(x.shape)
+            return dx, dgamma, dbeta
+
+        return y, gradient
+
+    return normalize
+
+
+def _normalize_single_replica(
+    normalization: _Normalization, bessel: bool, take_up: Callable[[Moments], None]
+) -> _Normalize:
+    """Is `_normalize` for a single replica: no collective between the passes."""
+    kernels = _single_replica_kernels(normalization)
+
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        y, mean, variance, reliable = kernels.forward(x, gamma, beta)
+        y.set_shape(x.shape)
+        own = Moments(count_elements(x, normalization.axes), mean, variance)
+        take_up(unbiased(own) if bessel else own)
+
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            tensors = kept((x, gamma, beta, mean, variance, reliable))
+            dx, *others = kernels.backward(of_shape(dy, x.shape), *tensors)
+            dx.set_shape(x.shape)
+            return dx, *others
+
+        return y, gradient
+
+    return normalize
+
+
+class _SingleReplicaKernels(NamedTuple):
+    """The passes of a single replica, by kernels for the whole of one where these are reliable."""
+
+    forward: Callable[..., tuple[tf.Tensor, ...]]
+    """Returns the outputs, mean and variance, float64, and whether the kernel was reliable, for x,
+    gamma and beta."""
+    backward: Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
+    """Returns dx, dgamma and dbeta for dy and all of these but the outputs."""
+
+
+@functools.cache
+def _single_replica_kernels(normalization: _Normalization) -> _SingleReplicaKernels:
+    axes, epsilon = normalization.axes, normalization.epsilon
+    plain = normalization._replace(kernels=PLAIN)
+
+    def gradients(
+        by: _Normalization, dy: tf.Tensor, x: tf.Tensor, *factors: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        sums, dgamma, dbeta, scaled = by.gradient_sums(dy, x, *factors)
+        return by.input_gradient(dy, x, sums, scaled, *factors), dgamma, dbeta
+
+    def exact(x: tf.Tensor) -> Moments:
+        count = count_elements(x, axes)
+        return moments_of(Sums(count, *exact_sums(x, count, axes, None)))
+
+    def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        own = exact(x)
+        y, *_ = plain.outputs(x, gamma, beta, *own)
+        return y, own.mean, own.variance, tf.constant(True)
+
+    def checked_forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        rough_y, *rest = normalize_single_replica(x, gamma, beta, epsilon, axes)
+        rough = Moments(count_elements(x, axes), *rest)
+        reliable = is_reliable(rough)
+
+        def exactly() -> tuple[tf.Tensor, ...]:
+            own = exact(x)
+            return normalization.outputs(x, gamma, beta, *own)[0], own.mean, own.variance
+
+        outputs = tf.cond(reliable, lambda: (rough_y, *widened(rough)[1:]), exactly)
+        return *outputs, reliable
+
+    def backward(
+        dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *kept_moments: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        mean, variance, _ = kept_moments
+        factors = plain.factors(gamma, beta, count_elements(x, axes), mean, variance)
+        return gradients(plain, dy, x, *factors.tensors())
+
+    def checked_backward(
+        dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *kept_moments: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        mean, variance, reliable = kept_moments
+        by = normalization.factors(gamma, beta, count_elements(x, axes), mean, variance)
+        narrow = tf.cast(variance, gamma.dtype)
+        return tf.cond(
+            reliable,
+            lambda: single_replica_gradient(dy, x, gamma, by.mean, narrow, epsilon, axes),
+            lambda: gradients(normalization, dy, x, *by.tensors()),
+        )
+
+    if normalization.kernels.compiled:
+        return _SingleReplicaKernels(compiled(forward, axes), compiled(backward, axes))
+    return _SingleReplicaKernels(
+        shared(with_recomputed_gradient(axes, forward, checked_forward)),
+        shared(with_recomputed_gradient(axes, backward, checked_backward)),
+    )
+
+
+def _inverse_deviation(variance: tf.Tensor, epsilon: float) -> tf.Tensor:
+    if _is_positive(epsilon, variance.dtype):
+        return tf.math.rsqrt(variance + epsilon)
+    # Zero where there is nothing to divide by: no NaN comes of it.
+    return tf.math.divide_no_nan(tf.ones([], variance.dtype), tf.sqrt(variance + epsilon))
+
+
+def _is_positive(epsilon: float, dtype: tf.DType) -> bool:
+    return epsilon >= np.finfo(dtype.as_numpy_dtype).tiny

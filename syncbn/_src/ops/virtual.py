@@ -1,0 +1,126 @@
+"""Virtual batches: normalization with the statistics of slices of one replica's batch.
+
+Hoffer, Hubara & Soudry, "Train longer, generalize better" (2017), call it ghost batch
+normalization. No statistics leave the replica on the way to the outputs, so that plain operations
+and their gradients do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from syncbn._src.ops.channels import channel_count, reduction_axes, statistics_dtype
+from syncbn._src.ops.moments import (
+    Moments,
+    about_pivot,
+    average,
+    moments_about,
+    pack,
+    unbiased,
+    weigh,
+)
+from syncbn._src.ops.normalization import Correction
+from syncbn._src.ops.replicas import Replicas
+
+
+class Slices(NamedTuple):
+    """The slices of a batch."""
+
+    of_samples: tf.Tensor
+    """To which slice each sample belongs, ``(batch,)``."""
+    moments: Moments
+    """float64, of each slice as a row."""
+
+
+def virtual_batch_normalize(
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    *,
+    axes: Sequence[int],
+    epsilon: float,
+    size: int,
+    replicas: Replicas,
+    mask: tf.Tensor | None = None,
+    correction: Correction | None = None,
+    bessel: bool = False,
+) -> tuple[tf.Tensor, Moments]:
+    """Normalizes ``x`` slice by slice.
+
+    Args and returns as `batch_normalize`, but: the slices are as few as hold ``size`` samples at
+    most; of s slices, sample i is in slice ``i % s``, as in Keras 2. The moving statistics take up
+    the average of all slices' statistics over all replicas, weighted by their counts, and a
+    `correction` is made for that average.
+    """
+    dtype = statistics_dtype(x.dtype)
+    wide_x = tf.cast(x, dtype)
+    slices = _slices(wide_x, axes, size, mask)
+    taken_up = _average(unbiased(slices.moments) if bessel else slices.moments, replicas, dtype)
+    mean, variance = (tf.cast(part, dtype) for part in slices.moments[1:])
+    scale = gamma * tf.math.divide_no_nan(tf.ones([], dtype), tf.sqrt(variance + epsilon))
+    if correction is not None:
+        r, d = map(tf.stop_gradient, correction(taken_up.mean, taken_up.variance))
+        scale, beta = scale * r, beta + gamma * d
+    offset = tf.broadcast_to(beta, tf.shape(scale))
+    mean, scale, offset = (
+        _to_samples(tf.gather(part, slices.of_samples), x, axes) for part in (mean, scale, offset)
+    )
+    # Its gradient is zero where that of y is, even if x is NaN there: under a mask.
+    multiply = tf.multiply if mask is None else tf.math.multiply_no_nan
+    y = multiply(wide_x - mean, tf.broadcast_to(scale, tf.shape(x, tf.int64))) + offset
+    return tf.cast(y, x.dtype), taken_up
+
+
+def _slices(x: tf.Tensor, axes: Sequence[int], size: int, mask: tf.Tensor | None) -> Slices:
+    batch = tf.shape(x, tf.int64)[0]
+    number = -(-batch // size)
+    of_samples = tf.range(batch) % tf.maximum(number, 1)
+
+    def per_slice(samples: tf.Tensor) -> tf.Tensor:
+        return tf.math.unsorted_segment_sum(samples, of_samples, number)
+
+    def add_up(part: tf.Tensor) -> tf.Tensor:
+        return per_slice(_sample_sums(part, axes))
+
+    def spread(rows: tf.Tensor) -> tf.Tensor:
+        return _to_samples(tf.gather(rows, of_samples), x, axes)
+
+    count = per_slice(_sample_counts(x, axes, mask))
+    centered, pivot = about_pivot(x, count, mask, add_up, spread)
+    moments = moments_about(pivot, count, add_up(centered), add_up(tf.square(centered)))
+    return Slices(of_samples, moments)
+
+
+def _average(moments: Moments, replicas: Replicas, dtype: tf.DType) -> Moments:
+    weighed = weigh(moments)
+    total = tf.stop_gradient(tf.reduce_sum(pack(weighed), 0))
+    count, *values = average(replicas.all_reduce_sum(total, "moving"), weighed)
+    return Moments(count, *(tf.cast(value, dtype) for value in values))
+
+
+def _sample_counts(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> tf.Tensor:
+    """Elements per channel of each sample, float64: ``(batch, 1)`` where the channels are last."""
+    if mask is not None:
+        seen = tf.cast(tf.broadcast_to(mask, tf.shape(x, tf.int64)), tf.float64)
+        counts = _sample_sums(seen, axes)
+        return counts[:, :1] if tuple(axes) == (x.shape.rank - 1,) else counts
+    columns = 1 if tuple(axes) == (x.shape.rank - 1,) else channel_count(x, axes)
+    inner = tf.constant(reduction_axes(x.shape.rank, axes)[1:], tf.int32)  # none in rank 2
+    elements = tf.reduce_prod(tf.cast(tf.gather(tf.shape(x, tf.int64), inner), tf.float64))
+    return tf.fill([tf.shape(x, tf.int64)[0], columns], elements)
+
+
+def _sample_sums(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """Sums over each sample, float64 ``(batch, channels)``."""
+    sums = tf.reduce_sum(tf.cast(x, tf.float64), reduction_axes(x.shape.rank, axes)[1:])
+    return tf.reshape(sums, [-1, channel_count(x, axes)])
+
+
+def _to_samples(rows: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """Reshapes ``(batch, channels)`` so that it broadcasts against ``x``."""
+    shape = x.shape.as_list()
+    sizes = [shape[axis] if axis in axes else 1 for axis in range(1, len(shape))]
+    return tf.reshape(rows, [tf.shape(x, tf.int64)[0], *sizes])

@@ -1,0 +1,1 @@
+"""What a job of several processes needs around the layers."""

@@ -1,0 +1,171 @@
+"""Callbacks for `Model.fit` in jobs of several processes, over Horovod or MPI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from syncbn._src.communicators.base import Communicator, process_communicator
+from syncbn._src.communicators.host_collectives import require_agreement, sum_arrays
+from syncbn._src.communicators.resolution import check_communicator, resolve
+from syncbn._src.communicators.strategy import local_replicas
+from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.layer_names import named_layers
+from syncbn._src.keras_compat.optimizer_state import optimizer_variables
+from syncbn._src.layers.synchronized_layer import SynchronizedLayer
+from syncbn._src.training.kept_local import shared_variables
+from syncbn._src.training.optimizer import averages_only_inside
+from syncbn._src.training.variable_broadcast import broadcast
+
+
+class WorkerCallback(keras_api.keras.callbacks.Callback):
+    """A callback that talks to the other workers."""
+
+    def __init__(self, communicator: str | Communicator) -> None:
+        super().__init__()
+        self._communicator = check_communicator(communicator)
+
+    def _resolve(self) -> Communicator:
+        # A model that was made under a strategy is trained under it, wherever `fit` is called.
+        with self.model.distribute_strategy.scope():
+            return process_communicator(resolve(self._communicator))
+
+
+class BroadcastVariables(WorkerCallback):
+    """Starts the training of all workers from the variables of one of them.
+
+    Weights, moving statistics and the optimizer's state are those of worker ``root`` from the first
+    step on: initial ones, or what it has loaded from a checkpoint. What a model that is not built
+    before its first batch, or an optimizer of Keras 2, has not created by then, follows after that
+    batch. Under tf.distribute it does nothing, as variables are created equal there; where each
+    process of a job has a strategy, all copies of all processes get the values.
+
+    Variables that the optimizer keeps local (see `distribute`) stay as they are, and so does the
+    optimizer's state of them.
+
+    Args:
+        root: The rank of the worker that has the values.
+        communicator: As for `syncbn.SyncBatchNormalization`.
+
+    Raises:
+        ValueError: when training begins: workers have different models, or numbers of replicas, or
+            ``root`` is no rank. Or there are local variables, and the optimizer was loaded and has
+            not been told them again, or has state of which it is not known what it belongs to.
+        RuntimeError: when training begins: Keras has wrapped a distributed optimizer in one that
+            scales the loss (see `distribute`).
+    """
+
+    def __init__(self, root: int = 0, communicator: str | Communicator = "auto") -> None:
+        super().__init__(communicator)
+        self.root = root
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        communicator, optimizer = self._resolve(), self.model.optimizer
+        if averages_only_inside(optimizer):
+            raise RuntimeError(
+                "With mixed precision, distribute the optimizer that scales the loss: "
+                "compile(distribute(tf.keras.mixed_precision.LossScaleOptimizer(optimizer))). "
+                f"Received: {type(optimizer).__name__} around a distributed optimizer, with which "
+                "workers would skip different steps."
+            )
+        self._require_same_layers(communicator)
+        self._pending = not (self.model.built and getattr(optimizer, "built", False))
+        if self.model.built:
+            self._broadcast(communicator, with_optimizer=not self._pending)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self._pending:
+            self._pending = False
+            self._broadcast(self._resolve(), with_optimizer=True)
+
+    def _require_same_layers(self, communicator: Communicator) -> None:
+        """Raises where workers would wait for layers that others do not have."""
+        if communicator.name == "tf.distribute" or communicator.size == 1:
+            return
+        layers = [
+            layer
+            for layer in named_layers(self.model).values()
+            if isinstance(layer, SynchronizedLayer)
+        ]
+        names = [layer.name for layer in layers]
+        descriptions = [type(layer).__name__ for layer in layers]
+        if communicator.name == "horovod":  # which matches calls by these names
+            descriptions = [" ".join(pair) for pair in zip(descriptions, names, strict=True)]
+        with self.model.distribute_strategy.scope():
+            descriptions.append(f"{local_replicas()} replicas")
+        names.append("of a process")
+        require_agreement(communicator, descriptions, names, "synchronized layers", self.root)
+
+    def _broadcast(self, communicator: Communicator, with_optimizer: bool) -> None:
+        if communicator.name == "tf.distribute":
+            return  # and outside of the strategy's scope it joins nothing
+        # In Keras 3 `variables` has the states of random generators too, which stay different.
+        variables, optimizer = list(self.model.weights), self.model.optimizer
+        if with_optimizer:
+            variables += optimizer_variables(optimizer)
+        broadcast(shared_variables(variables, optimizer), self.root, communicator)
+
+
+class AverageMetrics(WorkerCallback):
+    """Reports the metrics of all workers together, at the end of each epoch.
+
+    The sums and counts that make up a metric are added up over the workers, so that every sample
+    weighs the same wherever it was, and metrics that are no means (AUC, say) are right too. What
+    ``train_step`` logs besides metrics is averaged. Put it before the callbacks that read the
+    logs, such as `EarlyStopping`. Either all workers validate or none does. It is for `fit`: what
+    `evaluate` returns stays each worker's own. Under tf.distribute it does nothing, as Keras does
+    this there; where each process of a job has a strategy, it adds up over the processes.
+
+    Args:
+        communicator: As for `syncbn.SyncBatchNormalization`.
+    """
+
+    def __init__(self, communicator: str | Communicator = "auto") -> None:
+        super().__init__(communicator)
+        self._training: dict[str, Any] | None = None
+        self._validation: dict[str, Any] = {}
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._training, self._validation = None, {}
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        # Validation starts the metrics anew: what they have collected in training is read before.
+        self._training = self._totals()
+
+    def on_test_end(self, logs: Any = None) -> None:
+        self._validation = {f"val_{name}": value for name, value in self._totals().items()}
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        communicator = self._resolve()
+        if logs is None or communicator.name == "tf.distribute" or communicator.size == 1:
+            return
+        training = self._totals() if self._training is None else self._training
+        known = {**training, **self._validation}
+        others = sorted(name for name in logs if name not in known)
+        own = [np.asarray(logs[name], np.float64) for name in others]
+        totals = sum_arrays(communicator, own, "syncbn/logs")
+        averages = [(total / communicator.size).tolist() for total in totals]
+        averaged = {**known, **dict(zip(others, averages, strict=True))}
+        logs.update({name: averaged[name] for name in logs})
+        # A worker without validation data has none of these, and callbacks act on them.
+        logs.update(self._validation)
+
+    def _totals(self) -> dict[str, Any]:
+        """Returns what the model's metrics are over all workers."""
+        communicator = self._resolve()
+        variables = [variable for metric in self.model.metrics for variable in metric.variables]
+        if communicator.name == "tf.distribute" or communicator.size == 1 or not variables:
+            return {}
+        own = [np.asarray(variable.numpy()) for variable in variables]
+        totals = sum_arrays(
+            communicator, [value.astype(np.float64) for value in own], "syncbn/metrics"
+        )
+        try:
+            for variable, total in zip(variables, totals, strict=True):
+                variable.assign(total.astype(variable.numpy().dtype))
+            results = self.model.get_metrics_result()
+            return {name: np.asarray(result).tolist() for name, result in results.items()}
+        finally:
+            for variable, value in zip(variables, own, strict=True):
+                variable.assign(value)

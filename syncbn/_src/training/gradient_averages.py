@@ -1,0 +1,104 @@
+"""Averages of gradients over workers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._src.communicators.base import Communicator, wire_dtype
+from syncbn._src.communicators.horovod import HorovodCommunicator
+from syncbn._src.communicators.tracing import in_branch_or_loop
+
+Gradient = Any
+"""A `tf.Tensor`, a `tf.IndexedSlices` or ``None``."""
+
+
+def average_gradients(
+    gradients: Sequence[Gradient], communicator: Communicator, name: str
+) -> list[Gradient]:
+    """Returns the means over all workers of gradients, each in its own form.
+
+    Dense ones travel together: over Horovod in one grouped all-reduce for each dtype; elsewhere,
+    and in branches and loops, in one flat buffer for each dtype. Sparse ones (`tf.IndexedSlices`)
+    stay sparse: the slices of all workers, one after the other.
+
+    Args:
+        gradients: The same ones on all workers; the number of slices of a sparse one may differ.
+            ``None``, where there is no gradient, stays ``None``.
+        communicator: What joins the workers.
+        name: Of the collectives.
+    """
+    averages: list[Gradient] = [None] * len(gradients)
+    dense: dict[tf.DType, list[int]] = {}
+    sparse: list[int] = []
+    for index, gradient in enumerate(gradients):
+        if isinstance(gradient, tf.IndexedSlices):
+            sparse.append(index)
+        elif gradient is not None:
+            dense.setdefault(wire_dtype(gradient.dtype), []).append(index)
+    for dtype, indices in dense.items():
+        wires = [tf.cast(gradients[index], dtype) for index in indices]
+        totals = _sum(wires, communicator, f"{name}/{dtype.name}")
+        for index, total in zip(indices, totals, strict=True):
+            averages[index] = tf.cast(total / communicator.size, gradients[index].dtype)
+    if sparse:
+        gathered = _gather([gradients[index] for index in sparse], communicator, f"{name}/sparse")
+        for index, slices in zip(sparse, gathered, strict=True):
+            averages[index] = tf.IndexedSlices(
+                tf.cast(slices.values / communicator.size, gradients[index].dtype),
+                slices.indices,
+                slices.dense_shape,
+            )
+    return averages
+
+
+def _sum(tensors: list[tf.Tensor], communicator: Communicator, name: str) -> list[tf.Tensor]:
+    # A grouped all-reduce has no turn: iterations of a loop, which TensorFlow runs side by side,
+    # would meet others under its name.
+    if isinstance(communicator, HorovodCommunicator) and not in_branch_or_loop():
+        return communicator.grouped_all_reduce_sum(tensors, name)
+    flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
+    # The same gradients in another order may be as long. Over MPI another name is an error on all
+    # workers; over Horovod they would wait.
+    if communicator.name != "horovod":
+        shapes = ", ".join(str(tensor.shape) for tensor in tensors)
+        name = f"{name}/{zlib.crc32(shapes.encode()):08x}"
+    total = communicator.all_reduce_sum(flat, name)
+    parts = tf.split(total, [tf.size(tensor) for tensor in tensors])
+    return [
+        tf.ensure_shape(tf.reshape(part, tf.shape(tensor)), tensor.shape)
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
+
+
+def _gather(
+    gradients: list[tf.IndexedSlices], communicator: Communicator, name: str
+) -> list[tf.IndexedSlices]:
+    # A gathering is a sum in which each worker fills the rows of its own and leaves the others
+    # zero; its cost is twice that of a gathering proper, and every communicator can do it.
+    size, rank = communicator.size, communicator.rank
+    own = tf.stack([tf.shape(gradient.indices, tf.int64)[0] for gradient in gradients])
+    rows = tf.pad(own[tf.newaxis], [[rank, size - 1 - rank], [0, 0]])
+    counts = tf.cast(
+        communicator.all_reduce_sum(tf.cast(rows, tf.float64), f"{name}/counts"), tf.int64
+    )
+    gathered = []
+    for number, gradient in enumerate(gradients):
+        padding = [tf.reduce_sum(counts[:rank, number]), tf.reduce_sum(counts[rank + 1 :, number])]
+        # float64 holds every index of a table that fits into memory.
+        indices, values = (
+            communicator.all_reduce_sum(
+                tf.pad(tensor, [padding, *[[0, 0]] * (tensor.shape.rank - 1)]),
+                f"{name}/{number}/{part}",
+            )
+            for part, tensor in (
+                ("indices", tf.cast(gradient.indices, tf.float64)),
+                ("values", tf.cast(gradient.values, wire_dtype(gradient.dtype))),
+            )
+        )
+        indices = tf.cast(indices, gradient.indices.dtype)
+        gathered.append(tf.IndexedSlices(values, indices, gradient.dense_shape))
+    return gathered

@@ -1,0 +1,86 @@
+"""Variables that each worker has for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.optimizer_state import state_of
+
+
+class LocalVariables:
+    """The variables that are not averaged and not broadcast.
+
+    Args:
+        given: Layers, whose weights of all kinds are meant, also those that they do not have yet;
+            variables; or nested structures of both.
+
+    Raises:
+        TypeError: something else was given.
+    """
+
+    def __init__(self, given: Any = ()):
+        self._given: list[Any] = []
+        self.add(given)
+
+    def __bool__(self) -> bool:
+        return bool(self._given)
+
+    def add(self, given: Any) -> None:
+        """Makes more variables local."""
+        for one in tf.nest.flatten(given):
+            if not isinstance(one, (*keras_api.VARIABLES, keras_api.keras.layers.Layer)):
+                raise TypeError(
+                    "What is local must be variables or layers of tf.keras. "
+                    f"Received: {one!r} of type {type(one).__name__}."
+                )
+            self._given.append(one)
+
+    def variables(self) -> list[Any]:
+        """Returns those that there are now."""
+        layer = keras_api.keras.layers.Layer
+        return [
+            variable
+            for one in self._given
+            for variable in (one.weights if isinstance(one, layer) else [one])
+        ]
+
+    def among(self, variables: Iterable[Any]) -> list[bool]:
+        """Says of each variable whether it is local."""
+        own = {id(keras_api.variable(variable)) for variable in self.variables()}
+        return [id(keras_api.variable(variable)) in own for variable in variables]
+
+
+def shared_variables(variables: Sequence[Any], optimizer: Any) -> list[Any]:
+    """Returns ``variables`` without those that ``optimizer``, if any, keeps local.
+
+    Its state of those is left out too.
+
+    Raises:
+        ValueError: see `local_variables`; or it is not known what belongs to a local variable.
+    """
+    local = local_variables(optimizer)
+    if not local:
+        return list(variables)
+    theirs = local.variables()
+    local = LocalVariables([*theirs, *state_of(optimizer, theirs)])
+    return [v for v, own in zip(variables, local.among(variables), strict=True) if not own]
+
+
+def local_variables(optimizer: Any) -> LocalVariables:
+    """Returns what an optimizer keeps local, if it keeps anything.
+
+    Raises:
+        ValueError: the optimizer was loaded, and has not been told which they are.
+    """
+    local = getattr(optimizer, "_syncbn_local", None)
+    if getattr(optimizer, "_syncbn_forgot_local", False):
+        raise ValueError(
+            "A loaded optimizer must be told which variables are local. Received: one that was "
+            "saved with some. Before training, call "
+            "model.optimizer.register_local_var(variables_or_layers) on every worker."
+        )
+    return LocalVariables() if local is None else local

@@ -1,0 +1,150 @@
+"""`fit` and `evaluate` of Keras 3 under `MultiWorkerMirroredStrategy`, where Keras' own fail.
+
+Two private functions of Keras' trainer are at fault (keras#20585); there is no public way around
+them. Tried with Keras 3.10.0, 3.12.0, 3.14.1 and 3.15.1, which need both of them mended. What is
+done here asks the Keras that it finds, not its version. tf_keras needs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import warnings
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from syncbn._src.keras_compat.keras_api import KERAS_3, keras
+
+__all__ = ["mend_keras_fit"]
+
+
+def mend_keras_fit() -> tuple[str, ...]:
+    """Makes Keras 3's `fit` and `evaluate` work where tf.distribute has several workers.
+
+    Call it once in every worker, before `fit`, and before or after the strategy is made. It
+    replaces functions of Keras for the whole process, so it is a call that a reader of the training
+    script sees and not a side effect of an import; and it mends Keras rather than a model, so that
+    models of any class, loaded ones too, need nothing.
+
+    Each function is tried first on a stand-in for a strategy, and replaced only if it has the
+    fault. So a Keras that has mended it is left alone, as is tf_keras, and a second call does
+    nothing.
+
+    - Before its first step, Keras averages the first batch over the replicas, to learn shapes from
+      it. That fails with several workers, and under `MirroredStrategy` if the batch does not divide
+      evenly. Instead, the shapes are those of this process's first replica.
+    - After each step with several workers, Keras averages the logs, which are scalars, over their
+      first axis. Instead, they are averaged over the replicas only, as under `MirroredStrategy`.
+
+    Returns:
+        The names of what was replaced.
+
+    Warns:
+        If this Keras' trainer is built differently from those known here. It is left alone.
+    """
+    if not KERAS_3:
+        return ()
+    try:
+        from keras.src.backend.tensorflow import trainer
+
+        faults = {
+            "TensorFlowTrainer._maybe_symbolic_build": _averages_batches(trainer),
+            "reduce_per_replica": _averages_scalars_over_an_axis(trainer),
+        }
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        warnings.warn(
+            "mend_keras_fit knows the trainer of Keras 3.10 to 3.15, and leaves others alone. "
+            f"Received: Keras {keras.__version__} ({error}). If `fit` fails under "
+            "MultiWorkerMirroredStrategy, use one of those, or TF_USE_LEGACY_KERAS=1.",
+            stacklevel=2,
+        )
+        return ()
+    if faults["TensorFlowTrainer._maybe_symbolic_build"]:
+        _mend_symbolic_build(trainer)
+    if faults["reduce_per_replica"]:
+        _mend_reduce_per_replica(trainer)
+    return tuple(name for name, faulty in faults.items() if faulty)
+
+
+def _mend_symbolic_build(trainer: Any) -> None:
+    build = trainer.TensorFlowTrainer._maybe_symbolic_build
+
+    def maybe_symbolic_build(self: Any, iterator: Any = None, data_batch: Any = None) -> None:
+        strategy = self._distribute_strategy
+        if strategy is None or iterator is None:
+            return build(self, iterator=iterator, data_batch=data_batch)
+        *_, batches = next(iter(iterator))
+        first = trainer.tree.map_structure(
+            lambda value: strategy.experimental_local_results(value)[0], next(batches)
+        )
+        return build(self, data_batch=first)
+
+    trainer.TensorFlowTrainer._maybe_symbolic_build = maybe_symbolic_build
+
+
+def _mend_reduce_per_replica(trainer: Any) -> None:
+    reduce = trainer.reduce_per_replica
+
+    def reduce_per_replica(values: Any, strategy: Any, reduction: str) -> Any:
+        several_workers = trainer._collective_all_reduce_multi_worker(strategy)
+        if several_workers and reduction in ("auto", "mean"):
+            return trainer.tree.map_structure(
+                lambda value: strategy.reduce("MEAN", value, axis=None), values
+            )
+        return reduce(values, strategy, reduction)
+
+    trainer.reduce_per_replica = reduce_per_replica
+
+
+# What follows must start no TensorFlow operation: a strategy has to be made before the first one,
+# and `mend_keras_fit` may be called before that.
+
+
+class _Strategy(tf.distribute.MultiWorkerMirroredStrategy):
+    """Stands for a strategy of several workers, and notes the axes that Keras reduces over it."""
+
+    def __init__(self) -> None:
+        # The strategy's own would start a server and wait for the other workers.
+        self._extended = types.SimpleNamespace(_in_multi_worker_mode=lambda: True)
+        self.axes: list[int | None] = []
+
+    def scope(self) -> Any:
+        return contextlib.nullcontext()
+
+    def experimental_local_results(self, value: Any) -> Any:
+        return value.values
+
+    def reduce(self, reduce_op: Any, value: Any, axis: int | None = None) -> Any:
+        self.axes.append(axis)
+        return value
+
+
+class _Values(tf.distribute.DistributedValues):
+    values = (tf.TensorSpec([1]),)
+
+
+def _averages_batches(trainer: Any) -> bool:
+    strategy = _Strategy()
+    model = types.SimpleNamespace(
+        distribute_strategy=strategy,
+        _distribute_strategy=strategy,
+        _symbolic_build=lambda data_batch: None,
+    )
+
+    class Iterator(trainer.TFEpochIterator):
+        def __init__(self) -> None:
+            trainer.EpochIterator.__init__(self, x=np.zeros([1, 1]))
+
+        def _get_iterator(self) -> Any:
+            return [(_Values(), _Values())]
+
+    trainer.TensorFlowTrainer._maybe_symbolic_build(model, iterator=Iterator())
+    return bool(strategy.axes)
+
+
+def _averages_scalars_over_an_axis(trainer: Any) -> bool:
+    strategy = _Strategy()
+    trainer.reduce_per_replica(0.0, strategy, reduction="auto")
+    return strategy.axes != [None]

@@ -1,0 +1,117 @@
+"""A tape whose gradients are averaged over the workers."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import tensorflow as tf
+
+from syncbn._src.autograph import unconverted
+from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.resolution import resolve
+from syncbn._src.training.gradient_exchange import Exchange
+from syncbn._src.training.kept_local import LocalVariables
+
+_compared: WeakKeyDictionary[Communicator, set[tuple[str, ...]]] = WeakKeyDictionary()
+"""The gradients, in words, that the workers of a communicator have compared.
+
+A step makes a tape each time."""
+
+
+class DistributedGradientTape:
+    """A `tf.GradientTape` whose `gradient` is the mean over the workers.
+
+    ```python
+    with tf.GradientTape() as tape:
+        loss = loss_of(model(x, training=True), y)
+    tape = syncbn.training.DistributedGradientTape(tape)
+    gradients = tape.gradient(loss, model.trainable_variables)
+    optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+    ```
+
+    The optimizer is a plain one: `distribute` would average once more. The tape may also be entered
+    through this one: ``with DistributedGradientTape(tf.GradientTape()) as tape``. What it has
+    besides is what follows; a jacobian is the worker's own, and the tape's itself.
+
+    All workers need gradients for the same sources, in the same order, which is compared for each
+    new list of them. Under tf.distribute nothing is averaged here, as with `distribute`; where each
+    process has a strategy, what an optimizer adds up over its replicas is the mean over the
+    processes.
+
+    Args:
+        tape: A `tf.GradientTape`.
+        communicator: As for `syncbn.SyncBatchNormalization`; resolved when gradients are taken.
+        local: What has gradients of this worker's own: variables, layers, or a structure of both.
+            See `distribute`.
+        scale_local_gradients: Whether to divide those by the number of workers.
+
+    Raises:
+        TypeError: ``tape`` is none, or ``local`` has something else in it.
+        ValueError: the communicator's name is unknown.
+    """
+
+    def __init__(
+        self,
+        tape: tf.GradientTape,
+        communicator: str | Communicator = "auto",
+        *,
+        local: Any = (),
+        scale_local_gradients: bool = True,
+    ):
+        if not isinstance(tape, tf.GradientTape):
+            raise TypeError(f"`tape` must be a tf.GradientTape. Received: tape={tape!r}.")
+        self._tape = tape
+        self._exchange = Exchange(communicator, LocalVariables(local), scale_local_gradients)
+
+    def __enter__(self) -> DistributedGradientTape:
+        self._tape.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._tape.__exit__(*exception)
+
+    def watch(self, tensor: Any) -> None:
+        """Is `tf.GradientTape.watch`."""
+        self._tape.watch(tensor)
+
+    def watched_variables(self) -> Any:
+        """Is `tf.GradientTape.watched_variables`."""
+        return self._tape.watched_variables()
+
+    def stop_recording(self) -> Any:
+        """Is `tf.GradientTape.stop_recording`."""
+        return self._tape.stop_recording()
+
+    def reset(self) -> None:
+        """Is `tf.GradientTape.reset`."""
+        self._tape.reset()
+
+    @unconverted
+    def gradient(self, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns the means over the workers of `tf.GradientTape.gradient`. A collective call.
+
+        Args:
+            target: What is differentiated on this worker.
+            sources: Variables or tensors, or a nested structure of them.
+            args: ``output_gradients``, ``unconnected_gradients``.
+            kwargs: The same by name.
+
+        Returns:
+            The structure of ``sources``, of tensors, `tf.IndexedSlices`, and ``None`` where there
+            is no gradient.
+
+        Raises:
+            ValueError: workers have different gradients, or numbers of replicas.
+            RuntimeError: see `syncbn.resolve`; and `distribute` on local variables.
+        """
+        flat = tf.nest.flatten(sources)
+        gradients = self._tape.gradient(target, flat, *args, **kwargs)
+        kinds = self._exchange.kinds(gradients, flat)
+        # Others may have compared theirs over another communicator.
+        known = _compared.setdefault(resolve(self._exchange.communicator), set())
+        self._exchange.compared = kinds in known
+        averaged = self._exchange(gradients, flat, "syncbn/tape")
+        if self._exchange.compared:
+            known.add(kinds)
+        return tf.nest.pack_sequence_as(sources, averaged)

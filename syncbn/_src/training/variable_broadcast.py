@@ -1,0 +1,84 @@
+"""Giving all workers the variables of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from syncbn._src.communicators.base import Communicator, process_communicator
+from syncbn._src.communicators.host_collectives import require_agreement, sum_arrays
+from syncbn._src.communicators.resolution import resolve
+
+
+def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = "auto") -> None:
+    """Assigns the values that variables have on worker ``root``, bit for bit, to those of all.
+
+    All workers make the call, outside of graphs, with variables of the same shapes and dtypes in
+    the same order, which is checked first. Under tf.distribute, where variables are created equal,
+    it does nothing; where each process of a job has a strategy, all copies get the values.
+
+    Args:
+        variables: A variable of TensorFlow or Keras, or a nested structure of them.
+        root: The rank of the worker that has the values.
+        communicator: As for `syncbn.SyncBatchNormalization`.
+
+    Raises:
+        ValueError: ``root`` is no rank, or workers have variables of different shapes or dtypes.
+        TypeError: variables of strings.
+        RuntimeError: the call is made in a graph; and see `syncbn.resolve`.
+    """
+    communicator = process_communicator(resolve(communicator))
+    if communicator.name == "tf.distribute":
+        return
+    if not tf.executing_eagerly():
+        raise RuntimeError(
+            "broadcast assigns to variables at once, so it must be called eagerly. Received: a "
+            "call inside a tf.function or a graph."
+        )
+    if not 0 <= root < communicator.size:
+        raise ValueError(
+            f"`root` must be a rank of the job, 0 to {communicator.size - 1}. "
+            f"Received: root={root}."
+        )
+    if communicator.size == 1:
+        return
+    flat: Sequence[Any] = tf.nest.flatten(variables)
+    values = [np.asarray(variable.numpy()) for variable in flat]
+    require_agreement(
+        communicator,
+        [f"{value.dtype.name} {value.shape}" for value in values],
+        [getattr(variable, "path", variable.name) for variable in flat],
+        "variables",
+        root,
+    )
+    for value in values:
+        if value.dtype.kind in "OSU":
+            raise TypeError(
+                "`variables` must hold numbers. Received: one of strings. Leave it out."
+            )
+    # A broadcast is a sum to which the others add zeros. What is added up are the bits: a sum
+    # of values would make 0.0 of -0.0, and may change a NaN.
+    wires = [_to_wire(value) for value in values]
+    if communicator.rank != root:
+        wires = [np.zeros_like(wire) for wire in wires]
+    totals = sum_arrays(communicator, wires, "syncbn/broadcast")
+    if communicator.rank != root:
+        for variable, value, total in zip(flat, values, totals, strict=True):
+            variable.assign(_from_wire(total, value))
+
+
+def _to_wire(value: np.ndarray) -> np.ndarray:
+    """Returns the 16-bit parts of an array, or its bytes, each of which float32 holds exactly."""
+    return np.frombuffer(value.tobytes(), _part(value.dtype)).astype(np.float32)
+
+
+def _from_wire(wire: np.ndarray, like: np.ndarray) -> np.ndarray:
+    parts = wire.astype(_part(like.dtype))
+    return np.frombuffer(parts.tobytes(), like.dtype).reshape(like.shape)
+
+
+def _part(dtype: np.dtype) -> type[np.unsignedinteger]:
+    return np.uint16 if dtype.itemsize % 2 == 0 else np.uint8
