@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import command
+from benchmarks.measuring import command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

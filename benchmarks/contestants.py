@@ -43,14 +43,14 @@ def keras_synchronized(**options: object) -> tf.keras.layers.Layer:
     return tf.keras.layers.experimental.SyncBatchNormalization(**options)
 
 
-def horovod(**options: object) -> tf.keras.layers.Layer:
+def horovods_own(**options: object) -> tf.keras.layers.Layer:
     """Returns Horovod's own layer, which is one of Keras 2."""
     import horovod.tensorflow as hvd
 
     return hvd.SyncBatchNormalization(**options)
 
 
-def local(**options: object) -> tf.keras.layers.Layer:
+def ours_unsynchronized(**options: object) -> tf.keras.layers.Layer:
     """Returns ours without synchronization."""
     return syncbn.SyncBatchNormalization(communicator="local", **options)
 
@@ -64,11 +64,11 @@ def over_mpi(**options: object) -> tf.keras.layers.Layer:
 
 LAYERS: dict[str, Callable[..., tf.keras.layers.Layer]] = {
     "syncbn": syncbn.SyncBatchNormalization,
-    "syncbn local": local,
+    "syncbn local": ours_unsynchronized,
     "syncbn over MPI": over_mpi,
     "keras": tf.keras.layers.BatchNormalization,
     "keras synchronized": keras_synchronized,
-    "horovod": horovod,
+    "horovod": horovods_own,
     "fused op": FusedBatchNorm,
 }
 

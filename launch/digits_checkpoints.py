@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
-from digits_job import Job
+from digits_job import DigitsJob
 
 from syncbn import training
 
@@ -19,7 +19,7 @@ class Checkpoints(tf.keras.callbacks.Callback):
     MultiWorkerMirroredStrategy all workers read, and so need to see the folder.
     """
 
-    def __init__(self, folder: Path, model: tf.keras.Model, job: Job) -> None:
+    def __init__(self, folder: Path, model: tf.keras.Model, job: DigitsJob) -> None:
         super().__init__()
         with job.scope():
             model.optimizer.build(model.trainable_variables)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from digits_job import Job
+from digits_job import DigitsJob
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -32,7 +32,7 @@ def load_data() -> tuple[Split, Split]:
     return Split(x_train, y_train), Split(x_test, y_test)
 
 
-def training_batches(data: Split, batch: int, epochs: range, seed: int, job: Job) -> Any:
+def training_batches(data: Split, batch: int, epochs: range, seed: int, job: DigitsJob) -> Any:
     """Returns this process's part of the batches of these epochs in a row, each shuffled anew.
 
     The last, partial batch of an epoch is left out, as it may leave replicas without images.
@@ -48,7 +48,7 @@ def training_batches(data: Split, batch: int, epochs: range, seed: int, job: Job
     return _batches(shuffled, own.shape[1], job)
 
 
-def test_batches(data: Split, job: Job) -> tuple[Any, int]:
+def test_batches(data: Split, job: DigitsJob) -> tuple[Any, int]:
     """Returns this process's part over and over, and of how many batches it consists.
 
     Keras 3 needs a first batch that divides evenly; a second one has what is left.
@@ -58,7 +58,7 @@ def test_batches(data: Split, job: Job) -> tuple[Any, int]:
     return _batches(own, len(own.images) - left, job), 1 + bool(left)
 
 
-def _batches(data: Split, size: int, job: Job) -> Any:
+def _batches(data: Split, size: int, job: DigitsJob) -> Any:
     """Returns batches for the replicas of this process together, without end."""
     dataset = tf.data.Dataset.from_tensor_slices(tuple(data))
     if job.strategy is None or job.processes == 1:

@@ -20,7 +20,7 @@ from syncbn import training
 ENGINES = ("mirrored", "multiworker", "horovod", "mpi")
 
 
-class Job(NamedTuple):
+class DigitsJob(NamedTuple):
     """What joins the replicas, and the place of this process among them."""
 
     engine: str
@@ -51,7 +51,7 @@ class Job(NamedTuple):
         return slice(ends[self.rank], ends[self.rank + 1])
 
 
-ALONE = Job("none", 1)
+ALONE = DigitsJob("none", 1)
 
 
 def detect_engine() -> str:
@@ -72,7 +72,7 @@ def detect_engine() -> str:
 
 
 @functools.cache
-def start(engine: str, replicas: int | None) -> Job:
+def start(engine: str, replicas: int | None) -> DigitsJob:
     """Joins the processes of the job; every one of them makes this call, before it computes.
 
     One call for all runs: a second strategy over the same devices would number its collectives from
@@ -91,18 +91,18 @@ def start(engine: str, replicas: int | None) -> Job:
         strategy = _multiworker()
         resolver = strategy.cluster_resolver
         count = len(resolver.cluster_spec().as_dict()["worker"])
-        job = Job(engine, strategy.num_replicas_in_sync, resolver.task_id, count, strategy)
+        job = DigitsJob(engine, strategy.num_replicas_in_sync, resolver.task_id, count, strategy)
     elif engine == "horovod":
         import horovod.tensorflow as hvd
 
         training.init_horovod()
-        job = Job(engine, hvd.size(), hvd.rank(), hvd.size())
+        job = DigitsJob(engine, hvd.size(), hvd.rank(), hvd.size())
         _use_own_gpu(hvd.local_rank())
     else:
         from mpi4py import MPI
 
         world = MPI.COMM_WORLD
-        job = Job(engine, world.size, world.rank, world.size)
+        job = DigitsJob(engine, world.size, world.rank, world.size)
         _use_own_gpu(world.Split_type(MPI.COMM_TYPE_SHARED).rank)
     if replicas not in (None, job.replicas):
         raise SystemExit(
@@ -112,7 +112,7 @@ def start(engine: str, replicas: int | None) -> Job:
     return job
 
 
-def require_same_arguments(job: Job, arguments: dict[str, object]) -> None:
+def require_same_arguments(job: DigitsJob, arguments: dict[str, object]) -> None:
     """Compares the arguments of the job's processes.
 
     Raises:
@@ -128,7 +128,7 @@ def require_same_arguments(job: Job, arguments: dict[str, object]) -> None:
 
 
 @contextlib.contextmanager
-def ending_all(job: Job) -> Iterator[None]:
+def ending_all(job: DigitsJob) -> Iterator[None]:
     """Ends the processes of an MPI job together when this one fails.
 
     MPI waits for all of them when one wants to end, even where they wait for a message from it.
@@ -148,7 +148,7 @@ def ending_all(job: Job) -> Iterator[None]:
         raise
 
 
-def _mirrored(replicas: int) -> Job:
+def _mirrored(replicas: int) -> DigitsJob:
     if replicas == 1:
         return ALONE
     kind = "GPU"
@@ -163,7 +163,7 @@ def _mirrored(replicas: int) -> Job:
         # these, wherever an epoch or a test ends, was seen to take 20 s.
         tf.data.experimental.enable_debug_mode()
     strategy = tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(replicas)])
-    return Job("mirrored", replicas, strategy=strategy)
+    return DigitsJob("mirrored", replicas, strategy=strategy)
 
 
 def _multiworker() -> tf.distribute.Strategy:

@@ -68,7 +68,7 @@ def print_table(results: Results, reference: str | None, early_steps: int) -> No
         print("   ".join([first.ljust(widths[0]), *aligned]))
 
 
-def draw(results: Results, reference: str | None, path: Path) -> None:
+def draw_digits(results: Results, reference: str | None, path: Path) -> None:
     """Draws test loss and accuracy over the epochs: the mean of the seeds, and their range."""
     import matplotlib
 

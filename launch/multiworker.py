@@ -41,7 +41,7 @@ SETTLE, TERMINATE = 5.0, 5.0
 """Seconds that workers get to fail by themselves, and to end when told to."""
 
 
-def arguments() -> argparse.Namespace:
+def multiworker_arguments() -> argparse.Namespace:
     """Parses the command line; exits with 2 where it is wrong."""
     description, _, epilog = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
@@ -135,7 +135,7 @@ def check_free(address: str) -> None:
             )
 
 
-def start(command: list[str], cluster: list[str], index: int) -> subprocess.Popen[bytes]:
+def start_worker(command: list[str], cluster: list[str], index: int) -> subprocess.Popen[bytes]:
     """Starts a worker in a process group of its own, to be killed when this process is."""
     config = {"cluster": {"worker": cluster}, "task": {"type": "worker", "index": index}}
     prctl, set_parent_death_signal = ctypes.CDLL(None).prctl, 1
@@ -186,7 +186,7 @@ def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> in
 
 def main() -> int:
     """Starts the workers, and returns the exit code of the job."""
-    given = arguments()
+    given = multiworker_arguments()
     if not shutil.which(given.command[0]):
         sys.exit(f"multiworker.py: no such command: {given.command[0]}")
     check_inherited(given.host)
@@ -206,7 +206,7 @@ def main() -> int:
             cluster = free_addresses(given.workers)
             indices = list(range(given.workers))
         for index in indices:
-            workers[index] = start(given.command, cluster, index)
+            workers[index] = start_worker(given.command, cluster, index)
         for index, worker in workers.items():
             for source, target in ((worker.stdout, sys.stdout), (worker.stderr, sys.stderr)):
                 copier = threading.Thread(

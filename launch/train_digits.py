@@ -35,8 +35,16 @@ import numpy as np
 import tensorflow as tf
 from digits_checkpoints import Checkpoints
 from digits_data import TRAINING_IMAGES, Split, load_data, test_batches, training_batches
-from digits_job import ALONE, ENGINES, Job, detect_engine, ending_all, require_same_arguments, start
-from digits_report import Run, draw, print_table
+from digits_job import (
+    ALONE,
+    ENGINES,
+    DigitsJob,
+    detect_engine,
+    ending_all,
+    require_same_arguments,
+    start,
+)
+from digits_report import Run, draw_digits, print_table
 
 from syncbn import SyncBatchNormalization, training
 
@@ -117,7 +125,9 @@ class Schedule(NamedTuple):
     metrics: Path | None = None
 
 
-def train(setup: Setup, data: tuple[Split, Split], job: Job, schedule: Schedule, seed: int) -> Run:
+def train(
+    setup: Setup, data: tuple[Split, Split], job: DigitsJob, schedule: Schedule, seed: int
+) -> Run:
     """Trains the network; initial weights and the order of the data depend on ``seed`` alone."""
     training_data, test = data
     weights = initial_weights(seed)
@@ -271,7 +281,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def setups_of(arguments: argparse.Namespace, job: Job) -> tuple[list[Setup], Setup | None]:
+def setups_of(arguments: argparse.Namespace, job: DigitsJob) -> tuple[list[Setup], Setup | None]:
     """Returns what to train with, and which of it is the reference.
 
     Raises:
@@ -300,13 +310,13 @@ def main() -> None:
         run(arguments, job)
 
 
-def run(arguments: argparse.Namespace, job: Job) -> None:
+def run(arguments: argparse.Namespace, job: DigitsJob) -> None:
     """Trains in this process's part of the job; rank 0 reports."""
     files = ("checkpoint", "metrics", "picture")
     require_same_arguments(job, {k: v for k, v in vars(arguments).items() if k not in files})
     setups, reference = setups_of(arguments, job)
     say = functools.partial(print, flush=True) if job.rank == 0 else lambda *args: None
-    say(f"Job: {job}")
+    say(f"DigitsJob: {job}")
     data = load_data()
     schedule = Schedule(
         arguments.epochs, arguments.learning_rate, arguments.checkpoint, arguments.metrics
@@ -322,7 +332,7 @@ def run(arguments: argparse.Namespace, job: Job) -> None:
         return
     print_table(results, reference and str(reference), EARLY_STEPS)
     if arguments.picture:
-        draw(results, reference and str(reference), arguments.picture)
+        draw_digits(results, reference and str(reference), arguments.picture)
         print(f"\nPicture: {arguments.picture}")
 
 

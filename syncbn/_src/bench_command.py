@@ -15,7 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``bench``; exits with 2 where there are no benchmarks."""
     checkout = PACKAGE.parent
     # A folder of installed packages may hold a `benchmarks` too, somebody else's.
-    if not all((checkout / name).is_file() for name in ("pyproject.toml", "benchmarks/command.py")):
+    if not all(
+        (checkout / name).is_file()
+        for name in ("pyproject.toml", "benchmarks/measuring/command.py")
+    ):
         parser.error(
             "the benchmarks are part of the repository, not of the package. "
             f"Received: the package at {PACKAGE}. "
@@ -33,6 +36,6 @@ def _command(checkout: Path) -> ModuleType:
     # Ahead of any other `benchmarks` that the path may lead to.
     sys.path.insert(0, str(checkout))
     try:
-        return importlib.import_module("benchmarks.command")
+        return importlib.import_module("benchmarks.measuring.command")
     finally:
         sys.path.remove(str(checkout))

@@ -101,7 +101,7 @@ def test_options_that_leave_no_case_are_an_error():
 
 
 def test_list_shows_every_case():
-    from benchmarks.catalog import CASES
+    from benchmarks.cases import CASES
 
     finished = bench("--list")
     assert finished.code == 0, finished.output
@@ -110,24 +110,24 @@ def test_list_shows_every_case():
 
 
 def test_a_target_that_is_missed_is_shown_as_missed():
-    from benchmarks import report
-    from benchmarks.catalog import CASES
+    from benchmarks.cases import CASES
+    from benchmarks.measuring import presentation
 
     case = CASES["target-one-replica"]
     seconds = {"syncbn": [[0.002] * 3, [0.003] * 3], "fused op": [[0.001] * 3, [0.001] * 3]}
-    point = report.evaluate(case, case.points[0], seconds)
+    point = presentation.evaluate(case, case.points[0], seconds)
     (ratio,) = point["ratios"]
     assert ratio["ratio"] == pytest.approx(2.5)  # the medians of the rounds are 2 and 3 ms
     assert (ratio["at_most"], ratio["reached"]) == (1.4, False)
     found = {"summary": "s", "unit": "ms", "points": [point], "left_out": [], "failures": ["why"]}
-    page = report.markdown({"machine": {}, "settings": {}, "cases": {"c": found}})
+    page = presentation.markdown({"machine": {}, "settings": {}, "cases": {"c": found}})
     assert "| c | 1 layer (8, 56, 56, 64) | syncbn / fused op | 2.50 | 1.40 | **no** |" in page
     assert "Failed:\n\n```\nwhy\n```" in page
 
 
 def test_a_job_that_does_not_end_is_ended_and_said_to_have_failed(tmp_path):
     code = (
-        "from benchmarks import command\n"
+        "from benchmarks.measuring import command\n"
         "from benchmarks.__main__ import main\n"
         "command.LIMIT = 2\n"
         f"raise SystemExit(main(['--case', 'tiny', '--out', {str(tmp_path)!r}]))"
@@ -164,13 +164,15 @@ def running(folder):
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             arguments = file.read_bytes().decode(errors="replace").split("\0")
-            if "benchmarks.worker" in arguments and any(str(folder) in one for one in arguments):
+            if "benchmarks.measuring.worker" in arguments and any(
+                str(folder) in one for one in arguments
+            ):
                 found.append(arguments)
     return found
 
 
 def test_the_check_for_gpus_runs_on_a_cpu_in_its_place(tmp_path):
-    check = [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(tmp_path)]
+    check = [sys.executable, "-m", "benchmarks.studies.gpu_check", "--out", str(tmp_path)]
     program = [("gpu_check", [*check, "--parts", "layers", "memory", "contract"], {})]
     finished = processes.run(program, takes=30)
     assert finished.code == 0, finished.output

@@ -62,7 +62,7 @@ def test_a_doctor_that_is_ended_takes_the_ranks_along(launcher, tmp_path):
         "horovodrun": processes.horovodrun(2, "gloo", *ranks),
     }[launcher]
     code = (
-        "from syncbn._src.doctor.processes import Command, run\n"
+        "from syncbn._src.doctor.probe_processes import Command, run\n"
         f"run([Command({command!r}, {{}})], {hang})"
     )
     doctor = subprocess.Popen(

@@ -1,6 +1,7 @@
 """Measuring an all-reduce takes longer than it may."""
 
-from benchmarks import all_reduce, jobs
+from benchmarks.measuring import jobs
+from benchmarks.studies import all_reduce
 
 all_reduce.LIMIT = 0.1
 try:

@@ -4,14 +4,13 @@ import sys
 
 import tensorflow as tf
 
-from benchmarks import replicas
-from benchmarks.cases import LARGE
-from benchmarks.catalog import CASES
-from benchmarks.workloads import WORKLOADS
+from benchmarks.cases import CASES, LARGE
+from benchmarks.measuring import job_replicas
+from benchmarks.measuring.workloads import WORKLOADS
 
-replicas.SHARED["mirrored-gpu"] = "CPU"
+job_replicas.SHARED["mirrored-gpu"] = "CPU"
 case = CASES[sys.argv[1]]
-job = replicas.Replicas("mirrored-gpu", case.workers)
+job = job_replicas.JobReplicas("mirrored-gpu", case.workers)
 layers = {name: one.layer for name, one in case.contestants.items() if one.keras == 3}
 for point in {point.dtype: point._replace(shape=LARGE) for point in case.points}.values():
     samples = WORKLOADS[case.workload].measure(job, layers, point, 1)

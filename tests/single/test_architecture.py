@@ -114,3 +114,27 @@ def test_another_backend_of_keras_is_refused():
     )
     assert finished.code != 0
     assert "KERAS_BACKEND=tensorflow" in finished.output
+
+
+def definitions():
+    """Yields each module of the repository but the tests, and each of its functions and classes."""
+    for folder in "syncbn", "launch", "benchmarks":
+        for path in sorted((PACKAGE.parent / folder).rglob("*.py")):
+            if path.stem not in ("__init__", "__main__"):
+                names = [
+                    one.name for one in ast.parse(path.read_text()).body if hasattr(one, "name")
+                ]
+                yield path.stem, [name for name in names if not name.startswith("_")]
+
+
+def test_a_name_means_one_thing():
+    modules, defined = [], []
+    for module, names in definitions():
+        modules.append(module)
+        defined += names
+    # What all commands have, and all scripts.
+    hooks = {"add_arguments", "run", "main"}
+    assert len(modules) > 80
+    twice = [name for names in (modules, defined) for name in names if names.count(name) > 1]
+    assert set(twice) <= hooks
+    assert not set(modules) & set(defined)

@@ -10,9 +10,9 @@ import pytest
 
 import syncbn
 from syncbn._src import bench_command, cli
-from syncbn._src.doctor import engines, examine, processes
+from syncbn._src.doctor import engines, examine, probe_processes
 from syncbn._src.doctor.examine import Result
-from syncbn._src.doctor.processes import Command
+from syncbn._src.doctor.probe_processes import Command
 from tests import patience
 from tests.launchers.test_doctor import is_alive
 
@@ -122,7 +122,7 @@ def test_bench_takes_the_benchmarks_of_its_checkout(tmp_path, capsys, monkeypatc
 
 
 def test_only_bench_imports_the_benchmarks(monkeypatch):
-    for name in "benchmarks", "benchmarks.command":
+    for name in "benchmarks", "benchmarks.measuring.command":
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
     with pytest.raises(SystemExit) as end:
         cli.main(["doctor", "--help"])
@@ -152,7 +152,7 @@ def test_a_result_in_words(result, text):
 def test_the_exit_code_says_whether_all_that_is_installed_works(last, code, capsys, monkeypatch):
     results = {"mpi": Result("mpi", "ok", 0.05), "mirrored": Result("mirrored", last, 1.0)}
     monkeypatch.setattr(examine, "try_out", lambda engine, limit: results[engine])
-    monkeypatch.setattr(examine, "describe", lambda: {"TensorFlow": "2"})
+    monkeypatch.setattr(examine, "describe_machine", lambda: {"TensorFlow": "2"})
     arguments = ["doctor", "--engine", "mpi", "--engine", "mirrored"]
     assert cli.main(arguments) == code
     assert "TensorFlow    2\n" in (text := capsys.readouterr().out)
@@ -250,7 +250,7 @@ def test_the_workers_of_a_cluster_are_told_of_each_other():
 
 def test_a_proxy_between_the_workers_is_named(monkeypatch):
     failed = ("no end within 1 s", "")
-    monkeypatch.setattr(processes, "run", lambda commands, limit: failed)
+    monkeypatch.setattr(probe_processes, "run", lambda commands, limit: failed)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert "http_proxy keeps workers from each other" in examine.try_out("multiworker", 1).advice
     assert examine.try_out("mirrored", 1).advice == ""
@@ -260,11 +260,11 @@ def test_root_hears_what_jobs_under_open_mpi_need(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
     monkeypatch.delenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", raising=False)
-    assert processes.root_needs() == "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+    assert probe_processes.root_needs() == "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
     code = "import os; assert os.environ['OMPI_ALLOW_RUN_AS_ROOT_CONFIRM'] == '1'"
-    assert processes.run([python(code)], patience.limit()) == ("", "")
+    assert probe_processes.run([python(code)], patience.limit()) == ("", "")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert processes.root_needs() == ""
+    assert probe_processes.root_needs() == ""
 
 
 def test_a_process_that_fails_ends_the_others_and_says_why():
@@ -274,7 +274,9 @@ def test_a_process_that_fails_ends_the_others_and_says_why():
     )
     start = time.monotonic()
     hangs = 2 * patience.limit()
-    reason, output = processes.run([failing, python(f"import time; time.sleep({hangs})")], hangs)
+    reason, output = probe_processes.run(
+        [failing, python(f"import time; time.sleep({hangs})")], hangs
+    )
     assert time.monotonic() - start < hangs / 2
     assert reason == "ValueError: the reason"
     assert output.splitlines()[0] == "[1]<stdout>:kept"
@@ -282,8 +284,14 @@ def test_a_process_that_fails_ends_the_others_and_says_why():
 
 
 def test_a_process_without_words_has_its_exit_code():
-    assert processes.run([python("raise SystemExit(3)")], patience.limit()) == ("exit code 3", "")
-    assert processes.run([python("import os; os.abort()")], patience.limit())[0] == "exit code -6"
+    assert probe_processes.run([python("raise SystemExit(3)")], patience.limit()) == (
+        "exit code 3",
+        "",
+    )
+    assert (
+        probe_processes.run([python("import os; os.abort()")], patience.limit())[0]
+        == "exit code -6"
+    )
 
 
 def test_after_the_limit_no_process_is_left(tmp_path):
@@ -297,7 +305,7 @@ def test_after_the_limit_no_process_is_left(tmp_path):
     )
     # A hundred times what it takes to print.
     limit = 5 * patience.factor()
-    reason, output = processes.run([python(code)], limit)
+    reason, output = probe_processes.run([python(code)], limit)
     assert reason == f"no end within {limit:g} s"
     pids = output.split()
     assert len(pids) == 2
@@ -314,4 +322,4 @@ def test_children_get_no_cluster_of_this_process_and_no_gpu(monkeypatch):
         "import os; assert 'TF_CONFIG' not in os.environ and "
         "os.environ['CUDA_VISIBLE_DEVICES'] == '-1' and os.environ['OWN'] == '1'"
     )
-    assert processes.run([python(code, OWN="1")], patience.limit()) == ("", "")
+    assert probe_processes.run([python(code, OWN="1")], patience.limit()) == ("", "")

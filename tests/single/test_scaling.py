@@ -6,12 +6,12 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import all_reduce, cost_model, scaling
-from benchmarks.cost_model import ALGORITHMS, Costs, added, fit, network, steps, terms
-from benchmarks.steps import resnet_50
+from benchmarks.measuring.layer_steps import resnet_50_shapes
+from benchmarks.studies import all_reduce, cost_model, scaling
+from benchmarks.studies.cost_model import ALGORITHMS, Costs, added, fit, network, steps, terms
 from tests import patience, processes
 
-CHANNELS = [shape[-1] for shape in resnet_50(1)]
+CHANNELS = [shape[-1] for shape in resnet_50_shapes(1)]
 TRUTH = {
     "recursive doubling": Costs(1.2e-6, 1.5e-10, 2.5e-6, 0.9e-6),
     "ring": Costs(0.7e-6, 1.8e-10, 3.5e-6, 2e-6),
@@ -20,7 +20,7 @@ TRUTH = {
 
 
 def measurements(noise=0.0, cores=2):
-    """What `all_reduce.measure` would give if the truth were as above."""
+    """What `all_reduce.measure_all_reduces` would give if the truth were as above."""
     generator = np.random.default_rng(0)
     points = [
         {
@@ -188,7 +188,7 @@ def test_other_numbers_of_workers_and_algorithms_are_errors():
 def test_the_command_gives_tables_and_a_picture(tmp_path):
     (tmp_path / "known.json").write_text(json.dumps(measurements()))
     options = ["--measurements", str(tmp_path / "known.json"), "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "benchmarks.scaling", *options, "--call", "10"]
+    command = [sys.executable, "-m", "benchmarks.studies.scaling", *options, "--call", "10"]
     finished = processes.run([("scaling", command, {})])
     assert finished.code == 0, finished.output
     assert "- CPU: imagined" in finished.output
@@ -200,7 +200,7 @@ def test_the_command_gives_tables_and_a_picture(tmp_path):
 
 def test_a_job_measures_every_length():
     code = (
-        "from benchmarks import all_reduce\n"
+        "from benchmarks.studies import all_reduce\n"
         f"all_reduce.LIMIT = {patience.limit()}\n"
         "print(all_reduce.run('ring', 2))"
     )

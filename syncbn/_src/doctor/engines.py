@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from syncbn._src.doctor.processes import Command, program_path
+from syncbn._src.doctor.probe_processes import Command, program_path
 
 _HOROVOD = "launch/install_horovod.sh builds Horovod for this TensorFlow"
 _MPI = "pip install 'syncbn[mpi]'"

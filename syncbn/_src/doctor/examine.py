@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from syncbn._src.communicators import horovod_settings
 from syncbn._src.communicators.launcher import launched
-from syncbn._src.doctor import engines, processes
+from syncbn._src.doctor import engines, probe_processes
 from syncbn._src.keras_compat import keras_api
 
 
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    machine = describe()
+    machine = describe_machine()
     width = max(map(len, (*machine, *engines.ENGINES)))
     if not arguments.json:
         for what, text in machine.items():
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     return int(any(result.status == "failed" for result in results))
 
 
-def describe() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     """Returns what this machine has, in words."""
     gpus = [
         tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)
@@ -124,7 +124,7 @@ def try_out(engine: str, limit: float) -> Result:
         probe = [sys.executable, "-m", "syncbn._src.doctor.probe", engine, str(file)]
         commands, advice = engines.ENGINES[engine]
         try:
-            reason, output = processes.run(commands(probe), limit)
+            reason, output = probe_processes.run(commands(probe), limit)
         except engines.Unusable as unusable:
             return _unusable(engine, unusable)
         if reason:
@@ -142,8 +142,8 @@ def _hints(engine: str) -> Iterator[str]:
         controller = engine.removeprefix("horovod-")
         yield f"with {horovod_settings.in_force(controller, 2)}"
         yield from filter(None, [horovod_settings.advice(controller, 2)])
-    if engine in ("mpi", "horovod-mpi") and processes.root_needs():
-        yield f"jobs that root starts need {processes.root_needs()}"
+    if engine in ("mpi", "horovod-mpi") and probe_processes.root_needs():
+        yield f"jobs that root starts need {probe_processes.root_needs()}"
 
 
 def _proxy(engine: str) -> str:

@@ -29,8 +29,8 @@ from syncbn._src.ops.channels import (
 )
 from syncbn._src.ops.differentiation import with_recomputed_gradient
 
-# From how many elements on the fused kernels win, on CPUs. `benchmarks/kernels.py` prints the table
-# that this comes from; docs/design.md shows it.
+# From how many elements on the fused kernels win, on CPUs. It comes from the table that
+# `benchmarks/studies/kernel_times.py` prints and docs/design.md shows.
 FUSED_FROM_ELEMENTS = 1 << 17
 
 # From how many elements on XLA compiles the input's gradient. That takes one or two tenths of a

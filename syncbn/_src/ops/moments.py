@@ -22,7 +22,7 @@ from syncbn._src.ops.differentiation import compiled, with_recomputed_gradient
 from syncbn._src.ops.kernels import MOST_FUSED_ROWS, choose_kernels
 from syncbn._src.ops.training_kernels import rough_moments
 
-# benchmarks/kernels.py measures it; docs/design.md has the figures.
+# benchmarks/studies/kernel_times.py measures it; docs/design.md has the figures.
 _FEW_ELEMENTS = 1 << 15
 
 

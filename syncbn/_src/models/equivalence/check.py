@@ -139,7 +139,7 @@ def check_equivalence(
             return Equivalence(replicas, repeated, [advice])
         (applied,) = comparison.train(several, model, 1)
         rows += comparison.gradient_rows(diagnosis.TRAINING, applied, once)
-    found = diagnosis.advice(rows, model, replicas, communicator)
+    found = diagnosis.diagnose(rows, model, replicas, communicator)
     return Equivalence(replicas, rows, [*found, untrained] if untrained else found)
 
 

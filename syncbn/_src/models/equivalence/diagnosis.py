@@ -28,7 +28,7 @@ _ROUNDING = (
 _PLAIN = keras_api.PLAIN_BATCH_NORMALIZATION  # not tf_keras' SyncBatchNormalization
 
 
-def advice(
+def diagnose(
     rows: list[Row], model: Any, replicas: int, communicator: Communicator | None
 ) -> list[str]:
     """Returns what is the matter, as far as the rows tell.

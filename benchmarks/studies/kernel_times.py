@@ -1,6 +1,6 @@
 """Time of every kernel in every variant: where `kernels.choose_kernels` draws its lines.
 
-usage: python benchmarks/kernels.py [--repeats 40] [--dtype float32]
+usage: python benchmarks/studies/kernel_times.py [--repeats 40] [--dtype float32]
 """
 
 from __future__ import annotations

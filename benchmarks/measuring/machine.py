@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks.jobs import mpi_version
+from benchmarks.measuring.jobs import mpi_version
 
 PACKAGES = ("syncbn", "tensorflow", "keras", "tf_keras", "horovod", "mpi4py", "numpy")
 

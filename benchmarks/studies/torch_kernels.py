@@ -1,6 +1,7 @@
 """Times what PyTorch's SyncBatchNorm runs on a GPU, without its collectives, and a copy.
 
-usage: python benchmarks/torch_kernels.py [--shapes 32x112x112x64 ...] [--dtypes float32 ...]
+usage: python benchmarks/studies/torch_kernels.py [--shapes 32x112x112x64 ...]
+           [--dtypes float32 ...]
 
 Prints JSON: for each shape and dtype the median seconds of the four kernels together, of each, and
 of a copy of the same bytes, device to device. It needs PyTorch for CUDA, and nothing of syncbn's.
@@ -34,7 +35,7 @@ def median_seconds(function: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def measure(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, float]:
+def measure_kernels(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, float]:
     """Returns seconds, for channels in the last axis, as they lie in memory."""
     x, dy = (torch.randn(shape, device="cuda").to(dtype).movedim(-1, 1) for _ in range(2))
     channels, count = shape[-1], torch.full([1], x.numel() / shape[-1], device="cuda")
@@ -69,7 +70,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     given = parser.parse_args()
     measured = {
-        f"{shape} {dtype}": measure(tuple(map(int, shape.split("x"))), getattr(torch, dtype))
+        f"{shape} {dtype}": measure_kernels(
+            tuple(map(int, shape.split("x"))), getattr(torch, dtype)
+        )
         for shape in given.shapes
         for dtype in given.dtypes
     }

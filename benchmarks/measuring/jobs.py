@@ -22,7 +22,7 @@ from launch.process_groups import end
 TERMINATE = 10.0
 """Seconds that a job gets to end when told to."""
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 MULTIWORKER = (sys.executable, str(LAUNCH / "multiworker.py"), "--workers")
 HOROVOD = (str(LAUNCH / "horovod.sh"), "-np")
@@ -72,7 +72,7 @@ _NO_GPU = (
 )
 
 
-class Job(NamedTuple):
+class BenchmarkJob(NamedTuple):
     """Some contestants of a case that share processes."""
 
     engine: str
@@ -101,18 +101,18 @@ class JobError(Exception):
     """A job has not done what it was started for; says why."""
 
 
-def jobs_of(case: Case) -> list[Job]:
+def jobs_of(case: Case) -> list[BenchmarkJob]:
     """Returns the jobs that a case consists of."""
-    jobs: dict[tuple, Job] = {}
+    jobs: dict[tuple, BenchmarkJob] = {}
     for name, contestant in case.contestants.items():
         key = (contestant.engine, contestant.keras, name if case.alone else "")
-        empty = Job(contestant.engine, case.workers, contestant.keras, case.workload, {})
+        empty = BenchmarkJob(contestant.engine, case.workers, contestant.keras, case.workload, {})
         jobs.setdefault(key, empty).layers[name] = contestant.layer
     return list(jobs.values())
 
 
 def run(
-    job: Job, case: Case, repeats: int, limit: float, tell: Callable[[int], None]
+    job: BenchmarkJob, case: Case, repeats: int, limit: float, tell: Callable[[int], None]
 ) -> list[dict[str, list[float]]]:
     """Runs a job to its end.
 
@@ -136,7 +136,7 @@ def run(
         results.touch()
         engine = ENGINES[job.engine]
         number = [str(job.workers)] if engine.before else []
-        worker = [sys.executable, "-m", "benchmarks.worker", str(order), str(results)]
+        worker = [sys.executable, "-m", "benchmarks.measuring.worker", str(order), str(results)]
         with log.open("wb") as output:
             release = _hold_signals()
             try:
@@ -166,7 +166,7 @@ def run(
         return [json.loads(line) for line in lines]
 
 
-def environment(job: Job) -> dict[str, str]:
+def environment(job: BenchmarkJob) -> dict[str, str]:
     """Returns the environment of a job's processes."""
     # Of several processes, each gets its share of the cores.
     processes = job.workers if ENGINES[job.engine].before else 1
@@ -196,7 +196,7 @@ def _without_gpu() -> bool:
     code = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
     output = subprocess.run(  # noqa: S603  (no shell, and nobody else's words)
         [sys.executable, "-c", code],
-        env=environment(Job("mirrored-gpu", 1, 3, "", {})),
+        env=environment(BenchmarkJob("mirrored-gpu", 1, 3, "", {})),
         capture_output=True,
         text=True,
         timeout=120,
@@ -207,7 +207,7 @@ def _without_gpu() -> bool:
 
 def mpi_version() -> str:
     """Returns what the first `mpirun` says that it is, or nothing."""
-    mpirun = shutil.which("mpirun", path=environment(Job("mpi", 1, 3, "", {}))["PATH"])
+    mpirun = shutil.which("mpirun", path=environment(BenchmarkJob("mpi", 1, 3, "", {}))["PATH"])
     if mpirun is None:
         return ""
     command = [mpirun, "--version"]

@@ -9,9 +9,10 @@ from typing import Any
 import tensorflow as tf
 
 import syncbn
-from benchmarks import contestants, memory, timing
+from benchmarks import contestants
 from benchmarks.cases import Point
-from benchmarks.replicas import Replicas
+from benchmarks.measuring import held_memory, timing
+from benchmarks.measuring.job_replicas import JobReplicas
 
 CLASSES = 10
 
@@ -37,7 +38,7 @@ def small(shape: tuple[int, ...]) -> tf.keras.Model:
 
 def times(
     make: Make,
-    replicas: Replicas,
+    replicas: JobReplicas,
     layers: dict[str, str],
     point: Point,
     repeats: int,
@@ -60,7 +61,7 @@ def times(
     fits: dict[str, Callable[[int], list[float]]] = {}
     for repeat in range(1 + min(3, max(1, repeats // 10))):
         for name, layer in layers.items():
-            steps[name] = step(replicas, made(make, replicas, layer, point), point)
+            steps[name] = model_step(replicas, made(make, replicas, layer, point), point)
             fits[name] = fitting(replicas, made(make, replicas, layer, point), point)
             replicas.meet()
             begin = time.perf_counter()
@@ -82,7 +83,7 @@ def times(
 
 def peaks(
     make: Make,
-    replicas: Replicas,
+    replicas: JobReplicas,
     layers: dict[str, str],
     point: Point,
     repeats: int,
@@ -90,12 +91,12 @@ def peaks(
     """Returns by how many bytes the process grows within a step; the arguments are `times`'."""
     samples = {}
     for name, layer in layers.items():
-        function = step(replicas, made(make, replicas, layer, point), point)
-        samples[name] = [memory.peak(function) for _ in range(min(repeats, 3))]
+        function = model_step(replicas, made(make, replicas, layer, point), point)
+        samples[name] = [held_memory.peak(function) for _ in range(min(repeats, 3))]
     return samples
 
 
-def made(make: Make, replicas: Replicas, layer: str, point: Point) -> tf.keras.Model:
+def made(make: Make, replicas: JobReplicas, layer: str, point: Point) -> tf.keras.Model:
     """Returns a model with normalizations of a kind, a key of `contestants.LAYERS`."""
     tf.keras.backend.clear_session()
     with replicas.scope():
@@ -109,7 +110,7 @@ def made(make: Make, replicas: Replicas, layer: str, point: Point) -> tf.keras.M
     return model
 
 
-def step(replicas: Replicas, model: tf.keras.Model, point: Point) -> Callable[[], object]:
+def model_step(replicas: JobReplicas, model: tf.keras.Model, point: Point) -> Callable[[], object]:
     """Returns a function that runs the model forward and backward on images of its own."""
     (images,) = replicas.normal([point.shape], tf.float32, 1)
 
@@ -123,7 +124,7 @@ def step(replicas: Replicas, model: tf.keras.Model, point: Point) -> Callable[[]
 
 
 def fitting(
-    replicas: Replicas, model: tf.keras.Model, point: Point
+    replicas: JobReplicas, model: tf.keras.Model, point: Point
 ) -> Callable[[int], list[float]]:
     """Returns a function that fits the model for some steps, and returns the seconds of each."""
     local = replicas.strategy.num_replicas_in_sync if replicas.strategy else 1

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from benchmarks import digits, memory, models, steps, timing
 from benchmarks.cases import Point
-from benchmarks.replicas import Replicas
+from benchmarks.measuring import digits_step, held_memory, layer_steps, timing, whole_models
+from benchmarks.measuring.job_replicas import JobReplicas
 
 Samples = dict[str, list[float]]
 """Seconds or bytes, by contestant."""
@@ -23,28 +23,32 @@ class Workload(NamedTuple):
 
     measure: Callable[[Any, dict[str, str], Point, int], Samples]
     """Takes the replicas, contestants with their layers, the point, and how often."""
-    join: Callable[[str, int], Any] = Replicas
+    join: Callable[[str, int], Any] = JobReplicas
     """Takes the engine and the number of workers; what it returns has a ``rank``."""
 
 
-def stack(replicas: Replicas, layers: dict[str, str], point: Point, repeats: int) -> Samples:
-    """Measures `steps.stack`."""
-    functions = {name: steps.stack(replicas, layer, point) for name, layer in layers.items()}
+def stack(replicas: JobReplicas, layers: dict[str, str], point: Point, repeats: int) -> Samples:
+    """Measures `layer_steps.stack_step`."""
+    functions = {
+        name: layer_steps.stack_step(replicas, layer, point) for name, layer in layers.items()
+    }
     return timing.alternate(functions, repeats, replicas.meet)
 
 
-def chain(replicas: Replicas, layers: dict[str, str], point: Point, repeats: int) -> Samples:
-    """Measures `steps.chain`."""
-    functions = {name: steps.chain(replicas, layer, point) for name, layer in layers.items()}
+def chain(replicas: JobReplicas, layers: dict[str, str], point: Point, repeats: int) -> Samples:
+    """Measures `layer_steps.chain_step`."""
+    functions = {
+        name: layer_steps.chain_step(replicas, layer, point) for name, layer in layers.items()
+    }
     return timing.alternate(functions, repeats, replicas.meet)
 
 
-def trace(replicas: Replicas, layers: dict[str, str], point: Point, repeats: int) -> Samples:
+def trace(replicas: JobReplicas, layers: dict[str, str], point: Point, repeats: int) -> Samples:
     """Measures the first call of a function, which traces it, with layers that are built."""
     samples: Samples = {name: [] for name in layers}
     for repeat in range(1 + min(repeats, 5)):
         for name, layer in layers.items():
-            function = steps.stack(replicas, layer, point)
+            function = layer_steps.stack_step(replicas, layer, point)
             replicas.meet()
             begin = time.perf_counter()
             function()
@@ -53,7 +57,7 @@ def trace(replicas: Replicas, layers: dict[str, str], point: Point, repeats: int
     return samples
 
 
-def latency(replicas: Replicas, layers: dict[str, str], point: Point, repeats: int) -> Samples:
+def latency(replicas: JobReplicas, layers: dict[str, str], point: Point, repeats: int) -> Samples:
     """Measures what synchronization over MPI adds to a layer, and what its messages take alone.
 
     A layer sends two messages. A message is an all-reduce, from a `tf.numpy_function`.
@@ -76,7 +80,7 @@ def latency(replicas: Replicas, layers: dict[str, str], point: Point, repeats: i
 
     tensor = tf.constant(payload)
     functions = {
-        **{name: steps.stack(replicas, layer, point) for name, layer in layers.items()},
+        **{name: layer_steps.stack_step(replicas, layer, point) for name, layer in layers.items()},
         "all-reduce": all_reduce,
         "numpy_function": lambda: numpy_function(tensor),
     }
@@ -98,9 +102,9 @@ WORKLOADS = {
     "chain": Workload(chain),
     "trace": Workload(trace),
     "latency": Workload(latency),
-    "memory": Workload(memory.held),
-    "digits": Workload(digits.step, digits.join),
-    "resnet50": Workload(functools.partial(models.times, models.resnet_50)),
-    "resnet50-memory": Workload(functools.partial(models.peaks, models.resnet_50)),
-    "small-model": Workload(functools.partial(models.times, models.small)),
+    "memory": Workload(held_memory.held),
+    "digits": Workload(digits_step.digits_steps, digits_step.start_job),
+    "resnet50": Workload(functools.partial(whole_models.times, whole_models.resnet_50)),
+    "resnet50-memory": Workload(functools.partial(whole_models.peaks, whole_models.resnet_50)),
+    "small-model": Workload(functools.partial(whole_models.times, whole_models.small)),
 }

@@ -8,10 +8,10 @@ import tensorflow as tf
 
 from benchmarks import contestants
 from benchmarks.cases import Point
-from benchmarks.replicas import Replicas
+from benchmarks.measuring.job_replicas import JobReplicas
 
 
-def stack(replicas: Replicas, layer: str, point: Point) -> Callable[[], object]:
+def stack_step(replicas: JobReplicas, layer: str, point: Point) -> Callable[[], object]:
     """Returns a function that runs a stack of layers on one input, forward and backward."""
     with replicas.scope():
         layers = [
@@ -35,7 +35,7 @@ def stack(replicas: Replicas, layer: str, point: Point) -> Callable[[], object]:
     return lambda: function(x, dy)
 
 
-def resnet_50(batch: int) -> list[tuple[int, ...]]:
+def resnet_50_shapes(batch: int) -> list[tuple[int, ...]]:
     """Returns the shapes of its 53 normalizations, for images of 224 x 224 pixels."""
     shapes = [(batch, 112, 112, 64)]
     for size, filters, blocks in ((56, 64, 3), (28, 128, 4), (14, 256, 6), (7, 512, 3)):
@@ -44,14 +44,14 @@ def resnet_50(batch: int) -> list[tuple[int, ...]]:
     return shapes
 
 
-def chain(replicas: Replicas, layer: str, point: Point) -> Callable[[], object]:
+def chain_step(replicas: JobReplicas, layer: str, point: Point) -> Callable[[], object]:
     """Returns a function that runs ResNet-50's layers, each on an input of its own shape.
 
     A tiny part of one number of the layer before is added to the input, and backward to the
     gradient, so that no layer can begin before its neighbour has ended: in the network there would
     be a convolution between.
     """
-    shapes = resnet_50(point.shape[0])
+    shapes = resnet_50_shapes(point.shape[0])
     with replicas.scope():
         layers = [
             contestants.make(layer, shape, point.dtype, number)

@@ -13,7 +13,7 @@ GPU_MEMORY = 3072
 """MB of each part of a GPU. The largest case takes 0.9 GB on a part of a CPU; two fit into 8 GB."""
 
 
-class Replicas:
+class JobReplicas:
     """All replicas of the job that this process is part of; every process makes one, first.
 
     Args:

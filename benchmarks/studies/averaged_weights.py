@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import syncbn
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 import digits_data
 import train_digits
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import jobs, machine
+from benchmarks.measuring import jobs, machine
 from launch.process_groups import end
 
 ALGORITHMS = {"recursive doubling": 3, "ring": 4, "tree": 2}
@@ -30,7 +30,7 @@ LIMIT = 60.0
 _LOOPS, _LOOP_SECONDS = 60, 1e-3
 
 
-def measure(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
+def measure_all_reduces(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
     """Measures every algorithm with every number of workers; they take turns.
 
     Args:
@@ -43,7 +43,7 @@ def measure(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
     Raises:
         jobs.JobError: a job failed, or was not done within `LIMIT`.
     """
-    if missing := jobs.Job("mpi", 1, 3, "", {}).missing():
+    if missing := jobs.BenchmarkJob("mpi", 1, 3, "", {}).missing():
         raise jobs.JobError(missing)
     found: dict[tuple[str, int, int], list[float]] = {}
     loads = [machine.load()]
@@ -81,12 +81,12 @@ def run(algorithm: str, workers: int) -> list[float]:
     }
     engine = jobs.ENGINES["mpi"]
     environment = {
-        **jobs.environment(jobs.Job("mpi", workers, 3, "", {})),
+        **jobs.environment(jobs.BenchmarkJob("mpi", workers, 3, "", {})),
         **{f"OMPI_MCA_{name}": str(value) for name, value in chosen.items()},
     }
     with tempfile.TemporaryDirectory(prefix="syncbn-bench-") as folder:
         results, log = Path(folder, "results"), Path(folder, "log")
-        worker = [sys.executable, "-m", "benchmarks.all_reduce", str(results)]
+        worker = [sys.executable, "-m", "benchmarks.studies.all_reduce", str(results)]
         with log.open("wb") as output:
             process = subprocess.Popen(  # noqa: S603  (no shell, and nobody else's words)
                 [*engine.before, str(workers), *engine.after, *worker],

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import all_reduce, jobs
-from benchmarks.command import positive, say
-from benchmarks.cost_model import (
+from benchmarks.measuring import jobs
+from benchmarks.measuring.command import positive, say
+from benchmarks.studies import all_reduce
+from benchmarks.studies.cost_model import (
     ALGORITHMS,
     Costs,
     Network,
@@ -82,11 +83,11 @@ def networks(results: dict[str, Fitted]) -> dict[str, Network]:
     return {"this machine, a core for each worker": measured_here, **ASSUMED}
 
 
-def markdown(found: dict[str, Any], channels: Sequence[int], call: float) -> str:
+def scaling_page(found: dict[str, Any], channels: Sequence[int], call: float) -> str:
     """Returns the results as tables.
 
     Args:
-        found: What `all_reduce.measure` returns.
+        found: What `all_reduce.measure_all_reduces` returns.
         channels: Of each synchronized layer.
         call: Seconds in TensorFlow around each collective.
     """
@@ -134,7 +135,7 @@ def _spread(errors: np.ndarray) -> str:
     return f"{np.median(errors):.0%}, at most {errors.max():.0%}"
 
 
-def draw(found: dict[str, Any], channels: Sequence[int], call: float, file: Path) -> None:
+def draw_scaling(found: dict[str, Any], channels: Sequence[int], call: float, file: Path) -> None:
     """Draws the measurements with the model, and what is added to a step; arguments as above."""
     from matplotlib.figure import Figure
 
@@ -214,7 +215,7 @@ def _draw_added(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures or reads, prints the tables and draws; returns the exit code."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.scaling",
+        "python -m benchmarks.studies.scaling",
         description="Fits a model of the all-reduce to times measured here over MPI, and prints "
         "what synchronization adds to a step of ResNet-50 with up to 1,024 workers.",
     )
@@ -251,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = given.measurements or FOLDER / "scaling.json"
     if given.measurements is None:
         try:
-            measurements = all_reduce.measure(given.rounds, say)
+            measurements = all_reduce.measure_all_reduces(given.rounds, say)
         except jobs.JobError as failure:
             say(f"scaling: {failure}")
             return 1
@@ -259,12 +260,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file.write_text(f"{json.dumps(measurements, indent=1)}\n")
     found = json.loads(file.read_text())
 
-    from benchmarks.steps import resnet_50  # not above, since TensorFlow takes seconds
+    from benchmarks.measuring.layer_steps import (
+        resnet_50_shapes,  # not above, since TensorFlow takes seconds
+    )
 
-    channels, call = [shape[-1] for shape in resnet_50(1)], 1e-6 * given.call
-    print(markdown(found, channels, call), end="")
+    channels, call = [shape[-1] for shape in resnet_50_shapes(1)], 1e-6 * given.call
+    print(scaling_page(found, channels, call), end="")
     given.out.mkdir(parents=True, exist_ok=True)
-    draw(found, channels, call, given.out / "scaling.png")
+    draw_scaling(found, channels, call, given.out / "scaling.png")
     say(f"Written to {given.out}")
     return 0
 

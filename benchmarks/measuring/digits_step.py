@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
+from benchmarks.measuring.jobs import ROOT
+
+sys.path.insert(0, str(ROOT / "launch"))
 
 
-def join(engine: str, workers: int) -> Any:
+def start_job(engine: str, workers: int) -> Any:
     """Returns the job, as the script makes it."""
     import digits_job
 
     return digits_job.start(engine.partition("-")[0], workers)
 
 
-def step(job: Any, layers: dict[str, str], point: Any, repeats: int) -> dict[str, list[float]]:
+def digits_steps(
+    job: Any, layers: dict[str, str], point: Any, repeats: int
+) -> dict[str, list[float]]:
     """Returns the median seconds of a step, for each of a few short trainings that take turns."""
     import digits_data
     import train_digits

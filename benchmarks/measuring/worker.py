@@ -1,6 +1,6 @@
 """One process of a job: measures what it is told to, and rank 0 writes it down.
 
-usage: python -m benchmarks.worker ORDER.json RESULTS.jsonl
+usage: python -m benchmarks.measuring.worker ORDER.json RESULTS.jsonl
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from benchmarks.cases import Point
-from benchmarks.workloads import WORKLOADS
+from benchmarks.measuring.workloads import WORKLOADS
 
 
 def main(order_file: str, results_file: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case, Point
-from benchmarks.timing import summary
+from benchmarks.measuring.timing import summary
 
 UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6, "MB": 1e-6}
 """How many of them a second or a byte is."""
@@ -52,7 +52,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
     (folder / "benchmarks.md").write_text(markdown(report))
     for name, case in report["cases"].items():
         if case["points"]:
-            draw(name, case, folder / f"{name}.png")
+            draw_case(name, case, folder / f"{name}.png")
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -113,7 +113,7 @@ def _yes(reached: bool) -> str:
     return "yes" if reached else "**no**"
 
 
-def draw(name: str, case: dict[str, Any], file: Path) -> None:
+def draw_case(name: str, case: dict[str, Any], file: Path) -> None:
     """Draws medians and quartiles of each contestant at each point."""
     from matplotlib.figure import Figure
 

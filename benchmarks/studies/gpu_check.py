@@ -1,6 +1,7 @@
 """Checks the layers on a GPU, and measures them there: against the truth, and against peers.
 
-usage: python -m benchmarks.gpu_check [--out FOLDER] [--parts contract layers ...] [--torch PYTHON]
+usage: python -m benchmarks.studies.gpu_check [--out FOLDER] [--parts contract layers ...]
+           [--torch PYTHON]
 
 From the root of the repository, with one GPU; without one it runs on the CPU, on small inputs, to
 show that it runs. What it finds is printed as it comes, then as a table, and written as JSON.
@@ -27,7 +28,7 @@ import tensorflow as tf
 import tf_keras
 
 import syncbn
-from benchmarks.machine import describe
+from benchmarks.measuring.machine import describe
 from tests import replicas as kinds
 from tests.cases import splits
 from tests.contract import Case, check
@@ -93,7 +94,7 @@ def strategy_of(size: int) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(devices, tf.distribute.ReductionToOneDevice())
 
 
-def contract(report: dict[str, Any]) -> None:
+def contract_part(report: dict[str, Any]) -> None:
     """Runs the contract's cases, on one replica and two, also under automatic clustering."""
     ways = {"as they are": "", "clustered": "autoclustering"}
     for size in (2, 1):
@@ -125,7 +126,7 @@ def contract(report: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------- layers
 
 
-def contestants() -> dict[str, Callable[..., Any]]:
+def contestants_part() -> dict[str, Callable[..., Any]]:
     """Returns, by name, what makes a layer."""
     sync = syncbn.SyncBatchNormalization
     return {
@@ -230,7 +231,7 @@ def layers(report: dict[str, Any]) -> None:
     for shape in SHAPES:
         for dtype in DTYPES[: 2 if GPU else 1]:
             steps, failed = {}, {}
-            for name, make in contestants().items():
+            for name, make in contestants_part().items():
                 try:
                     steps[name] = layer_step(make, shape, dtype)
                 except Exception as error:
@@ -319,7 +320,7 @@ def memory(report: dict[str, Any]) -> None:
         print("memory: TensorFlow counts it on GPUs only", flush=True)
         return
     shape, number, device = (16, 112, 112, 64), 4, "GPU:0"
-    for name, make in contestants().items():
+    for name, make in contestants_part().items():
         if name == "Keras 3 synchronized":
             continue
         with tf.device(device):
@@ -377,9 +378,9 @@ def torch(report: dict[str, Any], python: str) -> None:
         )
 
 
-def table(report: dict[str, Any]) -> str:
+def results_table(report: dict[str, Any]) -> str:
     """Returns the layers' times in microseconds, PyTorch's among them, as Markdown."""
-    names = list(contestants())
+    names = list(contestants_part())
     lines = [
         f"| microseconds | {' | '.join([*names, 'PyTorch kernels', 'copy x 4'])} |",
         "|---" * (len(names) + 3) + "|",
@@ -393,7 +394,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"contract": contract, "layers": layers, "model": model, "memory": memory}
+PARTS = {"contract": contract_part, "layers": layers, "model": model, "memory": memory}
 
 
 def main() -> int:
@@ -423,7 +424,7 @@ def main() -> int:
         if given.out:
             given.out.mkdir(parents=True, exist_ok=True)
             (given.out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
+    print(results_table(report))
     return int(any(one["failures"] for one in report.get("contract", {}).values()))
 
 

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import jobs, machine, report
-from benchmarks.cases import Case
-from benchmarks.catalog import CASES
+from benchmarks.cases import CASES, Case
+from benchmarks.measuring import jobs, machine, presentation
 
 REPEATS, QUICK_REPEATS = 40, 8
 ROUNDS = 3
@@ -121,8 +120,8 @@ def run(given: argparse.Namespace) -> int:
         label = f"[{number}/{len(cases)}] {name}"
         found["cases"][name] = measure(label, case, repeats, 1 if given.quick else ROUNDS)
         settings["load at the end"] = machine.load()
-        report.write(found, given.out)  # each time, as a long run may be broken off
-    print(report.markdown(found))
+        presentation.write(found, given.out)  # each time, as a long run may be broken off
+    print(presentation.markdown(found))
     say(f"Written to {given.out}")
     return int(any(case["failures"] for case in found["cases"].values()))
 
@@ -163,7 +162,7 @@ def measure(label: str, case: Case, repeats: int, most_rounds: int) -> dict[str,
                 for name, one in values.items():
                     of_point.setdefault(name, []).append(one)
     points = [
-        report.evaluate(case, point, of_point)
+        presentation.evaluate(case, point, of_point)
         for point, of_point in zip(case.points, samples, strict=True)
         if of_point
     ]

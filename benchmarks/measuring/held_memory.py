@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from benchmarks import contestants, steps
+from benchmarks import contestants
 from benchmarks.cases import Point
-from benchmarks.replicas import Replicas
+from benchmarks.measuring import layer_steps
+from benchmarks.measuring.job_replicas import JobReplicas
 
 
 def held(
-    replicas: Replicas, layers: dict[str, str], point: Point, repeats: int
+    replicas: JobReplicas, layers: dict[str, str], point: Point, repeats: int
 ) -> dict[str, list[float]]:
     """Returns by how many bytes the process grows, with all its replicas.
 
@@ -34,12 +35,12 @@ def held(
     for name, layer in layers.items():
         times = range(min(repeats, 3))
         samples[name] = [_grown(replicas, layer, point) for _ in times]
-        step = steps.stack(replicas, layer, point)
+        step = layer_steps.stack_step(replicas, layer, point)
         samples[f"{name}, peak of a graph"] = [peak(step) for _ in times]
     return samples
 
 
-def _grown(replicas: Replicas, layer: str, point: Point) -> float:
+def _grown(replicas: JobReplicas, layer: str, point: Point) -> float:
     with replicas.scope():
         stack = [
             contestants.make(layer, point.shape, point.dtype, number)

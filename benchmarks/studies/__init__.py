@@ -1,0 +1,1 @@
+"""What is measured by itself, each with a command line of its own."""
