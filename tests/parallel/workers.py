@@ -19,9 +19,12 @@ on_one_level = pytest.mark.skipif(
 
 
 def kept(values, *everywhere):
-    """Values of a parameter, marked but for those whose messages every engine has to carry."""
+    """Values of parameters, marked but for those whose messages every engine has to carry."""
     return [
-        value if value in everywhere else pytest.param(value, marks=pytest.mark.arithmetic)
+        pytest.param(
+            *(value if isinstance(value, tuple) else [value]),
+            marks=[] if value in everywhere else pytest.mark.arithmetic,
+        )
         for value in values
     ]
 
