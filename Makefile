@@ -24,8 +24,8 @@ export PIP_CONSTRAINT := constraints.txt
 pytest := $(python) -m pytest -n $(JOBS)
 # The tests of one process, by whole files, whose tests share models.
 single := $(pytest) --dist loadfile tests/single
-# Those that start processes, each where there is room, the longest first.
-launchers := $(pytest) --dist load --maxschedchunk 1 tests/launchers/test_suite.py tests/launchers
+# Those that start processes, each as soon as there is room.
+launchers := $(pytest) --dist load --maxschedchunk 1 tests/launchers
 
 # The tests in which no Keras has a part run once; as do the contract's with threads for replicas, and
 # with what XLA compiles for GPUs, which real engines have under either Keras.
