@@ -79,7 +79,8 @@ test-clients: $(VENV)/.clients
 	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/clients
 
 test-matrix:
-	TF_USE_LEGACY_KERAS=0 .ci/matrix $(BUILD)/matrix -n $(JOBS) --dist loadfile tests/single $(slow:%=--ignore=tests/single/test_%.py)
+	TF_USE_LEGACY_KERAS=0 .ci/matrix $(BUILD)/matrix -n $(JOBS) --dist loadfile tests/single \
+	  $(slow:%=--ignore=tests/single/test_%.py)
 
 bench: $(VENV)/.test
 	$(python) -m benchmarks --out $(BUILD)/benchmarks $(BENCH)
