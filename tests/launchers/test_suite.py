@@ -14,25 +14,12 @@ PARTS = sorted(
     file.stem.removeprefix("test_")
     for file in (processes.ROOT / "tests" / "parallel").glob("test_*.py")
 )
-# What does not depend on the number of replicas runs with two.
-OF_TWO = [
-    *("accumulation", "agreement", "collectives", "control_flow", "distribute", "engines"),
-    *("equivalence", "local_variables", "second_derivatives", "tape", "user_reports", "worker_fit"),
+# Control flow and what is sent know no Keras.
+OF_KERAS = [
+    part
+    for part in PARTS
+    if part not in ("agreement", "collectives", "control_flow", "engines", "groups")
 ]
-OTHER_NUMBERS = [part for part in PARTS if part not in OF_TWO]
-# Control flow knows no Keras.
-OF_KERAS = [part for part in PARTS if part != "control_flow"]
-# What the parts of `syncbn.training` do with an optimizer, and Keras with them.
-TRAINING = [
-    *("accumulation", "distribute", "fit", "join", "learning_rate", "local_variables"),
-    *("multi_worker_fit", "same_job", "worker_fit"),
-]
-# What carries Horovod's messages is nothing to who sends them, if it carries all kinds.
-MESSAGES = ["collectives", "contract", "engines", "groups", "join", "same_job"]
-# On two levels: what depends on communication, each on one of the engines. First what uneven
-# processes are told, which those that have made groups before do not ask again.
-OVER_MPI = ["nested", "agreement", "collectives", "learning_rate", "same_job", "tape"]
-OVER_HOROVOD = ["nested", "contract", "groups", "local_variables", "second_derivatives"]
 
 # Launcher, replicas, whether with Keras 2, parts, and whether with what is marked as arithmetic.
 RUNS = [
@@ -44,18 +31,33 @@ RUNS = [
     # Other engines: what is sent, and what becomes of it.
     ("horovod-gloo", 2, False, PARTS, False),
     ("multiworker", 2, False, PARTS, False),
-    ("horovod-gloo", 2, True, TRAINING, False),
-    ("multiworker", 2, True, [*TRAINING, "contract"], False),
-    ("horovod-mpi", 2, False, MESSAGES, False),
-    # Other numbers of replicas.
-    ("mpi", 3, False, OTHER_NUMBERS, False),
-    ("horovod-gloo", 3, False, OTHER_NUMBERS, False),
-    ("multiworker", 3, False, OTHER_NUMBERS, False),
-    ("mirrored", 3, False, OTHER_NUMBERS, False),
-    ("mirrored", 8, False, ["contract", "fit", "groups", "same_job"], False),
-    # Two replicas in each of two processes.
-    ("mpi+mirrored", 2, False, OVER_MPI, False),
-    ("horovod-gloo+mirrored", 2, True, OVER_HOROVOD, False),
+    # What jobs over these have of Keras: optimizers, callbacks and `fit`.
+    ("horovod-gloo", 2, True, ["distribute", "fit", "join", "same_job", "worker_fit"], False),
+    ("multiworker", 2, True, ["contract", "fit", "learning_rate", "multi_worker_fit"], False),
+    # What carries Horovod's messages is nothing to who sends them, if it carries all kinds.
+    ("horovod-mpi", 2, False, ["collectives", "contract", "engines", "groups", "join"], False),
+    # Other numbers of replicas: sums of three, uneven groups, workers with nothing at all.
+    ("mpi", 3, False, ["contract", "groups", "join", "recalibrate"], False),
+    ("horovod-gloo", 3, False, ["contract", "groups", "join", "learning_rate"], False),
+    ("multiworker", 3, False, ["contract", "fit", "groups", "multi_worker_fit"], False),
+    ("mirrored", 3, False, ["contract", "fit", "groups", "learning_rate", "same_job"], False),
+    ("mirrored", 8, False, ["contract", "groups"], False),
+    # Two replicas in each of two processes: what depends on communication, each on one of the
+    # engines. First what uneven processes are told, which groups that were made before do not ask.
+    (
+        "mpi+mirrored",
+        2,
+        False,
+        ["nested", "agreement", "collectives", "learning_rate", "same_job", "tape"],
+        False,
+    ),
+    (
+        "horovod-gloo+mirrored",
+        2,
+        True,
+        ["nested", "contract", "groups", "local_variables", "second_derivatives"],
+        False,
+    ),
 ]
 
 
