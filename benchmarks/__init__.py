@@ -1,1 +1,1 @@
-"""How long the layers take, and their peers: ``python -m benchmarks``."""
+"""How long the layers and their peers take: ``python -m benchmarks``."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Contestant(NamedTuple):
-    """One of those that take turns: what it is, and the job that it runs in."""
+    """One of the layers that are timed in turn, and the job that it runs in."""
 
     layer: str
     """A key of `contestants.LAYERS`."""
@@ -23,12 +23,12 @@ class Point(NamedTuple):
     """One input that a case measures."""
 
     shape: tuple[int, ...]
-    """Of one replica's batch."""
+    """The shape of one replica's batch."""
     layers: int = 1
     dtype: str = "float32"
-    """Or a policy of mixed precision."""
+    """Or a mixed-precision policy."""
     at_most: dict[str, float] = {}  # noqa: RUF012  (never changed)
-    """By peer: what ours may take, as a multiple of theirs."""
+    """The target, by peer: how long ours may take, as a multiple of theirs."""
 
     def __str__(self) -> str:
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
@@ -45,14 +45,14 @@ class Case(NamedTuple):
     contestants: dict[str, Contestant]
     points: tuple[Point, ...]
     ratios: tuple[tuple[str, str], ...]
-    """Of which rows: (ours, the peer)."""
+    """The rows that are compared: (ours, the peer)."""
     unit: str = "ms"
     alone: bool = False
-    """Each contestant has a process of its own."""
+    """Whether each contestant has a process of its own."""
 
     @property
     def engines(self) -> list[str]:
-        """Those of its contestants."""
+        """The engines of its contestants."""
         return sorted({contestant.engine for contestant in self.contestants.values()})
 
     @property
@@ -67,7 +67,7 @@ RESNET_50 = Point((2, 224, 224, 3), 53)
 
 
 def peers(engine: str) -> tuple[dict[str, Contestant], tuple[tuple[str, str], ...]]:
-    """Returns ours and all peers that exist under an engine, and whom they are compared with."""
+    """Returns ours and all peers that exist under an engine, and the pairs that are compared."""
     contestants = {
         "syncbn": Contestant("syncbn", engine),
         "Keras 3": Contestant("keras", engine),
@@ -111,7 +111,7 @@ JOBS = ("mirrored", "multiworker", "horovod-gloo", "horovod-mpi", "mpi")
 
 
 def _with_targets() -> dict[str, Case]:
-    """Returns the cases of which it was said beforehand how fast ours should be."""
+    """Returns the cases with a target that was set beforehand."""
     synchronized, plain = "Keras 3 synchronized", "Keras 3"
     four = {
         (8, 56, 56, 64): {synchronized: 0.55, plain: 0.60},
@@ -289,12 +289,12 @@ def _with_models() -> dict[str, Case]:
     cases = {}
     for engine, workers in (("alone", 1), ("mirrored", 2), ("mpi", 2)):
         contestants, ratios = peers(engine)
-        if engine == "alone":  # in one replica too, Keras' way to synchronize is another
+        if engine == "alone":  # on one replica too, Keras' synchronized layer runs other code
             contestants["Keras 3 synchronized"] = Contestant("keras synchronized", engine)
             ratios += (("syncbn", "Keras 3 synchronized"),)
         where = f"{workers} replica{'s' if workers > 1 else ''} ({engine})"
         cases[f"model-resnet50-{engine}-{workers}"] = Case(
-            f"a step of ResNet-50, in a loop of one's own and in fit, {where}",
+            f"a step of ResNet-50, in a custom loop and in fit, {where}",
             "resnet50",
             workers,
             contestants,
@@ -329,7 +329,7 @@ def _tiny() -> dict[str, Case]:
     pairs = tuple(pair for pair in ratios if pair[0] in keras_3)
     return {
         "tiny": Case(
-            "one small layer, 2 replicas: whether all works",
+            "one small layer, 2 replicas: a smoke test",
             "stack",
             2,
             keras_3,
@@ -337,7 +337,7 @@ def _tiny() -> dict[str, Case]:
             pairs,
         ),
         "tiny-model": Case(
-            "a model with two normalizations, 2 replicas: whether all works",
+            "a model with two normalizations, 2 replicas: a smoke test",
             "small-model",
             2,
             contestants,

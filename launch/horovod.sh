@@ -1,30 +1,33 @@
 #!/usr/bin/env bash
 # Start one copy of a command per rank, under Horovod.
 #
-# usage: launch/horovod.sh -np N [--gloo | --mpi] [--hosts HOSTS | --hostfile FILE] [--xla] [--] COMMAND...
+# usage: launch/horovod.sh -np N [--gloo | --mpi] [--hosts HOSTS | --hostfile FILE] [--xla]
+#        [--timeout SECONDS] [--] COMMAND...
 #
 #   -np N             the number of ranks
-#   --gloo            let them meet by Gloo, which every Horovod has   (the default)
-#   --mpi             let them meet by MPI, where Horovod was built with it: Open MPI 4
+#   --gloo            communicate over Gloo, which every Horovod has   (the default)
+#   --mpi             communicate over MPI, if Horovod was built with it: Open MPI 4
 #   --hosts HOSTS     where they run, and how many on each: host1:2,host2:2   (default: here)
 #   --hostfile FILE   the same in a file, in lines of `host1 slots=2`
-#   --xla             let XLA compile what lies between collectives: sets TF_XLA_FLAGS, to go before
-#                     yours
+#   --xla             let XLA compile what lies between collectives: puts its flags before yours in
+#                     TF_XLA_FLAGS
+#   --timeout SECONDS how long a rank may wait for the others in a synchronized layer before the job
+#                     ends: sets SYNCBN_TIMEOUT_SECONDS; 0 for ever (the default is 600)
 #
 # This is horovodrun with settings of its own, for layers that send small messages and wait for each.
-# Your environment goes first. The figures are of 53 synchronized layers, forward and backward, on two
-# ranks of one core each: two waits a layer.
+# Your environment takes precedence. The figures are of 53 synchronized layers, forward and backward,
+# on two ranks of one core each: two waits a layer.
 #
 #   HOROVOD_CYCLE_TIME=0.1   Horovod looks for work every 0.1 ms, not every ms: 134 ms, not 178. More
 #                            often (0.02) is no better: 150 ms.
-#   HOROVOD_CACHE_CAPACITY=0 Under --gloo, with 8 ranks at most: Horovod agrees on each message anew,
+#   HOROVOD_CACHE_CAPACITY=0 Under --gloo, with 8 ranks at most: Horovod negotiates each message again,
 #                            which takes fewer rounds than its cache does: 134 ms, not 232. (Under
-#                            --mpi the cache is the faster one, 52 ms and 77.)
+#                            --mpi it is faster with the cache, 52 ms and 77.)
 #   TF_NUM_INTRAOP_THREADS, TF_NUM_INTEROP_THREADS
 #                            Each rank's share of its machine's cores (share_cores.sh).
 #   HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=600
-#                            A rank that lets the others wait so long ends the job, under --mpi.
-#                            Under --gloo Horovod 0.28 does not notice, and waits for ever.
+#                            A rank that lets the others wait this long ends the job, under --mpi.
+#                            Under --gloo Horovod 0.28 does not notice; the layers' watchdog does.
 #
 # The exit code is horovodrun's: that of the rank that failed under --mpi, 1 under --gloo.
 set -euo pipefail
@@ -41,6 +44,7 @@ while [ $# -gt 0 ]; do
     -np) [ $# -ge 2 ] || die "-np needs a value"; size=$2; shift 2 ;;
     --gloo|--mpi) controller=$1; shift ;;
     --xla) export TF_XLA_FLAGS="--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit ${TF_XLA_FLAGS:-}"; shift ;;
+    --timeout) [ $# -ge 2 ] || die "--timeout needs a value"; export SYNCBN_TIMEOUT_SECONDS=$2; shift 2 ;;
     --hosts) [ $# -ge 2 ] || die "--hosts needs a value"; hosts=$2; shift 2 ;;
     --hostfile) [ $# -ge 2 ] || die "--hostfile needs a value"; hostfile=$2; shift 2 ;;
     --) shift; break ;;
@@ -48,10 +52,12 @@ while [ $# -gt 0 ]; do
     *) break ;;
   esac
 done
+[[ ${SYNCBN_TIMEOUT_SECONDS:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]] \
+  || die "--timeout must be a number of seconds. Received: '$SYNCBN_TIMEOUT_SECONDS'"
 # horovodrun takes 0, starts nothing, and exits with 0.
 [[ $size =~ ^[1-9][0-9]*$ ]] || die "-np must be a positive number of ranks. Received: '$size'"
 [ -z "$hosts" ] || [ -z "$hostfile" ] || die "--hosts and --hostfile exclude each other"
-# horovodrun --mpi passes hosts to a shell as they come.
+# horovodrun --mpi passes hosts to a shell unquoted.
 if [ -n "$hostfile" ]; then
   [ -r "$hostfile" ] || die "no such file: $hostfile (from --hostfile)"
   hosts=$(sed -n 's/[[:space:]]\{1,\}slots=/:/p' "$hostfile" | paste -sd, -)
@@ -59,7 +65,7 @@ fi
 [ -z "$hosts$hostfile" ] || [[ $hosts =~ ^[A-Za-z0-9_.-]+:[0-9]+(,[A-Za-z0-9_.-]+:[0-9]+)*$ ]] \
   || die "hosts must be host1:2,host2:2, or lines of 'host1 slots=2'. Received: '$hosts'"
 [ $# -gt 0 ] || die "a command is required, such as: python train.py"
-# By its path, the command is the one of this environment on every host.
+# With its path, the command is that of this environment on every host.
 command=$(type -P -- "$1") || die "no such command: $1"
 shift
 type -P horovodrun >/dev/null || die "Horovod is required: launch/install_horovod.sh"

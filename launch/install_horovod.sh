@@ -20,8 +20,8 @@ version=0.28.1
 sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 # Gloo's CMakeLists asks for a policy level that CMake 4 has dropped.
 cmake_version=3.31.10
-# What Horovod's setup.py asks for, to build and to run. Installed by pip beforehand, or setuptools
-# would fetch them in a way of its own, past any constraints.
+# What Horovod's setup.py requires, to build and to run. Installed by pip beforehand, or setuptools
+# would fetch them itself, past any constraints.
 requirements=(cloudpickle psutil pyyaml packaging cffi)
 
 die() { echo "install_horovod.sh: $*" >&2; exit 1; }

@@ -5,10 +5,11 @@
 #
 #   --gpus N   let the command see N GPUs only   (default: all that this machine has, or those
 #              that CUDA_VISIBLE_DEVICES names)
-#   --xla      let XLA compile what lies between collectives: sets TF_XLA_FLAGS, to go before yours
+#   --xla      let XLA compile what lies between collectives: puts its flags before yours in
+#              TF_XLA_FLAGS
 #
 # MirroredStrategy() takes the GPUs that it sees, so the command needs no flag for their number.
-# Without GPUs it takes the one CPU; several replicas on CPUs are the command's own business (in
+# Without GPUs it takes the one CPU; several replicas on CPUs are up to the command (in
 # launch/train_digits.py: --replicas).
 #
 # The exit code is the command's.

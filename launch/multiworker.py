@@ -5,17 +5,17 @@ All of them, on this machine:
 
     launch/multiworker.py --workers 2 -- python train.py
 
-or one of those of several machines, the same line on each but for the index:
+or one of those on several machines, with the same line on each except for the index:
 
     launch/multiworker.py --host one:12345,two:12345 --index 0 -- python train.py
 
-Each line of output gets the worker's index in front. When a worker fails, the others get a few
+Each line of output is prefixed with the worker's index. When a worker fails, the others get a few
 seconds to fail by themselves and to say why; then all are ended, with what they have started, and
 the exit code is that of the first: 128 + n where signal n ended it. A signal to this script ends
 the workers too.
 
-Ports of --workers are ones that were free a moment before. Should another process take one in that
-moment, the worker fails, and with it the job: start it again. Workers on a machine with GPUs see
+The ports of --workers were free a moment before. Should another process take one in that moment,
+the worker fails, and with it the job: start it again. Workers on a machine with GPUs see
 all of them; start one worker there.
 """
 
@@ -45,7 +45,8 @@ def multiworker_arguments() -> argparse.Namespace:
     """Parses the command line; exits with 2 where it is wrong."""
     description, _, epilog = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
-        usage="%(prog)s (--workers N | --host HOSTS --index I) [--xla] -- COMMAND...",
+        usage="%(prog)s (--workers N | --host HOSTS --index I) [--xla] [--timeout SECONDS]"
+        " -- COMMAND...",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -64,7 +65,15 @@ def multiworker_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--xla",
         action="store_true",
-        help="let XLA compile what lies between collectives: sets TF_XLA_FLAGS, to go before yours",
+        help="let XLA compile what lies between collectives: puts its flags before yours in "
+        "TF_XLA_FLAGS",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long a worker may wait for the others in a synchronized layer before the job "
+        "ends: sets SYNCBN_TIMEOUT_SECONDS; 0 for ever (default: 600)",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what each worker runs")
     given = parser.parse_args()
@@ -95,6 +104,13 @@ def multiworker_arguments() -> argparse.Namespace:
                 f"{len(given.host)} workers. Received: {given.index}"
             )
     return given
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds. Received: {text}")
+    return seconds
 
 
 def check_inherited(cluster: list[str] | None) -> None:
@@ -152,7 +168,7 @@ def start_worker(command: list[str], cluster: list[str], index: int) -> subproce
 
 
 def copy_lines(index: int, source: IO[bytes], target: IO[bytes]) -> None:
-    """Copies lines with the worker's index in front, whole ones, until there are no more."""
+    """Copies whole lines, prefixed with the worker's index, until there are no more."""
     with contextlib.suppress(BrokenPipeError):  # nobody reads; its signal ends the job
         for line in source:
             target.write(b"[%d] %s\n" % (index, line.removesuffix(b"\n")))
@@ -160,10 +176,10 @@ def copy_lines(index: int, source: IO[bytes], target: IO[bytes]) -> None:
 
 
 def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> int:
-    """Waits until all have ended well, one has failed, or a signal has come.
+    """Waits until all have succeeded, one has failed, or a signal has arrived.
 
     Args:
-        workers: By index.
+        workers: The workers, by index.
         received: Where the handler puts signals.
 
     Returns:
@@ -193,6 +209,8 @@ def main() -> int:
     if given.xla:
         own = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
         os.environ["TF_XLA_FLAGS"] = f"{own} {os.environ.get('TF_XLA_FLAGS', '')}"
+    if given.timeout is not None:
+        os.environ["SYNCBN_TIMEOUT_SECONDS"] = f"{given.timeout:g}"
     received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, lambda number, _: received.append(number))

@@ -1,4 +1,4 @@
-"""Process groups that cannot stay, and addresses for the workers of a cluster. No TensorFlow."""
+"""Ending process groups, and addresses for the workers of a cluster. No TensorFlow."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def settle(
 
 
 def end(processes: Sequence[subprocess.Popen], seconds: float) -> None:
-    """Ends processes that lead groups, and what they have started and left in these.
+    """Ends processes that lead groups, and the other processes of these groups.
 
     Args:
-        processes: Those of launchers pass the signal on to what they have started elsewhere.
-        seconds: What they get to end by themselves once told to.
+        processes: The leaders. Launchers pass the signal on to what they have started elsewhere.
+        seconds: How long they may take to end by themselves, once told to.
     """
     _signal(processes, signal.SIGTERM)
     settle(processes, seconds)

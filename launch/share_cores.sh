@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Run a rank's command with a thread for each core of its share, unless the environment has a number.
+# Run a rank's command with a thread for each core of its share, unless the environment sets a number.
 #
 # usage: launch/share_cores.sh COMMAND...
 #
-# mpi.sh and horovod.sh start every rank by this. TensorFlow gives each rank a thread for every core
-# of the machine, and several ranks on one wait for one another. How many ranks are here the launcher
-# tells each of them, also where a scheduler has spread them over machines.
+# mpi.sh and horovod.sh start every rank through this. TensorFlow gives each rank a thread for every
+# core of the machine, and several ranks on one machine then wait for one another. The launcher tells
+# each rank how many are on its machine, also where a scheduler has spread them over several.
 set -euo pipefail
 
 case "${1:-}" in

@@ -1,7 +1,7 @@
 """Trains a small convolutional network with batch normalization on handwritten digits.
 
-The same script runs in one process, on several GPUs or parts of the CPU, and in every process of a
-job that a launcher starts:
+The same script runs in one process, on several GPUs or logical CPU devices, and in every process of
+a job that a launcher starts:
 
     python launch/train_digits.py --replicas 8 --batch-per-replica 2
     horovodrun --gloo -np 2 python launch/train_digits.py --checkpoint build/digits
@@ -53,7 +53,7 @@ EARLY_STEPS = 20
 
 
 class Setup(NamedTuple):
-    """What a run trains with: the layer, and how the batch is split."""
+    """The setup of a run: the layer, and how the batch is split."""
 
     norm: str
     replicas: int
@@ -101,7 +101,7 @@ def build_model(norm: str) -> tf.keras.Model:
     # are those of two numbers per channel.
     for filters in 16, 32, 64:
         model.add(layers.Conv2D(filters, 3, strides=2, padding="same", use_bias=False))
-        # The default, 0.99, looks back on more steps than an epoch has.
+        # The default, 0.99, averages over more steps than an epoch has.
         model.add(normalization(momentum=0.9))
         # Smooth, unlike ReLU: at a kink, a difference in the last digit can grow to a large one.
         model.add(layers.Activation("swish"))
@@ -221,21 +221,21 @@ def parse_arguments() -> argparse.Namespace:
         "--engine",
         choices=("auto", *ENGINES),
         default="auto",
-        help="what joins the replicas; default: what the launcher is for (multiworker where it "
-        "set TF_CONFIG, horovod under horovodrun --gloo, mpi under mpirun), mirrored without one. "
-        "Horovod over MPI has to be named",
+        help="the engine that joins the replicas; default: that of the launcher (multiworker where "
+        "it set TF_CONFIG, horovod under horovodrun --gloo, mpi under mpirun), mirrored without "
+        "one. Horovod over MPI has to be named",
     )
     parser.add_argument(
         "--replicas",
         metavar="X",
         type=count,
-        help="of MirroredStrategy, on GPUs or all on the CPU; 1: no strategy; default: 8. "
+        help="replicas of MirroredStrategy, on GPUs or all on the CPU; 1: no strategy; default: 8. "
         "A launcher's job has one in each process",
     )
     for flag, kind, default, text in (
-        ("--batch-per-replica", count, 2, "images in each step of a replica"),
+        ("--batch-per-replica", count, 2, "images of a replica in each step"),
         ("--epochs", count, 8, "passes over the training images"),
-        ("--learning-rate", rate, 0.02, "of SGD, momentum 0.9; falls to zero along a cosine"),
+        ("--learning-rate", rate, 0.02, "that of SGD, momentum 0.9; decays to zero along a cosine"),
     ):
         parser.add_argument(
             flag, metavar="X", type=kind, default=default, help=f"{text}; default: %(default)s"
@@ -246,7 +246,7 @@ def parse_arguments() -> argparse.Namespace:
         type=integer_from(0),
         nargs="+",
         default=[0],
-        help="what initial weights and the order of the images depend on; one run for each seed; "
+        help="seeds for the initial weights and the order of the images; one run for each; "
         "default: 0",
     )
     parser.add_argument(
@@ -259,7 +259,7 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint",
         metavar="FOLDER",
         type=Path,
-        help="where to save model and optimizer after each epoch; goes on from what is there",
+        help="where to save model and optimizer after each epoch; resumes from what is there",
     )
     parser.add_argument(
         "--metrics", metavar="FILE.csv", type=Path, help="where to write the metrics of each epoch"

@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from syncbn import training
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.horovod import HorovodCommunicator
+from syncbn._src.communicators.launcher import launched as _launched
 from syncbn._src.communicators.local import LocalCommunicator
 from syncbn._src.communicators.mpi import MPICommunicator
 from syncbn._src.communicators.resolution import resolve
@@ -21,6 +22,7 @@ from syncbn._src.models.statistics import (
     moving_statistics,
     set_moving_statistics,
 )
+from syncbn._src.watchdog.exits import install as _watch_exits
 
 __all__ = [
     "Communicator",
@@ -47,3 +49,6 @@ __all__ = [
 ]
 
 __version__ = _version("syncbn")
+
+if _launched().processes > 1:
+    _watch_exits()

@@ -1,4 +1,4 @@
-"""For tests of one's own models; works with pytest and with everything that knows `assert`."""
+"""For tests of your own models; works with pytest and any other framework based on `assert`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def assert_equivalent(
 ) -> None:
     """Asserts that a model does on several replicas what it does on one with the whole batch.
 
-    TensorFlow must not have started, or have enough devices; a ``conftest.py`` is the place for
-    ``tf.config.set_logical_device_configuration``.
+    TensorFlow must not have started, or must have enough devices; a ``conftest.py`` is the place
+    for ``tf.config.set_logical_device_configuration``.
 
     Args:
         build_model: As for `syncbn.check_equivalence`.
         batch: Likewise.
         replicas: Likewise.
-        **options: The others of `syncbn.check_equivalence`.
+        **options: The other arguments of `syncbn.check_equivalence`.
 
     Raises:
         AssertionError: it does not. The message is the table, and the advice.

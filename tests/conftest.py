@@ -1,4 +1,4 @@
-"""What holds for all tests: quiet TensorFlow, no GPUs, folders of one's own."""
+"""What holds for all tests: quiet TensorFlow, no GPUs, a folder for each test."""
 
 import os
 import tempfile

@@ -1,6 +1,6 @@
 """What constructs give for every derivative on every engine: right, or refused with a sentence.
 
-``python -m tests.control_flow_table`` writes it to docs/control-flow.md.
+``PYTHONPATH=launch python -m tests.control_flow_table`` writes it to docs/control-flow.md.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ REFUSALS = [
     ),
     Refusal(
         "`merge_call` called while defining a new graph",
-        "A strategy of tf.distribute lets replicas meet in the graph of `strategy.run` only, not "
-        "in those of branches, loops and functions inside of it.",
+        "Replicas of a strategy of tf.distribute can communicate in the graph of `strategy.run` "
+        "only, not in those of branches, loops and functions inside of it.",
         constructs=(*BRANCHES, *WHILES, *MAPS, "tf.function"),
         engines=STRATEGIES,
         graph=True,
@@ -211,7 +211,7 @@ REFUSALS = [
     ),
     Refusal(
         "AssertionError",
-        "`tf.recompute_grad` gives first derivatives only, and says no more in a branch.",
+        "`tf.recompute_grad` gives first derivatives only, and gives no reason in a branch.",
         plain=True,
         constructs=("tf.recompute_grad in tf.cond",),
         kinds=("second derivatives",),
@@ -284,7 +284,7 @@ def page() -> str:
         *table("multiworker", list(CONSTRUCTS), True),
         "## Eagerly, one replica, Horovod and MPI",
         "",
-        "Branches and loops are Python then, and like no construct.",
+        "Branches and loops are plain Python then, and make no difference.",
         "",
         *table("local", EAGER, False),
         "## Eagerly, MirroredStrategy and MultiWorkerMirroredStrategy",
@@ -301,23 +301,23 @@ def page() -> str:
 INTRODUCTION = """\
 # Control flow and derivatives
 
-A training call in branches, loops, mapped and nested functions, and what can be asked of it. What
-is right is what plain mathematics in float64 gives for the whole batch in one process: the
-outputs, each replica's own share of the gradients, and the moving statistics afterwards. The rest
-raises an error, to which a number leads. Both layers give the same.
+A training call in branches, loops, mapped and nested functions, and what can be asked of it.
+*Right* is what plain mathematics in float64 gives for the whole batch in one process: the outputs,
+each replica's own share of the gradients, and the moving statistics afterwards. Everything else
+raises an error, to which a number links. Both layers behave alike.
 
 `tests/control_flow_table.py` holds the tables and wrote this page; `tests/control_flow.py` has the
 code of each row. Each cell is tested, on each engine of its table
 (`tests/parallel/test_control_flow.py`, `tests/single/test_control_flow.py`); pairs of constructs
-with `SyncBatchNormalization` only. What is empty is not tested. *A in B* is an A inside of a B.
-*training=tensor* is a call whose `training` the graph does not know. *Replicas delayed* come to
+with `SyncBatchNormalization` only. Empty cells are not tested. *A in B* is an A inside of a B.
+*training=tensor* is a call whose `training` the graph does not know. *Replicas delayed* make
 their calls at different times.
 
 Two things hold for plain layers too. The calls of a vectorized loop all start from the same
-moving statistics, and the first one's stay. `tf.keras.layers.RNN` calls its cell once more for
-the first step, to learn what it returns, which moves the moving statistics once more. And two
-hold only for them: a plain layer's second derivatives are wrong, as `tf.nn.moments` stops a
-gradient, and inside of `tf.recompute_grad` its statistics move twice.
+moving statistics, and the update of the first one remains. `tf.keras.layers.RNN` calls its cell
+once more for the first step, to infer what it returns, which updates the moving statistics once
+more. And two hold for plain layers only: their second derivatives are wrong, as `tf.nn.moments`
+stops a gradient, and inside of `tf.recompute_grad` their statistics are updated twice.
 """
 
 

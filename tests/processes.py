@@ -58,7 +58,7 @@ def environment(**changes):
 
 
 def run(commands, *, takes=12, env=None):
-    """Runs commands side by side, and ends all of them when one fails or they hang.
+    """Runs commands in parallel, and ends all of them when one fails or they hang.
 
     A rank of `tests/parallel` or `tests/sessions` that hangs ends itself a little before that, and
     shows where: ``SYNCBN_TEST_LIMIT`` tells it when.

@@ -1,1 +1,1 @@
-"""How it is measured: jobs, the processes of a job, what they run, and what is made of it."""
+"""How it is measured: jobs, the processes of a job, what they run, and the presentation."""

@@ -15,7 +15,7 @@ from benchmarks.measuring import jobs, machine, presentation
 
 REPEATS, QUICK_REPEATS = 40, 8
 ROUNDS = 3
-"""How often jobs take turns, where a case compares what runs in several."""
+"""How often jobs take turns, where a case compares contestants in several jobs."""
 LIMIT = 900.0
 """Seconds that a job may take."""
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=jobs.ENGINES, help="only cases with one of these", **several
     )
     parser.add_argument(
-        "--workers", metavar="N", type=positive, help="only cases of so many workers", **several
+        "--workers", metavar="N", type=positive, help="only cases with this many workers", **several
     )
     parser.add_argument(
         "--quick",
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("build/benchmarks"),
         help="where benchmarks.json, benchmarks.md and the pictures go; default: %(default)s",
     )
-    parser.add_argument("--list", action="store_true", help="say what there is, and end")
+    parser.add_argument("--list", action="store_true", help="list the cases, and exit")
 
 
 def chosen(given: argparse.Namespace) -> dict[str, Case]:
@@ -107,7 +107,7 @@ def run(given: argparse.Namespace) -> int:
         say("The pictures need matplotlib: pip install 'syncbn[demo]'")
         return 2
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # and end the job before
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # ending the job first
     repeats = given.repeats or (QUICK_REPEATS if given.quick else REPEATS)
     settings = {
         "measured steps in a job": str(repeats),
@@ -120,14 +120,14 @@ def run(given: argparse.Namespace) -> int:
         label = f"[{number}/{len(cases)}] {name}"
         found["cases"][name] = measure(label, case, repeats, 1 if given.quick else ROUNDS)
         settings["load at the end"] = machine.load()
-        presentation.write(found, given.out)  # each time, as a long run may be broken off
+        presentation.write(found, given.out)  # each time, as a long run may be aborted
     print(presentation.markdown(found))
     say(f"Written to {given.out}")
     return int(any(case["failures"] for case in found["cases"].values()))
 
 
 def measure(label: str, case: Case, repeats: int, most_rounds: int) -> dict[str, Any]:
-    """Returns what is reported of a case; its jobs take turns, those that fail but once."""
+    """Returns the results of a case; its jobs take turns, and those that fail are not repeated."""
     left_out, failures, able = [], [], []
     for job in jobs.jobs_of(case):
         missing = job.missing()
@@ -176,5 +176,5 @@ def measure(label: str, case: Case, repeats: int, most_rounds: int) -> dict[str,
 
 
 def say(text: str) -> None:
-    """Tells how it goes on."""
+    """Reports progress."""
     print(text, file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 
 
 def start_job(engine: str, workers: int) -> Any:
-    """Returns the job, as the script makes it."""
+    """Returns the job, as the script starts it."""
     import digits_job
 
     return digits_job.start(engine.partition("-")[0], workers)

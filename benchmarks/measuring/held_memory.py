@@ -21,11 +21,11 @@ from benchmarks.measuring.job_replicas import JobReplicas
 def held(
     replicas: JobReplicas, layers: dict[str, str], point: Point, repeats: int
 ) -> dict[str, list[float]]:
-    """Returns by how many bytes the process grows, with all its replicas.
+    """Returns the growth of the process, with all of its replicas, in bytes.
 
-    With the forward pass alone, eagerly: what lives on is what the tape holds, each layer's input
-    and what the layer keeps besides. And at most, within a step that is a graph. The input of the
-    first layer is there before and does not count.
+    After the forward pass alone, eagerly: what remains is what the tape holds, each layer's input
+    and what else the layer keeps. And the peak, within a step in a graph. The input of the first
+    layer is there before and does not count.
 
     Raises:
         RuntimeError: the process's size does not show what TensorFlow allocates.
@@ -55,24 +55,24 @@ def _grown(replicas: JobReplicas, layer: str, point: Point) -> float:
             y = x
             for layer in stack:
                 y = layer(y, training=True)
-        # Called once, when all replicas have come here.
+        # Called once, when all replicas have got here.
         tf.distribute.get_replica_context().merge_call(lambda strategy: sizes.append(_resident()))
         return tf.reduce_sum(tape.gradient(y, x))
 
-    replicas.run(replica, x)  # what is allocated once and for all is not the layers'
+    replicas.run(replica, x)  # one-time allocations are not the layers'
     before = _resident()
     replicas.run(replica, x)
     return sizes[-1] - before
 
 
 def peak(step: Callable[[], object]) -> float:
-    """Returns by how many bytes the process grows at most while ``step`` runs, not the first time.
+    """Returns the peak growth of the process, in bytes, while ``step`` runs for the second time.
 
-    The job's environment has to be that of `jobs` for what measures memory.
+    The job's environment has to be that which `jobs` has for measuring memory.
     """
     step()
     before = _resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the highest is the present one again
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
     step()
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) - before

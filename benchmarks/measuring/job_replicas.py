@@ -14,11 +14,11 @@ GPU_MEMORY = 3072
 
 
 class JobReplicas:
-    """All replicas of the job that this process is part of; every process makes one, first.
+    """All replicas of the job that this process is part of; every process creates one, first.
 
     Args:
         engine: A key of `jobs.ENGINES`.
-        workers: How many there have to be.
+        workers: The number that there must be.
 
     Raises:
         RuntimeError: there are more or fewer.
@@ -36,7 +36,7 @@ class JobReplicas:
             parts = [tf.config.LogicalDeviceConfiguration(memory_limit=limit)] * workers
             device = tf.config.list_physical_devices(kind)[0]
             tf.config.set_logical_device_configuration(device, parts)
-            # NCCL refuses two parts of one GPU; adding up on one of them is the simplest way out.
+            # NCCL refuses two parts of one GPU; summing on one of them is the simplest way out.
             reduction = tf.distribute.ReductionToOneDevice() if self._on_gpu else None
             self.strategy = tf.distribute.MirroredStrategy(
                 [f"{kind}:{i}" for i in range(workers)], reduction
@@ -62,15 +62,15 @@ class JobReplicas:
             raise RuntimeError(f"The job needs {workers} replicas. Received: {size}.")
 
     def scope(self) -> contextlib.AbstractContextManager:
-        """Returns the context in which layers have to be made."""
+        """Returns the context in which layers have to be created."""
         return self.strategy.scope() if self.strategy else contextlib.nullcontext()
 
     def normal(self, shapes: Sequence[tuple[int, ...]], dtype: tf.DType, seed: int) -> list:
-        """Returns normally distributed tensors, other ones on each replica."""
+        """Returns normally distributed tensors, different ones on each replica."""
 
         def values(shape: tuple[int, ...], number: int, replica: int) -> tf.Tensor:
             key = [seed, 1000 * replica + number]
-            # Where they are used, or each step would begin with a copy.
+            # On the device that uses them, or each step would begin with a copy.
             with tf.device(devices[replica % len(devices)]):
                 return tf.cast(tf.random.stateless_normal(shape, key), dtype)
 

@@ -1,4 +1,4 @@
-"""Starting the processes of a job, and seeing to it that none stays."""
+"""Starting the processes of a job, and making sure that none is left running."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from benchmarks.cases import Case
 from launch.process_groups import end
 
 TERMINATE = 10.0
-"""Seconds that a job gets to end when told to."""
+"""Seconds that a job may take to end when told to."""
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 MULTIWORKER = (sys.executable, str(LAUNCH / "multiworker.py"), "--workers")
 HOROVOD = (str(LAUNCH / "horovod.sh"), "-np")
 
-# What a launcher that started this process has left for its own.
+# Variables that a launcher of this process has set for its own ranks.
 _INHERITED = ("OMPI_COMM_", "PMI", "PRTE_", "HOROVOD_RANK", "HOROVOD_SIZE", "SLURM_", "TF_CONFIG")
 
 
@@ -51,7 +51,7 @@ ENGINES = {
     ),
     "multiworker": Engine(MULTIWORKER, ("--",)),
     "horovod-gloo": Engine(HOROVOD, ("--gloo", "--"), packages=("horovod",)),
-    # Horovod's own choice, where launch/horovod.sh makes another.
+    # Horovod's default, which launch/horovod.sh changes.
     "horovod-gloo-default": Engine(
         HOROVOD, ("--gloo", "--"), {"HOROVOD_CYCLE_TIME": "1"}, packages=("horovod",)
     ),
@@ -80,14 +80,14 @@ class BenchmarkJob(NamedTuple):
     keras: int
     workload: str
     layers: dict[str, str]
-    """By contestant."""
+    """The layers, by contestant."""
 
     def __str__(self) -> str:
         workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
         return f"{self.engine}, {workers}, Keras {self.keras}"
 
     def missing(self) -> str:
-        """Returns what has to be installed for it, or nothing."""
+        """Returns what has to be installed for it, or an empty string."""
         engine = ENGINES[self.engine]
         packages = [*engine.packages, *(["tf_keras"] if self.keras == 2 else [])]
         absent = [name for name in packages if importlib.util.find_spec(name) is None]
@@ -98,7 +98,7 @@ class BenchmarkJob(NamedTuple):
 
 
 class JobError(Exception):
-    """A job has not done what it was started for; says why."""
+    """A job has failed; the message says why."""
 
 
 def jobs_of(case: Case) -> list[BenchmarkJob]:
@@ -118,16 +118,16 @@ def run(
 
     Args:
         job: One of ``jobs_of(case)``.
-        case: Its points are measured.
-        repeats: How often.
-        limit: After so many seconds all its processes are ended.
-        tell: Called with how many points are measured, when there is another one.
+        case: The case whose points are measured.
+        repeats: How often each is measured.
+        limit: The seconds after which all processes of the job are ended.
+        tell: Called with the number of points measured, whenever there is another one.
 
     Returns:
         For each point the seconds or bytes, by contestant.
 
     Raises:
-        JobError: it failed, or the limit is up; with the last lines that it printed.
+        JobError: it failed, or reached the limit; with the last lines that it printed.
     """
     with tempfile.TemporaryDirectory(prefix="syncbn-bench-") as folder:
         order, results, log = (Path(folder, name) for name in ("order", "results", "log"))
@@ -140,7 +140,7 @@ def run(
         with log.open("wb") as output:
             release = _hold_signals()
             try:
-                process = subprocess.Popen(  # noqa: S603  (no shell, and nobody else's words)
+                process = subprocess.Popen(  # noqa: S603  (no shell, no foreign input)
                     [*engine.before, *number, *engine.after, *worker],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -192,9 +192,9 @@ def environment(job: BenchmarkJob) -> dict[str, str]:
 
 @functools.cache
 def _without_gpu() -> bool:
-    """Asks TensorFlow, which alone knows, in a process of its own."""
+    """Asks TensorFlow, in a process of its own."""
     code = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
-    output = subprocess.run(  # noqa: S603  (no shell, and nobody else's words)
+    output = subprocess.run(  # noqa: S603  (no shell, no foreign input)
         [sys.executable, "-c", code],
         env=environment(BenchmarkJob("mirrored-gpu", 1, 3, "", {})),
         capture_output=True,
@@ -206,7 +206,7 @@ def _without_gpu() -> bool:
 
 
 def mpi_version() -> str:
-    """Returns what the first `mpirun` says that it is, or nothing."""
+    """Returns the version line of the first `mpirun`, or an empty string."""
     mpirun = shutil.which("mpirun", path=environment(BenchmarkJob("mpi", 1, 3, "", {}))["PATH"])
     if mpirun is None:
         return ""
@@ -230,9 +230,9 @@ def _wait(
 
 
 def _hold_signals() -> Callable[[], None]:
-    """Makes signals that end this process wait until the function that is returned is called.
+    """Defers signals that end this process until the function that it returns is called.
 
-    One that comes while a process is being started would leave that one behind.
+    One that arrives while a process is being started would leave that process behind.
     """
     waiting: list[int] = []
     before = {

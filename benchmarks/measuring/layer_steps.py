@@ -28,7 +28,7 @@ def stack_step(replicas: JobReplicas, layer: str, point: Point) -> Callable[[], 
             y = x
             for layer in layers:
                 y = layer(y, training=True)
-        # The output too is returned: else TensorFlow would leave out the last layer's.
+        # The output too is returned: TensorFlow would prune that of the last layer otherwise.
         return [y, *tape.gradient(y, [x, *weights], output_gradients=dy)]
 
     function = tf.function(lambda *arguments: replicas.run(replica, *arguments))

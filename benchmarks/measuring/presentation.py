@@ -10,17 +10,17 @@ from benchmarks.cases import Case, Point
 from benchmarks.measuring.timing import summary
 
 UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6, "MB": 1e-6}
-"""How many of them a second or a byte is."""
+"""The number of each in a second, or in a byte."""
 
 
 def evaluate(
     case: Case, point: Point, rounds: dict[str, list[list[float]]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Returns what is shown of one point.
+    """Returns the results and ratios of one point.
 
     Args:
-        case: What was measured.
-        point: Where.
+        case: The case that was measured.
+        point: One of its points.
         rounds: By contestant, for each round the seconds or bytes.
     """
     scale = UNITS[case.unit]

@@ -1,4 +1,4 @@
-"""Taking turns, and what is made of the times."""
+"""Timing in turn, and the summary of the times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 WARMUP = 3
-"""Steps of each that are not counted: they trace, and fill caches."""
+"""Steps of each that are not counted, since they trace, and fill caches."""
 
 
 def alternate(
@@ -20,10 +20,10 @@ def alternate(
     """Returns the seconds of each step; they take turns, so that all meet the same disturbances.
 
     Args:
-        steps: By contestant.
-        repeats: How many of each are counted.
-        meet: Waits for the other workers: nobody pays for the lateness of the step before.
-        warmup: How many of each come before.
+        steps: The steps, by contestant.
+        repeats: The number of each that are counted.
+        meet: Waits for the other workers, so that no step pays for the lateness of the one before.
+        warmup: The number of each that come before.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(warmup + repeats):
@@ -37,7 +37,7 @@ def alternate(
 
 
 class Summary(NamedTuple):
-    """What is shown of many measurements."""
+    """The summary of many measurements."""
 
     median: float
     lower: float

@@ -26,7 +26,7 @@ def resnet_50(shape: tuple[int, ...]) -> tf.keras.Model:
 
 
 def small(shape: tuple[int, ...]) -> tf.keras.Model:
-    """Returns a model with two normalizations, to try out whether all works."""
+    """Returns a model with two normalizations, for a smoke test."""
     layers = tf.keras.layers
     x = inputs = tf.keras.Input(shape)
     for filters in (4, 8):
@@ -43,16 +43,16 @@ def times(
     point: Point,
     repeats: int,
 ) -> dict[str, list[float]]:
-    """Returns seconds of first calls and of steps: in a loop of one's own, and in `fit`.
+    """Returns seconds of first calls and of steps: in a custom loop, and in `fit`.
 
     A step is forward and backward; in `fit`, which has an optimizer, also the update.
 
     Args:
         make: Makes the model.
-        replicas: Of the job.
-        layers: By contestant, what the normalizations shall be.
+        replicas: The replicas of the job.
+        layers: The kind of the normalizations, by contestant.
         point: Has the shape of a replica's images.
-        repeats: How many steps are counted; a tenth as many first calls.
+        repeats: The number of steps that are counted; a tenth as many first calls.
     """
     samples: dict[str, list[float]] = {}
     first = {name: f"{name}, first call" for name in layers}
@@ -76,7 +76,7 @@ def times(
     for _ in range(-(-repeats // 4)):
         for name, run in fits.items():
             replicas.meet()
-            # `fit` has things of its own to do round its first step.
+            # `fit` does other work around its first step.
             samples.setdefault(fit[name], []).extend(run(5)[1:])
     return samples
 
@@ -88,7 +88,7 @@ def peaks(
     point: Point,
     repeats: int,
 ) -> dict[str, list[float]]:
-    """Returns by how many bytes the process grows within a step; the arguments are `times`'."""
+    """Returns the peak growth of the process in a step, in bytes; arguments as for `times`."""
     samples = {}
     for name, layer in layers.items():
         function = model_step(replicas, made(make, replicas, layer, point), point)
@@ -132,7 +132,7 @@ def fitting(
     images = tf.random.stateless_normal(shape, [1, replicas.rank])
     data = tf.data.Dataset.from_tensors((images, tf.zeros(shape[:1], tf.int32))).repeat()
     with replicas.scope():
-        # Not compiled by XLA, which is not there for what synchronizes.
+        # Not compiled by XLA, which cannot compile what synchronizes.
         loss = "sparse_categorical_crossentropy"
         model.compile("sgd", loss, jit_compile=False)
 
@@ -163,7 +163,7 @@ class _Clock(tf.keras.callbacks.Callback):
 def _replaced(
     layer: tf.keras.layers.Layer, make: Callable[..., tf.keras.layers.Layer]
 ) -> tf.keras.layers.Layer:
-    """Returns a layer like ``layer``, or, of a plain batch normalization, what ``make`` makes."""
+    """Returns a copy of ``layer``, or, for a plain batch normalization, what ``make`` makes."""
     config = layer.get_config()
     if type(layer) is not tf.keras.layers.BatchNormalization:
         return type(layer).from_config(config)

@@ -1,4 +1,4 @@
-"""One process of a job: measures what it is told to, and rank 0 writes it down.
+"""One process of a job: runs the measurements, which rank 0 writes down.
 
 usage: python -m benchmarks.measuring.worker ORDER.json RESULTS.jsonl
 """

@@ -19,7 +19,7 @@ Samples = dict[str, list[float]]
 
 
 class Workload(NamedTuple):
-    """How the processes come together, and what they measure at one point."""
+    """How the processes join, and what they measure at one point."""
 
     measure: Callable[[Any, dict[str, str], Point, int], Samples]
     """Takes the replicas, contestants with their layers, the point, and how often."""
@@ -74,7 +74,7 @@ def latency(replicas: JobReplicas, layers: dict[str, str], point: Point, repeats
 
     @tf.function
     def numpy_function(value: tf.Tensor) -> tf.Tensor:
-        for _ in range(calls):  # unrolled, and each waits for the one before
+        for _ in range(calls):  # unrolled; each waits for the one before
             value = tf.numpy_function(lambda array: array, [value], tf.float64)
         return value
 

@@ -1,1 +1,1 @@
-"""What is measured by itself, each with a command line of its own."""
+"""Studies beside the cases, each with its own command line."""

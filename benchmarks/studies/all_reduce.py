@@ -26,7 +26,7 @@ LENGTHS = (1, *(2 * 2**power + 1 for power in range(6, 12)), 2**14, 2**16, 2**17
 LIMIT = 60.0
 """Seconds that a job may take."""
 
-# The rest of the machine only adds to the time; a short loop among many is spared by it.
+# Other load on the machine only adds to the time; among many short loops some are spared.
 _LOOPS, _LOOP_SECONDS = 60, 1e-3
 
 
@@ -34,11 +34,11 @@ def measure_all_reduces(rounds: int, tell: Callable[[str], None]) -> dict[str, A
     """Measures every algorithm with every number of workers; they take turns.
 
     Args:
-        rounds: How often.
+        rounds: The number of rounds.
         tell: Called with what is being measured.
 
     Returns:
-        What JSON can hold: the machine, and for each point its seconds, one value per round.
+        JSON-serializable: the machine, and for each point its seconds, one value per round.
 
     Raises:
         jobs.JobError: a job failed, or was not done within `LIMIT`.
@@ -75,7 +75,7 @@ def run(algorithm: str, workers: int) -> list[float]:
     chosen = {
         "coll_tuned_use_dynamic_rules": 1,
         "coll_tuned_allreduce_algorithm": ALGORITHMS[algorithm],
-        # Of these two the tree is made; both are binomial.
+        # The tree consists of these two; both are binomial.
         "coll_tuned_reduce_algorithm": 5,
         "coll_tuned_bcast_algorithm": 6,
     }
@@ -88,7 +88,7 @@ def run(algorithm: str, workers: int) -> list[float]:
         results, log = Path(folder, "results"), Path(folder, "log")
         worker = [sys.executable, "-m", "benchmarks.studies.all_reduce", str(results)]
         with log.open("wb") as output:
-            process = subprocess.Popen(  # noqa: S603  (no shell, and nobody else's words)
+            process = subprocess.Popen(  # noqa: S603  (no shell, no foreign input)
                 [*engine.before, str(workers), *engine.after, *worker],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -109,7 +109,7 @@ def run(algorithm: str, workers: int) -> list[float]:
 
 
 def _work(results: Path) -> None:
-    """Measures the chosen algorithm; what each worker does."""
+    """Measures the chosen algorithm, in each worker."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD

@@ -6,7 +6,7 @@ An all-reduce of p workers is a number of steps. In each, a worker sends one mes
 - ring: 2 (p - 1) steps with a p-th of the payload,
 - tree: log2(p) steps up and as many down with the whole payload; fewer workers the higher up.
 
-A step takes a latency, and so much per byte. Thakur, Rabenseifner & Gropp, "Optimization of
+A step takes a latency, and a time per byte. Thakur, Rabenseifner & Gropp, "Optimization of
 Collective Communication Operations in MPICH" (2005); their third constant, for the additions, goes
 with the bytes here. Two more are needed for several processes on few cores: workers that share a
 core take turns and have to be woken up, and Open MPI asks the receiver before a long message.
@@ -74,8 +74,8 @@ def terms(algorithm: str, workers: int, length: int, cores: float = math.inf) ->
     Args:
         algorithm: One of `ALGORITHMS`.
         workers: A power of two.
-        length: Of the payload, in float64.
-        cores: What all workers share; infinite where each has its own.
+        length: The length of the payload, in float64 numbers.
+        cores: The cores that all workers share; infinite where each has its own.
     """
     total = np.zeros(len(Costs._fields))
     for number, active, part in steps(algorithm, workers):
@@ -96,10 +96,10 @@ def added(
     """Returns the seconds that synchronization adds to a step: its collectives, one by one.
 
     Args:
-        network: What they go over.
-        channels: Of each synchronized layer.
+        network: The network that they go over.
+        channels: The channels of each synchronized layer.
         workers: A power of two.
-        group: How many share statistics; ``None``, or not fewer than all, for all.
+        group: The number of workers that share statistics; ``None`` for all of them.
         call: Seconds in TensorFlow around each collective.
     """
     total = 0.0
@@ -118,7 +118,7 @@ def fit(points: Sequence[Point], cores: float) -> Costs:
 
     Args:
         points: Measurements of one algorithm.
-        cores: What the workers shared.
+        cores: The cores that the workers shared.
     """
     rows = np.array([_terms(point, cores) / measured(point) for point in points])
     columns = range(rows.shape[1])
@@ -141,7 +141,7 @@ def measured(point: Point) -> float:
 
 
 def error(costs: Costs, point: Point, cores: float) -> float:
-    """Returns by what part of the measured time the model's is longer."""
+    """Returns the relative error of the model's time: positive where it is longer than measured."""
     return float(_terms(point, cores) @ costs) / measured(point) - 1
 
 

@@ -47,9 +47,9 @@ PASSES = 8
 
 
 class Pair:
-    """A communicator that behaves as that of two replicas, whose other one is as this one.
+    """A communicator that behaves as one of two replicas with equal data.
 
-    What it costs is what a replica does besides the message.
+    A layer over it does all that a replica does, except the message.
     """
 
     name, size, rank, supports_jit = "local", 2, 0, False
@@ -63,7 +63,7 @@ class Pair:
 
 
 def contract_cases(size: int) -> list[Case]:
-    """Returns few cases with much in each: XLA compiles for every shape anew."""
+    """Returns a few cases with much in each, since XLA recompiles for every shape."""
     even, ragged, last_empty, _, empty = splits(size)
     center, nan = "SyncCentering", float("nan")
     large = (48, 48, 64)
@@ -88,7 +88,7 @@ def contract_cases(size: int) -> list[Case]:
 
 
 def strategy_of(size: int) -> tf.distribute.Strategy:
-    """Returns one whose replicas are logical parts of one device, on which it also adds up."""
+    """Returns one whose replicas are logical parts of one device, on which it also sums."""
     devices = [f"{KIND}:{number}" for number in range(size)]
     # NCCL refuses two parts of one GPU.
     return tf.distribute.MirroredStrategy(devices, tf.distribute.ReductionToOneDevice())
@@ -127,7 +127,7 @@ def contract_part(report: dict[str, Any]) -> None:
 
 
 def contestants_part() -> dict[str, Callable[..., Any]]:
-    """Returns, by name, what makes a layer."""
+    """Returns functions that make a layer, by name."""
     sync = syncbn.SyncBatchNormalization
     return {
         "syncbn": functools.partial(sync, communicator="local"),
@@ -181,7 +181,7 @@ def seconds_of(steps: dict[str, Callable[[], object]]) -> dict[str, dict[str, fl
 
 
 def long_work() -> Callable[[], object]:
-    """Returns what keeps a GPU busy for thirty milliseconds or more, and returns at once."""
+    """Returns a function that returns at once, and keeps a GPU busy for 30 ms or more."""
     size = 8192 if GPU else 8
     with tf.device(f"{KIND}:0"):
         factor = tf.random.stateless_normal([size, size], [7, 8])

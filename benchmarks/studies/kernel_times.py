@@ -1,4 +1,4 @@
-"""Time of every kernel in every variant: where `kernels.choose_kernels` draws its lines.
+"""Time of every kernel in every variant, for the thresholds of `kernels.choose_kernels`.
 
 usage: python benchmarks/studies/kernel_times.py [--repeats 40] [--dtype float32]
 """
@@ -34,7 +34,7 @@ FUSED, COMPILED = Kernels(True, False), Kernels(True, True)
 def variants(shape: tuple[int, int], dtype: str) -> dict[str, list[Callable[[], object]]]:
     """Returns, by what they do, functions on inputs of ``shape``: plain, fused, compiled.
 
-    Compiled is what XLA makes of the plain one, and what GPUs are given.
+    Compiled is what XLA makes of the plain one; GPUs run that.
     """
     x, dy = (tf.cast(tf.random.stateless_normal(shape, [1, seed]), dtype) for seed in (1, 2))
     vector = tf.random.stateless_normal(shape[1:], [1, 3])
@@ -88,7 +88,7 @@ def variants(shape: tuple[int, int], dtype: str) -> dict[str, list[Callable[[], 
 
 
 def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Returns the median time of each in microseconds, less what calling nothing takes."""
+    """Returns the median time of each in microseconds, minus that of an empty function."""
     compiled = [tf.function(function, autograph=False) for function in functions]
     compiled.append(tf.function(lambda: tf.constant(0.0), autograph=False))
     times: list[list[float]] = [[] for _ in compiled]
@@ -109,11 +109,11 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=40, help="measured calls of each")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of inputs"
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="the inputs'"
     )
     given = parser.parse_args()
     if tf.config.get_visible_devices("GPU"):
-        sys.exit("kernels.py reads the clock when a call returns: hide GPUs, CUDA_VISIBLE_DEVICES=")
+        sys.exit("The clock is read when a call returns: hide GPUs, with CUDA_VISIBLE_DEVICES=")
     print(f"Microseconds, {given.dtype}, TensorFlow {tf.__version__}; plain / fused / compiled.\n")
     names = list(variants((1, 1), "float32"))
     print(f"| rows, channels | chosen | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")

@@ -51,14 +51,14 @@ class Fitted(NamedTuple):
     costs: Costs
     """Fitted to all points but the one held out."""
     errors: np.ndarray
-    """Absolute, relative to what was measured, of the points that were fitted."""
+    """Absolute values of the relative errors, for the points that were fitted."""
     held_out: Point
     errors_of_most: np.ndarray
-    """Of the points with the most workers, in a fit to all others."""
+    """The same for the points with the most workers, in a fit to all others."""
 
 
 def fitted(found: dict[str, Any]) -> dict[str, Fitted]:
-    """Returns what is made of the measurements, by algorithm."""
+    """Returns the fits to the measurements, by algorithm."""
     cores = found["cores"]
 
     def errors(costs: Costs, points: list[Point]) -> np.ndarray:
@@ -88,7 +88,7 @@ def scaling_page(found: dict[str, Any], channels: Sequence[int], call: float) ->
 
     Args:
         found: What `all_reduce.measure_all_reduces` returns.
-        channels: Of each synchronized layer.
+        channels: The channels of each synchronized layer.
         call: Seconds in TensorFlow around each collective.
     """
     results, cores = fitted(found), found["cores"]
@@ -159,7 +159,7 @@ def _draw_measurements(axes: Any, found: dict[str, Any], results: dict[str, Fitt
         axes.plot(8 * point["length"], 1e6 * measured(point), marker, ms=4.5, color=color)
     for algorithm, one in results.items():
         for workers, color in colors.items():
-            # Below that a ring has empty parts.
+            # With shorter payloads, a ring has empty parts.
             lengths = np.geomspace(max(1, workers * (algorithm == "ring")), 2**17, 300)
             times = [terms(algorithm, workers, n, found["cores"]) @ one.costs for n in lengths]
             axes.plot(8 * lengths, 1e6 * np.array(times), looks[algorithm][1], lw=1, color=color)
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--measurements",
         metavar="FILE",
         type=Path,
-        help=f"measure nothing, take those of before; they are written to {FOLDER}/scaling.json",
+        help=f"measure nothing, and read earlier ones; a run writes {FOLDER}/scaling.json",
     )
     parser.add_argument(
         "--rounds",
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # and end the job before
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # ending the job first
     file = given.measurements or FOLDER / "scaling.json"
     if given.measurements is None:
         try:

@@ -4,7 +4,7 @@ usage: python benchmarks/studies/torch_kernels.py [--shapes 32x112x112x64 ...]
            [--dtypes float32 ...]
 
 Prints JSON: for each shape and dtype the median seconds of the four kernels together, of each, and
-of a copy of the same bytes, device to device. It needs PyTorch for CUDA, and nothing of syncbn's.
+of a copy of the same bytes, device to device. It needs PyTorch for CUDA, and nothing of syncbn.
 """
 
 from __future__ import annotations

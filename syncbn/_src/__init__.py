@@ -1,1 +1,1 @@
-"""How it is built. Private: only `syncbn`, `syncbn.training` and `syncbn.testing` are not."""
+"""The implementation. Private: only `syncbn`, `syncbn.training` and `syncbn.testing` are public."""

@@ -1,4 +1,4 @@
-"""Functions that AutoGraph leaves as they are."""
+"""Functions that AutoGraph does not convert."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def unconverted(function: _Function) -> _Function:
-    """Is `tf.autograph.experimental.do_not_convert`, and shows the signature of ``function``.
+    """Wraps ``function`` in `tf.autograph.experimental.do_not_convert`, keeping its signature.
 
-    TensorFlow's wrapper has ``*args, **kwargs``, and `inspect.getfullargspec` says so. Wrappers ask
-    it whether a layer takes a mask, or whether it knows of training.
+    TensorFlow's wrapper has ``*args, **kwargs``, which `inspect.getfullargspec` reports. Keras'
+    wrapper layers use that to find out whether a layer takes ``mask`` or ``training``.
     """
     wrapper = tf.autograph.experimental.do_not_convert(function)
     wrapper.__signature__ = inspect.signature(function)

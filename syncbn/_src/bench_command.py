@@ -1,4 +1,4 @@
-"""``syncbn bench``: a front to the benchmarks, which lie beside this package in a checkout only."""
+"""``syncbn bench``: a front end to the benchmarks, which exist in a checkout only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``bench``; exits with 2 where there are no benchmarks."""
     checkout = PACKAGE.parent
-    # A folder of installed packages may hold a `benchmarks` too, somebody else's.
+    # A site-packages folder may have a `benchmarks` of another project.
     if not all(
         (checkout / name).is_file()
         for name in ("pyproject.toml", "benchmarks/measuring/command.py")
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _command(checkout: Path) -> ModuleType:
-    # Ahead of any other `benchmarks` that the path may lead to.
+    # Ahead of any other `benchmarks` on the path.
     sys.path.insert(0, str(checkout))
     try:
         return importlib.import_module("benchmarks.measuring.command")

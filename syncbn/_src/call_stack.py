@@ -1,4 +1,4 @@
-"""The functions that are running: where TensorFlow and Keras tell nobody what they are at."""
+"""The call stack, for where TensorFlow and Keras do not expose what they are doing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import tensorflow as tf
 def repeats_forward() -> bool:
     """Says whether `tf.recompute_grad` is repeating a forward pass, to differentiate it.
 
-    TensorFlow tells nobody, so this looks for its function among the callers. Tried with TensorFlow
-    2.16 and 2.21; tests/single/test_recompute.py holds it.
+    TensorFlow does not expose this, so its function is looked for among the callers. Tried with
+    TensorFlow 2.16 and 2.21; tests/single/test_recompute.py covers it.
     """
     return (tf.recompute_grad.__module__, "inner_recompute_grad") in callers()
 
@@ -21,7 +21,7 @@ def repeats_forward() -> bool:
 def callers() -> Iterator[tuple[str, str]]:
     """Yields the module and the name of each function that is running, innermost first.
 
-    Unlike the name of a graph, the module is nothing that a user's function has by accident.
+    Unlike the name of a graph, a module is not something that a user's function has by accident.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -46,7 +46,7 @@ def lcnet():
     )
 
 
-# Each of the two packages works with one of the Kerases.
+# One of the two packages works with Keras 2, the other with Keras 3.
 CLIENTS = [resnet, cspnet] if KERAS_3 else [lcnet]
 
 

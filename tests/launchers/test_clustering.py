@@ -1,4 +1,4 @@
-"""The contract under XLA's automatic clustering, on every engine, and under both Kerases."""
+"""The contract under XLA's automatic clustering, on every engine, with Keras 2 and 3."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Jobs that are started wrongly: a clear end, soon. (test_training.py kills workers.)"""
+"""Jobs that are started wrongly end soon, and say why. (test_training.py kills workers.)"""
 
 import pytest
 

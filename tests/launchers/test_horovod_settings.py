@@ -1,4 +1,4 @@
-"""Whoever types plain `horovodrun` learns what makes small messages fast."""
+"""A job under plain `horovodrun` is told what makes small messages fast."""
 
 import re
 

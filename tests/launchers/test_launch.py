@@ -79,7 +79,7 @@ def test_help_says_how_to_use_it(script):
     finished = launch(script, "--help")
     assert finished.code == 0, finished.output
     usage = rf"usage: (launch/)?{re.escape(script)} .*COMMAND\.\.\."
-    assert re.search(usage, finished.output), finished.output
+    assert re.search(usage, finished.output, re.DOTALL), finished.output
     assert "set -euo" not in finished.output
 
 

@@ -1,4 +1,4 @@
-"""What lives between the forward and the backward pass: the inputs, and vectors of channels."""
+"""What is kept between the forward and the backward pass: the inputs, and channel vectors."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Groups that are found out: those of one machine, and those that make a batch of some size."""
+"""Groups that depend on the job: those of one machine, and those that make a batch of some size."""
 
 import numpy as np
 import pytest

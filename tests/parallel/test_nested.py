@@ -184,7 +184,7 @@ def test_a_batch_that_each_process_gives_once_is_one_of_as_many(replicas):
         layer = syncbn.SyncBatchNormalization(momentum=0.0, epsilon=0.0)
         y = layer(own, training=True)
         grouped = syncbn.SyncBatchNormalization(group_size=2)
-        with pytest.raises(RuntimeError, match=r"Groups are of replicas.*MirroredStrategy"):
+        with pytest.raises(RuntimeError, match=r"Groups consist of replicas.*MirroredStrategy"):
             grouped(own, training=True)
     rows = x.reshape(-1, 3).astype("float64")
     truth = (x - rows.mean(0)) / rows.std(0)

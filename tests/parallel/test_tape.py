@@ -107,7 +107,7 @@ def test_the_iterations_of_a_loop_do_not_meet_each_other(replicas):
     weight = tf.Variable(1.0)
 
     def late(number):
-        # Which iteration a worker comes to first differs, and TensorFlow runs them side by side.
+        # Which iteration a worker comes to first differs, and TensorFlow runs them in parallel.
         time.sleep(0.2 if number == rank % 2 else 0.0)
         return np.float32(10.0**number * (rank + 1))
 

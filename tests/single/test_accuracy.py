@@ -139,7 +139,7 @@ FOLLOWED = [
 @pytest.mark.parametrize("shape", [(6, 5), (64, 48, 64)], ids=["plain", "fused"])
 @pytest.mark.parametrize(("make", "followed"), FOLLOWED)
 def test_forward_mode_goes_through_a_branch_of_a_graph(make, followed, shape, masked):
-    # TensorFlow differentiates a copy of the branch, whatever is followed.
+    # TensorFlow differentiates a copy of the branch, whatever is watched.
     rng = np.random.default_rng(0)
     mask = tf.constant(rng.random(shape[:-1]) < 0.7) if masked else None
     layer = make(dtype="float32")
@@ -229,7 +229,7 @@ def of_a_jacobian(normalize):
 @pytest.mark.parametrize("shape", [(6, 3), (4096, 64)], ids=["plain", "fused"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_gradients_go_through_vectorized_loops(make, way, gpus, shape, graph, monkeypatch):
-    # TensorFlow forgets custom gradients there.
+    # TensorFlow drops custom gradients there.
     monkeypatch.setattr(xla, "on_gpus", lambda: gpus)
     x = tf.random.stateless_normal(shape, [1, 2])
     layer = make(dtype="float32")

@@ -60,7 +60,7 @@ def test_an_unknown_rank_where_the_layer_is_not_built(make):
 @pytest.mark.parametrize("shape", [(), (4, 3, 2)])
 def test_a_mask_of_the_wrong_rank(make, shape):
     layer = make()
-    with pytest.raises(ValueError, match=r"one dimension less.*mask shape.*\(4, 3, 2\)"):
+    with pytest.raises(ValueError, match=r"one dimension fewer.*mask shape.*\(4, 3, 2\)"):
         layer(np.ones((4, 3, 2), "float32"), training=True, mask=np.ones(shape, bool))
 
 

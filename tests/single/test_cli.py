@@ -252,7 +252,8 @@ def test_a_proxy_between_the_workers_is_named(monkeypatch):
     failed = ("no end within 1 s", "")
     monkeypatch.setattr(probe_processes, "run", lambda commands, limit: failed)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert "http_proxy keeps workers from each other" in examine.try_out("multiworker", 1).advice
+    advice = examine.try_out("multiworker", 1).advice
+    assert "http_proxy keeps workers from reaching each other" in advice
     assert examine.try_out("mirrored", 1).advice == ""
 
 

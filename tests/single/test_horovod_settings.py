@@ -1,4 +1,4 @@
-"""What Horovod is told of small messages."""
+"""Horovod's settings for small messages."""
 
 import logging
 import os

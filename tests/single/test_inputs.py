@@ -1,4 +1,4 @@
-"""Inputs that are not floats, and such of which a trace does not know the rank."""
+"""Inputs that are not floats, and inputs whose rank a trace does not know."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def call_of_unknown_rank(layer, training, masked):
     specs = [tf.TensorSpec(None), tf.TensorSpec(None, tf.bool)]
 
     def call(x, mask):
-        # The call of Keras 3 takes no tensor of unknown rank, whatever the layer.
+        # No layer of Keras 3 accepts a tensor of unknown rank.
         call = layer.call if KERAS_3 else layer
         return call(x, training=training, mask=mask if masked else None)
 

@@ -23,7 +23,7 @@ def trainer(monkeypatch):
 
 
 def test_both_functions_of_this_keras_are_replaced_once(trainer):
-    # A Keras that has mended one of them fails this: the list then gets shorter, from that version.
+    # A Keras that has fixed one of them fails this: the list then gets shorter, from that version.
     assert mend_keras_fit() == (BUILD, REDUCE)
     mended = trainer.reduce_per_replica
     assert mend_keras_fit() == ()

@@ -1,4 +1,4 @@
-"""The contract on drawn cases, with threads for replicas and a communicator of a user's making."""
+"""The contract on drawn cases, with threads for replicas and a user-defined communicator."""
 
 import dataclasses
 

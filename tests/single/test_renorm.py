@@ -1,4 +1,4 @@
-"""Batch renormalization and virtual batches are those of the host, where it has them."""
+"""Batch renormalization and virtual batches are those of Keras itself, where it has them."""
 
 import numpy as np
 import pytest

@@ -139,7 +139,7 @@ def test_the_fit_does_not_see_the_point_that_is_held_out():
     for algorithm, one in scaling.fitted(found).items():
         assert one.costs == pytest.approx(TRUTH[algorithm], rel=1e-6)
         assert cost_model.error(one.costs, one.held_out, 2) == pytest.approx(-0.5)
-        # Of the 10 points with 8 workers it is the only one that the others do not foretell.
+        # Of the 10 points with 8 workers it is the only one that the others do not predict.
         assert sorted(one.errors_of_most)[-2:] == pytest.approx([0, 0.5], abs=1e-6)
 
 

@@ -61,7 +61,7 @@ def test_a_trace_stays_where_its_callers_are(wide):
     assert [one.device_index for one in devices] == [0, 1]
     (body,) = (one for one in concrete.graph.as_graph_def().library.function)
     assert not any(node.device for node in body.node_def)
-    # Many elements are worth a call; few are put in its place.
+    # Functions of many elements are called; those of few are inlined.
     assert ("_noinline" in body.attr) == wide
 
 

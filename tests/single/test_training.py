@@ -132,7 +132,7 @@ def test_an_optimizer_whose_state_is_not_known_is_refused_where_variables_are_lo
     weight = tf.Variable([1.0])
     optimizer = training.distribute(Odd(0.1), local=weight)
     optimizer.build([weight])
-    with pytest.raises(ValueError, match=r"Received: Odd, of whose .*odd"):
+    with pytest.raises(ValueError, match=r"Received: Odd, for whose .*odd"):
         state_of(optimizer, [weight])
 
 

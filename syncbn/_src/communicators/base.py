@@ -1,4 +1,4 @@
-"""What a communicator is: all that a layer needs of the engine that joins the replicas."""
+"""The communicator protocol: all that a layer needs of the engine that joins the replicas."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import tensorflow as tf
 
 @runtime_checkable
 class Communicator(Protocol):
-    """Adds tensors up over replicas.
+    """Sums tensors over replicas.
 
     Any object with these members can be given to a layer. Replicas must issue their calls in the
-    same order; each call takes part in one collective.
+    same order; each call is one collective.
 
     A layer with groups also needs ``split(groups) -> Communicator``: called on all replicas with
     the ranks of each group, it returns one for the group of this replica.
 
-    One that runs its calls in an order of its own may have ``for_call(scope)``. It returns
+    One that keeps its calls in order itself may have ``for_call(scope)``. It returns an
     ``all_reduce_sum`` for the calls of one layer that belong together: those of its forward pass,
-    and those of the gradient, which may be made in another graph. Names then begin with ``scope``.
+    and those of the gradient, which may be in another graph. Their names begin with ``scope``.
     """
 
     name: str
     """One of the names that ``communicator=`` takes: all that a saved or cloned layer keeps."""
 
     supports_jit: bool
-    """Whether XLA can compile a function that holds an `all_reduce_sum`."""
+    """Whether XLA can compile a function that contains an `all_reduce_sum`."""
 
     @property
     def size(self) -> int:
-        """How many replicas take part."""
+        """The number of replicas."""
 
     @property
     def rank(self) -> int:
-        """Which of them this is, from 0."""
+        """The number of this replica, from 0."""
 
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         """Returns the sum of ``tensor`` over all replicas, in shape and dtype of ``tensor``.
@@ -44,22 +44,22 @@ class Communicator(Protocol):
 
         Args:
             tensor: Floating, of one shape and dtype on all replicas.
-            name: The same on all replicas for the same call, and another one for another call that
-                may be under way at the same time.
+            name: The same on all replicas for the same call, and different for calls that may be in
+                flight at the same time.
         """
 
 
 def process_communicator(communicator: Communicator) -> Communicator:
-    """Returns what joins the processes, where a call is made outside of replicas.
+    """Returns the communicator of the processes, for calls outside of a replica context.
 
-    That is the communicator itself, unless it joins replicas within processes too.
+    That is ``communicator`` itself, unless it also joins the replicas within each process.
     """
     return getattr(communicator, "across", communicator)
 
 
 def wire_dtype(dtype: tf.DType) -> tf.DType:
-    """Returns the dtype in which what is of ``dtype`` is added up over processes."""
-    # A sum over many overflows in 16 bits where their mean does not, and MPI knows none of these.
+    """Returns the dtype in which tensors of ``dtype`` are summed over processes."""
+    # A sum over many overflows in 16 bits where their mean does not, and MPI has no such floats.
     return tf.float32 if dtype.size < 4 else dtype
 
 
@@ -67,7 +67,7 @@ def sums_for_call(communicator: Communicator, scope: str) -> Callable[[tf.Tensor
     """Returns `Communicator.all_reduce_sum` for one call of a layer and for its gradient.
 
     Args:
-        communicator: What joins the replicas.
+        communicator: The communicator of the replicas.
         scope: The first part of the names.
     """
     if hasattr(communicator, "for_call"):

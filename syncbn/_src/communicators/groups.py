@@ -1,4 +1,4 @@
-"""Groups of replicas: which they are."""
+"""Groups of replicas: which replicas share their statistics."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 class Grouping(NamedTuple):
-    """What a layer was told about groups: one of these at most."""
+    """The arguments of a layer about groups: one of these at most."""
 
     group_size: int | str | None = None
-    """So many neighbouring replicas, or ``"node"``: those of one machine."""
+    """The number of neighbouring replicas, or ``"node"``: those of one machine."""
     groups: Groups | None = None
     target_batch: int | None = None
-    """As many neighbouring replicas as bring the batch of a group nearest to so many samples."""
+    """As many neighbouring replicas as bring the batch of a group nearest to this many samples."""
 
     def is_given(self) -> bool:
         return any(value is not None for value in self)
@@ -37,8 +37,8 @@ class Grouping(NamedTuple):
         A collective call, except over tf.distribute.
 
         Args:
-            communicator: What joins the replicas.
-            batch: How many samples this replica has, where that is known.
+            communicator: The communicator of the replicas.
+            batch: The number of samples on this replica, or ``None`` where it is unknown.
 
         Raises:
             ValueError: the replicas cannot be grouped so, or ``batch`` is needed and not known.
@@ -94,7 +94,7 @@ def at_least_one(name: str, value: Any, otherwise: str = "") -> int:
     """Returns the argument ``name`` as a positive integer.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not one.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
         raise ValueError(
@@ -123,7 +123,7 @@ def _neighbours(group_size: Any, size: int) -> Groups:
 
 
 def _nearest(target: int, batch: float, size: int) -> int:
-    """Returns the group size for ``target`` samples; of two as near, the larger."""
+    """Returns the group size for ``target`` samples; the larger one in a tie."""
     divisors = (k for k in range(1, size + 1) if size % k == 0)
     return min(divisors, key=lambda k: (abs(k * batch - target), -k))
 
@@ -144,11 +144,11 @@ def _mean_batch(communicator: Communicator, batch: int | None) -> float:
 
 
 def _hosts(communicator: Communicator) -> Sequence[Any]:
-    """Returns what tells the machine of each replica."""
+    """Returns an identifier of each replica's machine."""
     if isinstance(communicator, DistributeCommunicator):
         return communicator.hosts()
     name = hashlib.sha256(platform.node().encode()).digest()[:6]
-    # 48 bits, which float64 holds exactly.
+    # 48 bits, which float64 represents exactly.
     return _gather(communicator, float(int.from_bytes(name, "big")), "host")
 
 
@@ -157,14 +157,13 @@ def _gather(communicator: Communicator, value: float, what: str) -> list[float]:
     with tf.init_scope():
         if not tf.executing_eagerly():
             raise NotImplementedError(
-                "The replicas can only tell each other what groups they make where TensorFlow runs "
-                "eagerly. Received: the graph of a session. Use `groups`, or `group_size` with a "
-                "number."
+                "The replicas can only agree on groups where TensorFlow runs eagerly. Received: "
+                "the graph of a session. Use `groups`, or `group_size` with a number."
             )
         rows = all_gather(
             process_communicator(communicator), np.array([value]), f"syncbn/groups/{what}"
         )
-    # Replicas of one process have the same.
+    # Replicas of one process have the same value.
     return np.repeat(rows, communicator.size // len(rows)).tolist()
 
 

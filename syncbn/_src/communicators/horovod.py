@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +14,14 @@ from syncbn._src.communicators.base import wire_dtype
 from syncbn._src.communicators.launcher import require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn._src.watchdog.flight_recorder import RECORDER
+from syncbn._src.watchdog.watchdog import WatchedJob, start, to_array, to_bytes
 
 
 class HorovodCommunicator:
     """All Horovod processes, or those of one process set.
 
-    Where Horovod has settings of its own that make small messages slow, rank 0 logs that once (see
+    Where Horovod's default settings make small messages slow, rank 0 logs that once (see
     `syncbn.training.init_horovod`).
 
     Args:
@@ -47,7 +50,8 @@ class HorovodCommunicator:
         )
         self._hvd = hvd
         # Horovod matches the processes' calls by the name of the operation, which must not run
-        # beside itself, as it would in the iterations of a loop. Others may run beside it.
+        # concurrently with itself, as it might in the iterations of a loop. Different operations
+        # may.
         self._orders: defaultdict[str, Order] = defaultdict(lambda: Order(everywhere=False))
         self._process_set = hvd.global_process_set if process_set is None else process_set
         if not self._process_set.included():
@@ -55,8 +59,11 @@ class HorovodCommunicator:
                 "A process can only use a process set that it belongs to. Received: "
                 f"{self._process_set} on rank {hvd.rank()}. Give each process its own set."
             )
+        ranks = self._process_set.ranks
+        self._members = None if ranks is None or len(ranks) == hvd.size() else tuple(ranks)
         if hvd.size() > 1 and hvd.rank() == 0:
             horovod_settings.advise_once()
+        _watch(hvd)
 
     @property
     def size(self) -> int:
@@ -67,11 +74,11 @@ class HorovodCommunicator:
         return self._process_set.rank()
 
     def split(self, groups: Sequence[Sequence[int]]) -> HorovodCommunicator:
-        """Returns one for the group of this process, as a process set. A collective call.
+        """Returns the communicator of this process's group, a process set. A collective call.
 
         Raises:
-            ValueError: this is not one for all processes.
-            RuntimeError: Horovod does not take new process sets.
+            ValueError: this communicator is not that of all processes.
+            RuntimeError: Horovod does not accept new process sets.
         """
         if self._process_set is not self._hvd.global_process_set:
             raise ValueError(
@@ -83,8 +90,8 @@ class HorovodCommunicator:
         return HorovodCommunicator(next(one for one in sets if one.included()))
 
     def _process_set_of(self, ranks: Sequence[int]) -> Any:
-        # Horovod takes no second process set of the same processes, and tells nobody of the first:
-        # it has no public way to. Tried with 0.28.1, its last release.
+        # Horovod accepts no second process set of the same processes, and has no public API to look
+        # up the first. Tried with 0.28.1, its last release.
         from horovod.common import process_sets
 
         known = process_sets._basics._get_process_set_ids_and_ranks()
@@ -97,7 +104,7 @@ class HorovodCommunicator:
             return self._hvd.add_process_set(ranks)
         except ValueError as error:
             raise RuntimeError(
-                "Groups need Horovod to take new process sets. Received: a job in which it does "
+                "Groups need Horovod to accept new process sets. Received: a job in which it does "
                 f"not ({error}). Call hvd.init(process_sets='dynamic'), or set "
                 "HOROVOD_DYNAMIC_PROCESS_SETS=1."
             ) from error
@@ -122,9 +129,12 @@ class HorovodCommunicator:
     def _add_up(self, tensor: tf.Tensor, name: str, witness: tf.Tensor | None = None) -> tf.Tensor:
         # A graph makes names unique by numbering them, in the order of the trace, which is the same
         # everywhere.
-        return self._hvd.allreduce(
-            tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
-        )
+        def collective(tensor: tf.Tensor) -> tf.Tensor:
+            return self._hvd.allreduce(
+                tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
+            )
+
+        return RECORDER.watch(name, self._members, tensor, collective)
 
     def grouped_all_reduce_sum(self, tensors: list[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Returns the sums of tensors of one dtype over all replicas, negotiated as one.
@@ -134,9 +144,27 @@ class HorovodCommunicator:
             name: As for `all_reduce_sum`.
         """
         refuse_xla("Horovod")
-        return self._hvd.grouped_allreduce(
-            tensors, op=self._hvd.Sum, name=name, process_set=self._process_set
-        )
+
+        def collective(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+            return self._hvd.grouped_allreduce(
+                tensors, op=self._hvd.Sum, name=name, process_set=self._process_set
+            )
+
+        return RECORDER.watch(name, self._members, tensors, collective)
+
+
+def _watch(hvd: Any) -> None:
+    """Starts the watchdog, but not in an elastic job, whose ranks and sizes change."""
+    if os.environ.get("HOROVOD_ELASTIC") == "1":
+        return
+
+    def share(own: bytes | None) -> bytes:
+        with tf.device("CPU:0"):
+            message = tf.constant(to_array(own))
+            return to_bytes(hvd.broadcast(message, 0, name="syncbn/watchdog").numpy())
+
+    one_host = hvd.local_size() == hvd.size()
+    start(WatchedJob("horovod", hvd.rank(), hvd.size(), one_host, share))
 
 
 def import_horovod() -> Any:
@@ -150,6 +178,6 @@ def import_horovod() -> Any:
     except ImportError as error:
         raise ImportError(
             "communicator='horovod' needs Horovod with TensorFlow support. It has no wheels "
-            "and its last release does not build as it is: run launch/install_horovod.sh."
+            "and its last release does not build unpatched: run launch/install_horovod.sh."
         ) from error
     return hvd

@@ -1,7 +1,7 @@
 """Horovod's settings for small messages: what is in force, and what is better for these layers.
 
 Horovod reads them from the environment when it is initialized, and never again. Tried with 0.28.1:
-set in a rank before ``hvd.init()`` they hold, set after it they do nothing.
+set in a rank before ``hvd.init()`` they take effect, set after it they do not.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ _log = logging.getLogger("syncbn")
 
 
 class Setting(NamedTuple):
-    """A variable of the environment."""
+    """An environment variable."""
 
     name: str
     own: str
-    """What Horovod takes where it is not set."""
+    """Horovod's default."""
     better: str
-    """What small messages want; launch/horovod.sh has the figures."""
+    """The better value for small messages; launch/horovod.sh has the figures."""
 
     @property
     def is_given(self) -> bool:
-        """Whether the environment has it."""
+        """Whether it is set."""
         return bool(os.environ.get(self.name))
 
     def __str__(self) -> str:
@@ -33,18 +33,17 @@ class Setting(NamedTuple):
 
 
 def settings(controller: str | None = None, size: int | None = None) -> list[Setting]:
-    """Returns the settings that matter, as they are better for a job.
+    """Returns the settings that matter, with the better values for a job.
 
     Args:
-        controller: ``"gloo"`` or ``"mpi"``; as horovodrun has told this process where it is
-            ``None``.
+        controller: ``"gloo"`` or ``"mpi"``; ``None`` for what horovodrun has told this process.
         size: The number of processes; likewise.
     """
     if controller is None:
         controller = os.environ.get("HOROVOD_CONTROLLER", "mpi").lower()
     if size is None:
         size = int(os.environ.get("HOROVOD_SIZE") or 1)
-    # Over Gloo, few ranks agree on a message anew in fewer rounds than the cache takes.
+    # Over Gloo, few ranks negotiate a message in fewer rounds than the response cache takes.
     without_cache = controller == "gloo" and size <= 8
     return [
         Setting("HOROVOD_CYCLE_TIME", "1", "0.1"),
@@ -53,24 +52,24 @@ def settings(controller: str | None = None, size: int | None = None) -> list[Set
 
 
 def in_force(controller: str | None = None, size: int | None = None) -> str:
-    """Says what the settings are, as far as the environment tells."""
+    """Returns the settings in force, as a text, as far as the environment shows them."""
     return ", ".join(map(str, settings(controller, size)))
 
 
 def left(controller: str | None = None, size: int | None = None) -> list[Setting]:
-    """Returns the settings that nobody has made, and that are better than Horovod's own."""
-    if os.environ.get("HOROVOD_AUTOTUNE") == "1":  # which leaves alone what is set
+    """Returns the settings that are not set and have a better value than Horovod's default."""
+    if os.environ.get("HOROVOD_AUTOTUNE") == "1":  # which tunes those that are not set
         return []
     return [one for one in settings(controller, size) if not one.is_given and one.better != one.own]
 
 
 def advice(controller: str | None = None, size: int | None = None) -> str | None:
-    """Returns what to do about settings that nobody has made, if something."""
+    """Returns what to do about settings that are not set, or ``None``."""
     unmade = left(controller, size)
     if not unmade:
         return None
     return (
-        f"Horovod has {' and '.join(map(str, unmade))}, its own, with which small messages are "
+        f"Horovod has {' and '.join(map(str, unmade))}, its default, with which small messages are "
         f"slow: set {' and '.join(f'{one.name}={one.better}' for one in unmade)} before it is "
         "initialized, by syncbn.training.init_horovod() in place of hvd.init(), or as "
         "launch/horovod.sh does"
@@ -79,7 +78,7 @@ def advice(controller: str | None = None, size: int | None = None) -> str | None
 
 @functools.cache
 def advise_once() -> None:
-    """Logs the advice, if there is some, at the first call."""
+    """Logs the advice, if any, at the first call."""
     text = advice()
     if text:
         _log.warning("%s.", text)

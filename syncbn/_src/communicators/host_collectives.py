@@ -1,4 +1,4 @@
-"""What workers tell each other outside of the graph: arrays, and whether they agree."""
+"""Collectives of the workers outside of the graph: on arrays, and to check that they agree."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def sum_arrays(
     """Returns the sums over all workers, in one collective for each dtype.
 
     Args:
-        communicator: What joins the workers.
+        communicator: The communicator of the workers.
         arrays: Floating, with the same shapes and dtypes on all workers.
-        name: Of the collectives.
+        name: The name of the collectives.
     """
     totals: list[np.ndarray] = [np.empty(0)] * len(arrays)
     for dtype in sorted({array.dtype.name for array in arrays}):
@@ -52,15 +52,15 @@ def require_agreement(
     what: str,
     root: int = 0,
 ) -> None:
-    """Compares lists of descriptions over the workers.
+    """Raises where lists of descriptions differ between workers.
 
     Takes one small collective where they agree, and one more where they do not.
 
     Args:
-        communicator: What joins the workers.
+        communicator: The communicator of the workers.
         descriptions: One for each of the things that should be the same.
-        names: Of these things, for the message; they may differ.
-        what: What they are, in the plural.
+        names: The names of these things, for the message; they may differ.
+        what: What these things are, in the plural.
         root: The worker that the others are compared with.
 
     Raises:
@@ -72,7 +72,7 @@ def require_agreement(
     differing = [rank for rank, row in enumerate(rows) if not np.array_equal(row, rows[root])]
     if not differing:
         return
-    # All workers come here, as all have seen the same rows.
+    # All workers get here, as all have seen the same rows.
     count = int(rows[:, 0].max())
     digests = np.zeros((count, DIGEST_PARTS))
     for index, description in enumerate(descriptions):
@@ -84,7 +84,7 @@ def require_agreement(
     first = int(np.argmax((gathered[other] != gathered[root]).any(axis=1)))
     here = f"{names[first]}, {descriptions[first]}" if first < len(names) else "missing"
     raise ValueError(
-        f"All workers must have the same {what}. Received: other ones on rank "
+        f"All workers must have the same {what}. Received: different ones on rank "
         f"{', '.join(map(str, differing))} than on rank {root}. The first in which rank {other} "
         f"differs from rank {root} is number {first}; on this rank, {rank}, it is {here}. "
         "Build the same model, from the same arguments, on every worker."
@@ -92,5 +92,5 @@ def require_agreement(
 
 
 def digest(data: bytes) -> np.ndarray:
-    """Returns the 16-bit parts of a SHA-256, each of which float64 holds exactly."""
+    """Returns the 16-bit parts of a SHA-256, each of which float64 represents exactly."""
     return np.frombuffer(hashlib.sha256(data).digest(), np.uint16).astype(np.float64)

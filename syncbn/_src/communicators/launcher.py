@@ -11,7 +11,7 @@ _SIZE_VARIABLES = (
     "OMPI_COMM_WORLD_SIZE",  # Open MPI's mpirun, horovodrun over MPI
     "PMI_SIZE",  # MPICH, Intel MPI
     "MV2_COMM_WORLD_SIZE",  # MVAPICH2
-    "SLURM_STEP_NUM_TASKS",  # srun (not SLURM_NTASKS: an allocation is no launch)
+    "SLURM_STEP_NUM_TASKS",  # srun (not SLURM_NTASKS: an allocation is not a launch)
 )
 
 
@@ -23,7 +23,7 @@ class Launch(NamedTuple):
 
 
 def launched() -> Launch:
-    """Returns the largest job that the environment tells of; one process where it tells of none."""
+    """Returns the largest job that the environment indicates; one process if it indicates none."""
     found = Launch(1, None)
     for variable in _SIZE_VARIABLES:
         value = os.environ.get(variable, "")
@@ -48,7 +48,7 @@ def require_whole_job(engine: str, size: int, remedy: str) -> None:
 
 
 def _tf_config_workers() -> int:
-    # TensorFlow itself reports a broken TF_CONFIG, to whoever uses it; here it tells of nobody.
+    # TensorFlow itself reports a broken TF_CONFIG where it is used; here it counts as none.
     try:
         config = json.loads(os.environ.get("TF_CONFIG") or "{}")
     except json.JSONDecodeError:

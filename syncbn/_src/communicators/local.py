@@ -1,4 +1,4 @@
-"""One replica: nobody to talk to."""
+"""One replica, without communication."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import tensorflow as tf
 
 
 class LocalCommunicator:
-    """The statistics of one replica only, with all of the rest unchanged."""
+    """The statistics of one replica only, with everything else unchanged."""
 
     name = "local"
     supports_jit = True

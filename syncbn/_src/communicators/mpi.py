@@ -14,22 +14,24 @@ from syncbn._src.communicators.base import wire_dtype
 from syncbn._src.communicators.launcher import require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn._src.watchdog.flight_recorder import RECORDER
+from syncbn._src.watchdog.watchdog import WatchedJob, start, to_array, to_bytes
 
 
 class MPICommunicator:
     """All MPI processes, or those of one `mpi4py.MPI.Comm`.
 
-    The communicator is duplicated, so that these messages never mix with others; making one is
-    therefore a collective call, which all of its processes take part in. Those that are made of the
-    same `mpi4py.MPI.Comm` share one duplicate, which is never freed, and one order of calls.
+    The communicator is duplicated, so that these messages never mix with others; creating one is
+    therefore a collective call of all of its processes. Those created from the same
+    `mpi4py.MPI.Comm` share one duplicate, which is never freed, and one order of calls.
 
     Args:
         comm: An intracommunicator, or ``None`` for ``MPI.COMM_WORLD``.
 
     Raises:
         ImportError: mpi4py, or an MPI library for it, is not installed.
-        RuntimeError: MPI is not initialized, not for threads, or runs with one process while the
-            launcher started several.
+        RuntimeError: MPI is not initialized, does not support threads, or runs with one process
+            while the launcher started several.
     """
 
     name = "mpi"
@@ -62,6 +64,7 @@ class MPICommunicator:
         self._mpi = MPI
         self._shared = _shared(MPI.COMM_WORLD if comm is None else comm)
         self._comm, self._order = self._shared.comm, self._shared.order
+        self._members = self._shared.members
 
     @property
     def size(self) -> int:
@@ -72,13 +75,13 @@ class MPICommunicator:
         return self._comm.rank
 
     def lane(self, number: int) -> MPICommunicator:
-        """Returns one for the same processes, whose messages never mix with those of this one.
+        """Returns another communicator of the same processes, with messages that never mix.
 
         A collective call. This one and lanes of different numbers may be used from different
-        threads at the same time. They are for small tensors: each process sends whole ones.
+        threads at the same time. Lanes are for small tensors: each process sends whole ones.
 
         Raises:
-            RuntimeError: MPI is not initialized for that.
+            RuntimeError: MPI is not initialized with THREAD_MULTIPLE.
         """
         level = self._mpi.Query_thread()
         if level < self._mpi.THREAD_MULTIPLE:
@@ -92,7 +95,7 @@ class MPICommunicator:
         return _Lane(self, self._shared.lanes, number)
 
     def split(self, groups: Sequence[Sequence[int]]) -> MPICommunicator:
-        """Returns one for the group of this process. A collective call.
+        """Returns the communicator of this process's group. A collective call.
 
         Its calls and those of this communicator keep one order.
         """
@@ -128,7 +131,7 @@ class MPICommunicator:
     def _add_up(self, tensor: tf.Tensor, name: str, witness: tf.Tensor | None) -> tf.Tensor:
         if tf.executing_eagerly():
             return tf.constant(self._all_reduce(name, tensor.numpy()))
-        # As the graph makes it unique.
+        # The unique name that the graph will give it.
         unique = tf.compat.v1.get_default_graph().unique_name(name, mark_as_used=False)
         inputs = [tensor] if witness is None else [tensor, witness]
         total = tf.numpy_function(
@@ -139,16 +142,18 @@ class MPICommunicator:
 
     def _all_reduce(self, name: str, value: np.ndarray, *witness: np.ndarray) -> np.ndarray:
         value = np.ascontiguousarray(value)
+        record = RECORDER.enter(name, self._members)
         self._require_same_call(f"{name}, {value.dtype.name} {value.shape}", *witness)
         total = np.empty_like(value)
         self._comm.Allreduce(value, total, op=self._mpi.SUM)
+        record.leave()
         return total
 
     def _require_same_call(self, call: str, *witness: np.ndarray) -> None:
         """Raises on all ranks where they make different calls.
 
         Backward functions of nested functions have no order when a tape outside of a `tf.function`
-        makes them; and memory would not survive messages of different sizes.
+        creates them, and messages of different sizes would corrupt memory.
         """
         digest = zlib.crc32(call.encode())
         for array in witness:
@@ -172,10 +177,10 @@ class MPICommunicator:
 
 
 class _Lane(MPICommunicator):
-    """One whose messages have a tag, so that several share a communicator of MPI.
+    """One whose messages have a tag, so that several share an MPI communicator.
 
-    A communicator of MPI for each lane could not be freed, since TensorFlow keeps the Python
-    functions of its graphs for ever, and Open MPI has 65,532 of them. Its all-reduces take no tags.
+    An MPI communicator for each lane could not be freed, since TensorFlow keeps the Python
+    functions of its graphs for ever, and Open MPI has only 65,532. An MPI all-reduce has no tag.
     """
 
     def __init__(self, one: MPICommunicator, comm: Any, number: int):
@@ -202,10 +207,10 @@ class _Lane(MPICommunicator):
 
 
 class _Shared:
-    """What the communicators that are made of one `mpi4py.MPI.Comm` share.
+    """What the communicators created from one `mpi4py.MPI.Comm` share.
 
-    None of its communicators of MPI is ever freed: freeing is collective, and no process knows that
-    the others are done. There are few, as each is there once.
+    None of its MPI communicators is ever freed: freeing is collective, and no process knows when
+    the others are done. There are few, as each exists once.
     """
 
     def __init__(self, comm: Any):
@@ -214,10 +219,42 @@ class _Shared:
         self.order = Order()
         self.lanes: Any = None
         self.parts: dict[tuple[tuple[int, ...], ...], MPICommunicator] = {}
+        self.members = _members(self.comm)
+        if self.members is None:
+            _watch(self.comm)
+
+
+def _members(comm: Any) -> tuple[int, ...] | None:
+    """Returns the ranks of the job that a communicator has; ``None`` where it has all."""
+    from mpi4py import MPI
+
+    if comm.size == MPI.COMM_WORLD.size:
+        return None
+    ours, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+    return tuple(ours.Translate_ranks(range(comm.size), world))
+
+
+def _watch(comm: Any) -> None:
+    """Starts the watchdog, whose store all processes of the job have to know."""
+    from mpi4py import MPI
+
+    machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    one_host = machine.size == comm.size
+    machine.Free()
+    world, ours = MPI.COMM_WORLD.Get_group(), comm.Get_group()
+    (root,) = world.Translate_ranks([0], ours)
+
+    def share(own: bytes | None) -> bytes:
+        message = to_array(own)
+        comm.Bcast(message, root)
+        return to_bytes(message)
+
+    rank, size, abort = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, MPI.COMM_WORLD.Abort
+    start(WatchedJob("mpi", rank, size, one_host, share, share_in_thread=False, end=abort))
 
 
 def _shared(comm: Any) -> _Shared:
-    # MPI's own place for what a library has beside a communicator. A duplicate does not inherit it.
+    # MPI's attribute caching: a library's own data of a communicator, not copied to duplicates.
     key = _attribute()
     if comm.Get_attr(key) is None:
         comm.Set_attr(key, _Shared(comm))

@@ -20,13 +20,13 @@ from syncbn._src.communicators.vectorization import refused
 
 
 class NestedCommunicator:
-    """The replicas of the strategy of each process, in whose replica context a call is made.
+    """The replicas of all processes, those of a strategy in each. Called in its replica context.
 
-    A process adds up what its replicas have, and sends one message to the others. Sums are right
-    however many replicas each process has; `size` and `rank` count on equally many.
+    A process sums over its replicas, and takes part in one collective of the processes. Sums are
+    right for any number of replicas in each process; `size` and `rank` assume equal numbers.
 
     Args:
-        across: What joins the processes.
+        across: The communicator of the processes.
     """
 
     supports_jit = False
@@ -41,18 +41,18 @@ class NestedCommunicator:
 
     @property
     def ranks(self) -> list[int]:
-        """The ranks of this process's replicas; outside of them."""
+        """The ranks of this process's replicas, for calls outside of them."""
         local = local_replicas()
         return [self.across.rank * local + number for number in range(local)]
 
     @property
     def rank(self) -> int:
-        # The replicas of several workers of a strategy are counted over the workers.
+        # A strategy of several workers numbers its replicas over all workers.
         local = local_replicas()
         return self.across.rank * local + replica_number() % local
 
     def split(self, groups: Sequence[Sequence[int]]) -> GroupRows:
-        """Returns what adds up within groups of the replicas. A collective call.
+        """Returns the groups, with all-reduces within each. A collective call.
 
         Raises:
             ValueError: processes have different numbers of replicas.
@@ -62,7 +62,7 @@ class NestedCommunicator:
         return GroupRows(self, groups)
 
     def require_equal_processes(self) -> None:
-        """Raises where ranks would not be those of replicas. A collective call of the processes.
+        """Raises where replicas have no well-defined ranks. A collective call of the processes.
 
         Raises:
             ValueError: processes have different numbers of replicas.
@@ -87,7 +87,7 @@ class NestedCommunicator:
         def add_up(strategy: tf.distribute.Strategy, tensors: Any) -> tf.Tensor:
             with tf.device(strategy.extended.worker_devices[0]):
                 own = tf.add_n(strategy.experimental_local_results(tensors))
-            # The gradient ends here: that of all replicas' sum is below.
+            # The gradient stops here: that of the sum over all replicas is below.
             return tf.stop_gradient(self.across.all_reduce_sum(own, name))
 
         @tf.custom_gradient

@@ -1,4 +1,4 @@
-"""Sums over processes in program order, in whatever order TensorFlow would run them."""
+"""Sums over processes in program order, in whatever order TensorFlow might run them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from syncbn._src.communicators.vectorization import vectorized
 from syncbn._src.ops.differentiation import in_current_graph
 
 AddUp = Callable[[tf.Tensor, str], tf.Tensor]
-"""Adds a tensor up over processes, under a name."""
+"""Sums a tensor over processes, under a name."""
 
 Sum = Callable[[tf.Tensor, str, tf.Tensor | None], tf.Tensor]
-"""Likewise, not differentiable. The last argument, where there is one, is a tensor that all
-processes have alike, and other calls of that name do not: it tells them apart."""
+"""Likewise, not differentiable. The last argument, where there is one, is a tensor that is equal on
+all processes but differs between calls of the same name: it tells them apart."""
 
 _numbers = itertools.count()
 
@@ -27,12 +27,12 @@ class Order:
     """Keeps sums in the order in which the program states them, one after the other.
 
     TensorFlow runs operations without a path between them in any order, and the iterations of a
-    loop side by side. Accesses to a variable stay in program order, across nested functions, loops
+    loop in parallel. Accesses to a variable stay in program order, across nested functions, loops
     and branches, so each sum touches one before and after.
 
     Args:
         everywhere: Whether sums with different names are kept in order too, or only those in
-            branches and loops, which could meet themselves.
+            branches and loops, which could overlap with themselves.
     """
 
     def __init__(self, everywhere: bool = True) -> None:
@@ -48,20 +48,20 @@ class Order:
         return [graph.get_operation_by_name(self._last[graph])] if graph in self._last else []
 
     def follow(self, operation: tf.Operation) -> None:
-        """Makes the next sum of this graph follow ``operation``, and who calls the graph wait."""
+        """Makes the next sum of this graph, and callers of the graph, wait for ``operation``."""
         graph = operation.graph
         self._last[graph] = operation.name
-        # Where there are automatic control dependencies, they see to that.
+        # Automatic control dependencies, where there are some, take care of the callers.
         if graph.building_function and not getattr(graph, "_add_control_dependencies", False):
             graph.control_outputs.append(operation)
 
     def turn(self) -> Turn:
-        """Returns what runs the sums of one call, and of its gradient."""
+        """Returns a turn, for the sums of one call and of its gradient."""
         return Turn(self)
 
     def variable(self) -> tf.Tensor:
-        """Returns the handle of the variable, made at the first use."""
-        # Not a `tf.Variable`, of which a strategy would make one for each of its replicas.
+        """Returns the handle of the variable, created at first use."""
+        # Not a `tf.Variable`, of which a strategy would create one for each of its replicas.
         if self._variable is None:
             with tf.init_scope(), tf.device("CPU:0"):
                 handle = tf.raw_ops.VarHandleOp(
@@ -109,7 +109,7 @@ class Turn:
             with tf.control_dependencies(self._order.last()):
                 begin = _touch(self._order.variable() if known is None else known)
             if in_branch_or_loop():
-                # The gradient may take the variable from here, and not from outside.
+                # The gradient can take the handle from this graph, but not from outside.
                 own = begin.inputs[0]
                 if self._handle is None:
                     self._handle = own
@@ -123,7 +123,7 @@ class Turn:
             return total, gradient
 
         def again(rows: tf.Tensor) -> tf.Tensor:
-            # In a turn of its own: what this one knows may be of another graph.
+            # In a turn of its own: the tensors of this one may be in another graph.
             return self._order.turn().all_reduce_sum(add_up, rows, name)
 
         return reduce(in_current_graph(tensor))
@@ -131,6 +131,6 @@ class Turn:
 
 def _touch(handle: tf.Tensor) -> tf.Operation:
     operation = tf.raw_ops.AssignAddVariableOp(resource=handle, value=tf.ones([], tf.int64))
-    # A vectorized loop (see there) takes one turn for all iterations.
+    # A vectorized loop (see `vectorization`) takes one turn for all iterations.
     operation.pfor_converter = lambda loop: _touch(loop.unstacked_input(0))
     return operation

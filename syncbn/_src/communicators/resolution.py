@@ -33,7 +33,7 @@ _log = logging.getLogger("syncbn")
 
 
 def check_communicator(communicator: str | Communicator) -> str | Communicator:
-    """Returns ``communicator`` when `resolve` could take it.
+    """Returns ``communicator`` if `resolve` accepts it.
 
     Raises:
         ValueError: an unknown name, of an engine or of a communicator.
@@ -71,15 +71,15 @@ def resolve(communicator: str | Communicator = "auto") -> Communicator:
 
     ``"auto"`` chooses, in this order: tf.distribute, in a strategy that joins several processes;
     Horovod, imported and initialized with more than one process; MPI, likewise through mpi4py;
-    tf.distribute, in a strategy with more than one replica; otherwise one replica. The choice is
-    logged once, to the logger ``syncbn``.
+    tf.distribute, in a strategy with more than one replica; otherwise the local communicator. The
+    choice is logged once, to the logger ``syncbn``.
 
     In the scope of a strategy with several replicas in this process, such as a MirroredStrategy,
     Horovod and MPI join the replicas of all processes, whether they were chosen or asked for.
 
     Args:
         communicator: ``"auto"``, ``"tf.distribute"``, ``"horovod"``, ``"mpi"``, ``"local"``, or a
-            `Communicator`, which is returned as it is; but one of Horovod or MPI joins replicas
+            `Communicator`, which is returned unchanged; but one of Horovod or MPI joins replicas
             too, see above.
 
     Raises:
@@ -110,7 +110,7 @@ def _chosen(joined: Joined) -> str:
 
 
 class Joined(NamedTuple):
-    """The engine that joins processes, ``"local"`` where there is none, and how many."""
+    """The engine that joins processes, or ``"local"``, and the number of processes."""
 
     engine: str
     processes: int
@@ -128,7 +128,7 @@ def _initialized() -> Joined:
 
 
 def _of_replicas(communicator: Communicator) -> Communicator:
-    """Returns what joins this process's replicas too, where processes are joined."""
+    """Returns one that also joins the replicas of each process, if it joins processes."""
     if isinstance(communicator, HorovodCommunicator | MPICommunicator) and local_replicas() > 1:
         return _nested(communicator)
     return communicator
@@ -159,7 +159,7 @@ def _require_joined_processes(others: Joined) -> None:
     alone = (
         f"unset {launch.variable} where these are {launch.processes} jobs"
         if replicas > 1
-        else "say communicator='local' for statistics of each process alone"
+        else "use communicator='local' for statistics of each process alone"
     )
     raise RuntimeError(
         "A synchronized layer needs an engine that joins the processes of the job. Received: "

@@ -13,11 +13,11 @@ def replica_context() -> tf.distribute.ReplicaContext:
     """Returns the context of the replica that makes the call.
 
     Raises:
-        RuntimeError: no replica does.
+        RuntimeError: the call is not made in a replica context.
     """
     context = tf.distribute.get_replica_context()
     if context is None:
-        raise outside_of_replicas("Replicas add up in a replica context.")
+        raise outside_of_replicas("A sum over replicas must be made in a replica context.")
     return context
 
 
@@ -31,32 +31,32 @@ def outside_of_replicas(requirement: str) -> RuntimeError:
 
 
 def replica_number() -> int:
-    """Returns which of the strategy's replicas makes the call."""
+    """Returns the number of the replica that makes the call."""
     number = replica_context().replica_id_in_sync_group
     static = number if isinstance(number, int) else tf.get_static_value(number)
     return number if static is None else int(static)
 
 
 def local_replicas() -> int:
-    """Returns how many replicas the strategy has in this process."""
+    """Returns the number of replicas that the strategy has in this process."""
     strategy = tf.distribute.get_strategy()
     # The default strategy has one, and no devices of its own.
     return len(strategy.extended.worker_devices) if strategy.num_replicas_in_sync > 1 else 1
 
 
 def joined_processes() -> int:
-    """Returns how many processes the strategy joins; one where it is a strategy of this one."""
+    """Returns the number of processes that the strategy joins; 1 if only this one."""
     return tf.distribute.get_strategy().num_replicas_in_sync // local_replicas()
 
 
 class GroupRows:
-    """Groups of replicas that cannot add up for themselves.
+    """Groups of replicas without collectives of their own.
 
-    One collective over all replicas does instead, in which each group has a row of its own.
+    They share one collective over all replicas, in which each group has a row of its own.
 
     Args:
-        communicator: What joins all replicas.
-        groups: Their ranks.
+        communicator: The communicator of all replicas.
+        groups: The ranks of each group.
     """
 
     def __init__(self, communicator: Communicator, groups: Sequence[Sequence[int]]):
@@ -67,14 +67,14 @@ class GroupRows:
 
     def own(self, rows: tf.Tensor) -> tf.Tensor:
         """Returns the row of this replica's group."""
-        # By a slice: the gradient of `tf.gather` is no tensor, which custom gradients want.
+        # A slice, as the gradient of `tf.gather` is not a tensor, which custom gradients need.
         return rows[self._own_group()]
 
     def all_reduce_rows(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         """Returns the sums of ``tensor`` over each of the groups, as rows."""
         own = tf.range(self._groups) == self._own_group()
         own = tf.reshape(own, [-1, *[1] * tensor.shape.rank])
-        # Not a product: zero times a NaN of this group would be one in the others' rows.
+        # Not a product: zero times a NaN of this group would be NaN in the others' rows.
         rows = tf.where(own, tensor, tf.zeros([], tensor.dtype))
         return self._communicator.all_reduce_sum(rows, name)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from syncbn._src.communicators.cluster_watch import watch_cluster
 from syncbn._src.communicators.strategy import (
     GroupRows,
     joined_processes,
@@ -15,6 +16,7 @@ from syncbn._src.communicators.strategy import (
 )
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
 from syncbn._src.communicators.vectorization import refused, vectorized
+from syncbn._src.watchdog.flight_recorder import RECORDER
 
 
 class DistributeCommunicator:
@@ -24,7 +26,7 @@ class DistributeCommunicator:
     supports_jit = False
 
     def split(self, groups: Sequence[Sequence[int]]) -> GroupRows:
-        """Returns what adds up within groups of the replicas."""
+        """Returns the groups, with all-reduces within each."""
         return GroupRows(self, groups)
 
     def hosts(self) -> list[str]:
@@ -42,7 +44,7 @@ class DistributeCommunicator:
 
     @property
     def ranks(self) -> list[int]:
-        """The ranks of this process's replicas; outside of them."""
+        """The ranks of this process's replicas, for calls outside of them."""
         strategy = tf.distribute.get_strategy()
         ranks = strategy.experimental_distribute_values_from_function(
             lambda context: tf.constant(context.replica_id_in_sync_group)
@@ -59,6 +61,10 @@ class DistributeCommunicator:
             return tensor
         refuse_xla("tf.distribute")
         refuse_forward_mode("tf.distribute", tensor)
+        if joined_processes() > 1:
+            watch_cluster()
+            with tf.name_scope(name):
+                return RECORDER.watch(name, None, tensor, _all_reduce_sum)
         with tf.name_scope(name):
             return _all_reduce_sum(tensor)
 
@@ -66,8 +72,8 @@ class DistributeCommunicator:
 def _shares_one_memory(strategy: tf.distribute.Strategy) -> bool:
     """Says whether all replicas are on the CPUs of this process.
 
-    Then one addition, whose result all of them read, does what a collective does, in a small part
-    of the time (two replicas, 129 numbers, on two cores: 0.005 ms against 0.15 ms).
+    Then one addition, whose result all of them read, replaces a collective, in a fraction of the
+    time (two replicas, 129 numbers, on two cores: 0.005 ms against 0.15 ms).
     """
     return joined_processes() == 1 and all(
         tf.DeviceSpec.from_string(device).device_type == "CPU"
@@ -82,7 +88,7 @@ def _all_reduce_sum(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor],
     if _shares_one_memory(replica_context().strategy):
         total = tf.stop_gradient(_add_up(tensor))
         if not tf.executing_eagerly():
-            # A vectorized loop drops custom gradients; what it makes of the sum has one again.
+            # A vectorized loop drops custom gradients; this caller gives its result one again.
             total.op.pfor_converter = lambda loop: [loop.inputs[0]]
         return total, _all_reduce_sum
     # An argument of a function has no device, without which TensorFlow finds no destination; a copy
@@ -97,5 +103,5 @@ def _add_up(tensor: tf.Tensor) -> tf.Tensor:
         return tf.add_n(strategy.experimental_local_results(tensors), name="all_reduce_sum")
 
     total = replica_context().merge_call(add, args=[tensor])
-    # One operation of all replicas, each of which vectorizes a loop of its own.
+    # One operation for all replicas, each of which vectorizes its own loop.
     return total if tf.executing_eagerly() else vectorized(total, _all_reduce_sum, replica_number)

@@ -1,4 +1,4 @@
-"""What is being traced: whether XLA compiles it, whether a forward pass repeats, who calls."""
+"""What is being traced: for XLA, under forward-mode differentiation, in a branch or loop."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def refuse_forward_mode(engine: str, tensor: tf.Tensor) -> None:
 
     Raises:
         NotImplementedError: TensorFlow would take the tangent of a collective for zero. Also where
-            it follows something else through the branch of the collective, of whose copy the
-            collective has no gradient.
+            it follows another tensor through the same branch, in whose copy the collective has no
+            gradient.
     """
     if not tf.executing_eagerly() and (has_tangent(tensor) or differentiates_copy()):
         raise NotImplementedError(
@@ -41,8 +41,8 @@ def refuse_forward_mode(engine: str, tensor: tf.Tensor) -> None:
 
 def in_branch_or_loop() -> bool:
     """Says whether what is being traced is inside of a branch or loop of a graph."""
-    # There is no public way to learn this. Tried with TensorFlow 2.21;
-    # tests/parallel/test_control_flow.py holds it.
+    # There is no public API for this. Tried with TensorFlow 2.21;
+    # tests/parallel/test_control_flow.py covers it.
     kinds = (
         control_flow_v2_func_graphs.CondBranchFuncGraph,
         control_flow_v2_func_graphs.WhileBodyFuncGraph,

@@ -1,9 +1,9 @@
 """Vectorized loops: `tf.vectorized_map`, and jacobians.
 
 TensorFlow converts the operations of such a loop one by one, each to one for all iterations. An
-operation that it does not know becomes a loop again, in which nothing keeps collectives in order;
-and what other replicas compute it takes for the same in all iterations. There is no public way to
-teach it. Tried with TensorFlow 2.21; tests/parallel/test_control_flow.py holds it.
+operation without a converter becomes a loop again, in which nothing keeps collectives in order; and
+TensorFlow takes what other replicas compute for the same in all iterations. There is no public API
+to register a converter. Tried with TensorFlow 2.21; tests/parallel/test_control_flow.py covers it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import tensorflow as tf
 def vectorized(
     total: tf.Tensor, again: Callable[[tf.Tensor], tf.Tensor], number: Callable[[], int] = lambda: 0
 ) -> tf.Tensor:
-    """Returns ``total``, which a vectorized loop makes at once.
+    """Returns ``total``, which a vectorized loop computes for all iterations at once.
 
     Args:
         total: The output of an operation, in a graph.
-        again: Makes the outputs of all iterations, which are the rows of its argument.
-        number: Says which of the operation's inputs is the one to sum up.
+        again: Computes the outputs of all iterations, given their inputs as rows.
+        number: Returns the index of the operation's input that is summed.
     """
 
     def convert(loop: Any) -> list[Any]:
@@ -34,7 +34,7 @@ def vectorized(
 
 
 def refused(tensor: tf.Tensor, engine: str) -> tf.Tensor:
-    """Returns ``tensor``, for a sum that a vectorized loop cannot make.
+    """Returns a copy of ``tensor``, for a sum that a vectorized loop cannot compute.
 
     Such a loop raises `NotImplementedError`.
     """

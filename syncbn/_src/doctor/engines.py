@@ -26,7 +26,7 @@ class Unusable(Exception):  # noqa: N818  (nobody's mistake)
 
     Args:
         status: ``"missing"`` or ``"failed"``.
-        reason: Why, or nothing.
+        reason: Why, or an empty string.
         advice: What to do.
     """
 
@@ -79,9 +79,9 @@ ENGINES: dict[str, tuple[Callable[[list[str]], list[Command]], str]] = {
     "horovod-mpi": (_horovod_mpi, _HOROVOD),
     "mpi": (_mpi, _ONE_MPI),
 }
-"""What starts each of them, and what to do where it fails."""
+"""The function that starts each of them, and what to do if it fails."""
 
-# No core of its own for a rank: TensorFlow's threads would queue for it.
+# Ranks are not bound to cores: TensorFlow's threads would queue for them.
 _MPIRUN_FLAGS = {
     "Open MPI) 4.": ["--oversubscribe", "--bind-to", "none"],
     "Open MPI) 5.": ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"],
@@ -127,13 +127,13 @@ def describe_mpi4py() -> str:
 def _imported(module: str, advice: str) -> Any:
     try:
         return importlib.import_module(module)
-    except Exception as error:  # of a library that does not fit, anything
+    except Exception as error:  # an incompatible library may raise anything
         reason = f"import {module}: {type(error).__name__}: {error}"
         raise Unusable("failed", reason, advice) from error
 
 
 def mpirun() -> tuple[str, str]:
-    """Returns the path of mpirun, and the line in which it says whose it is."""
+    """Returns the path of mpirun, and the line of its version that names the MPI library."""
     path = _program("mpirun", _MPI)
     try:
         asked = subprocess.run(  # noqa: S603

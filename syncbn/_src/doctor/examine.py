@@ -22,7 +22,7 @@ from syncbn._src.keras_compat import keras_api
 
 
 class Result(NamedTuple):
-    """What came of trying an engine."""
+    """The result of trying an engine."""
 
     engine: str
     status: str
@@ -34,7 +34,7 @@ class Result(NamedTuple):
     advice: str = ""
     """What to do."""
     output: str = ""
-    """The end of what the processes printed, where they failed."""
+    """The end of the processes' output, where they failed."""
 
     def __str__(self) -> str:
         words = {"ok": f"ok {self.milliseconds or 0:.2f} ms", "missing": "not installed"}
@@ -150,7 +150,7 @@ def _proxy(engine: str) -> str:
     proxies = [name for name in ("grpc_proxy", "https_proxy", "http_proxy") if name in os.environ]
     if engine != "multiworker" or not proxies:
         return ""
-    return f"{proxies[0]} keeps workers from each other; name their hosts in no_proxy"
+    return f"{proxies[0]} keeps workers from reaching each other; list their hosts in no_proxy"
 
 
 def _in_words(describe: Callable[[], str]) -> str:

@@ -1,8 +1,8 @@
 """What `python -m syncbn doctor` starts in two processes, to try an engine out.
 
 Each process runs ``python -m syncbn._src.doctor.probe ENGINE FILE``. It fails where the engine does
-not join them, or adds up wrongly; otherwise the first writes the latency of an all-reduce, in
-seconds, into the file.
+not join them, or sums wrongly; otherwise the first writes the latency of an all-reduce, in seconds,
+into the file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _check_sum(job: TrainingJob) -> None:
         lambda own: job.communicator.all_reduce_sum(own, "syncbn/probe"),
         [vectors[rank] for rank in job.ranks],
     )
-    np.testing.assert_array_equal(total, sum(vectors), "An all-reduce adds up wrongly.")
+    np.testing.assert_array_equal(total, sum(vectors), "An all-reduce gives a wrong sum.")
 
 
 def _check_layer(job: TrainingJob) -> None:

@@ -1,4 +1,4 @@
-"""Starting processes that cannot stay."""
+"""Starting processes that are ended in any case."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """A process to start, and what its environment has more than this one's."""
+    """A process to start, and what to add to its environment."""
 
     arguments: Sequence[str]
     environment: dict[str, str]
 
 
-# Empty lines, and what TensorFlow says before anybody can silence it; launchers put ranks in front.
+# Empty lines, and what TensorFlow logs before it can be silenced; launchers prefix the rank.
 _NOISE = re.compile(r"(\[.*?\](<\w+>)?:? ?)?\s*((WARNING: All log|[IW]\d{4} ).*)?")
 
 
 def run(commands: Sequence[Command], limit: float) -> tuple[str, str]:
-    """Runs commands side by side until all have ended, one has failed, or the limit is up.
+    """Runs commands in parallel until all have ended, one has failed, or the limit is reached.
 
-    None of their processes is left.
+    None of their processes is left running.
 
     Returns:
         What went wrong, in words, or nothing; and the last lines that they printed.
@@ -38,7 +38,7 @@ def run(commands: Sequence[Command], limit: float) -> tuple[str, str]:
         running = []
         for command in commands:
             log = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
-            process = subprocess.Popen(  # noqa: S603  (no shell, and nobody else's words)
+            process = subprocess.Popen(  # noqa: S603  (no shell, no foreign input)
                 command.arguments,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -82,7 +82,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Lets signals that would end this process run its ``finally`` first."""
+    """Makes signals that would end this process run its ``finally`` blocks first."""
     numbers = (signal.SIGTERM, signal.SIGHUP)
     before = {n: signal.signal(n, lambda number, _: sys.exit(128 + number)) for n in numbers}
     try:
@@ -106,22 +106,22 @@ def _environment(changes: dict[str, str]) -> dict[str, str]:
 
 
 def _root() -> dict[str, str]:
-    """Returns what Open MPI wants to be told by root; a probe is short, and does no harm."""
+    """Returns the variables that Open MPI requires of root; a probe is short, and does no harm."""
     names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
     return dict.fromkeys(names, "1") if os.geteuid() == 0 else {}
 
 
 def root_needs() -> str:
-    """Returns what root has to set for Open MPI, and has not; or nothing."""
+    """Returns what root still has to set for Open MPI, or an empty string."""
     return " and ".join(f"{name}=1" for name in _root() if name not in os.environ)
 
 
 def _reason(lines: Sequence[str]) -> str:
-    """Returns the first error of Python's, which is where the others come from; or nothing."""
+    """Returns the first Python error, which causes the others, or an empty string."""
     errors = (re.search(r"\b\w+(Error|Exception): .*", line) for line in lines)
     return next((error.group() for error in errors if error), "")
 
 
 def program_path() -> str:
-    """Returns the PATH; this Python's programs come first, also where nobody activated it."""
+    """Returns the PATH, with this Python's programs first, even if it is not activated."""
     return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])

@@ -1,1 +1,1 @@
-"""Keras 2 and Keras 3: all that differs between them."""
+"""Keras 2/3 compatibility: all that differs between them."""

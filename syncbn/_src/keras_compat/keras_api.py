@@ -1,4 +1,4 @@
-"""The seam between the two Kerases: the only module that knows which one `tf.keras` is.
+"""Keras 2/3 compatibility: which of them `tf.keras` is, and what differs in their API.
 
 `tf.keras` is Keras 3, or Keras 2 (the package ``tf_keras``) where ``TF_USE_LEGACY_KERAS=1`` was
 set before TensorFlow was imported. Tried with Keras 3.15, and tf_keras 2.16 and 2.21.
@@ -23,7 +23,7 @@ if KERAS_3 and keras.config.backend() != "tensorflow":
     )
 
 VARIABLES: tuple[type, ...] = (tf.Variable, keras.Variable) if KERAS_3 else (tf.Variable,)
-"""What a user can have as a variable."""
+"""The types of a user's variables."""
 
 register_keras_serializable = keras.utils.register_keras_serializable
 
@@ -33,22 +33,22 @@ if not KERAS_3:
     OPTIMIZERS += (keras.optimizers.legacy.Optimizer,)
 
 
-# Looked up once: users may put a layer of this package under the host's name later, for code that
-# looks it up there.
+# Looked up once: users may later assign a layer of this package to Keras' name, for code that looks
+# it up there.
 PLAIN_BATCH_NORMALIZATION: Any = keras.layers.BatchNormalization
 """The batch normalization of `tf.keras`."""
 
 BATCH_NORMALIZATION: Any = PLAIN_BATCH_NORMALIZATION
-"""What all batch normalizations of `tf.keras` come from; that of Keras 2 is not public."""
+"""The base class of all batch normalizations of `tf.keras`; that of Keras 2 is not public."""
 if not KERAS_3:
     BATCH_NORMALIZATION = BATCH_NORMALIZATION.__base__
 
 
 def renorm_arguments(**arguments: Any) -> dict[str, Any]:
-    """Returns arguments for the renormalization of the host's `BatchNormalization`.
+    """Returns arguments for the renormalization of Keras' own `BatchNormalization`.
 
     Raises:
-        NotImplementedError: it has none.
+        NotImplementedError: it has no renormalization.
     """
     known = inspect.signature(PLAIN_BATCH_NORMALIZATION.__init__).parameters
     if KERAS_3 and "renorm" not in known:
@@ -60,12 +60,12 @@ def renorm_arguments(**arguments: Any) -> dict[str, Any]:
 
 
 def variable(weight: Any) -> Any:
-    """Returns the variable of TensorFlow that a weight of Keras, or that itself, is."""
+    """Returns the TensorFlow variable of a Keras variable; any other argument unchanged."""
     return weight.value if KERAS_3 and isinstance(weight, keras.Variable) else weight
 
 
 def draws_numbers(layer: Any) -> bool:
-    """Says whether a layer has a generator of random numbers."""
+    """Says whether a layer has a random number generator."""
     if KERAS_3:
         return any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
     return isinstance(layer, keras.__internal__.layers.BaseRandomLayer)
@@ -74,8 +74,8 @@ def draws_numbers(layer: Any) -> bool:
 def prepare_training(model: Any, data: tuple[Any, ...]) -> None:
     """Does what `fit` does before the first `train_step`; within the strategy's scope."""
     if KERAS_3:
-        # Metrics and the loss are otherwise built in replicas, which must not make variables. There
-        # is no public way.
+        # Metrics and the loss are otherwise built in replicas, which must not create variables.
+        # There is no public API for this.
         model._symbolic_build(data_batch=tf.nest.map_structure(tf.constant, data))
 
 

@@ -1,4 +1,4 @@
-"""Names of layers and weights that do not depend on who asks, or where."""
+"""Names of layers and weights that are the same on all workers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from syncbn._src.keras_compat.keras_api import KERAS_3
 def named_layers(model: Any) -> dict[str, Any]:
     """Returns the layers of ``model``, each once, by names such as ``"block/normalization"``.
 
-    They come in the order in which they are tracked, layers of layers after the layer around them.
+    They are in tracking order, with nested layers after the layer that contains them.
     """
     found: dict[str, Any] = {}
     seen = {id(model)}
 
     def walk(outer: Any, prefix: str) -> None:
-        # Both Kerases have this method for themselves; `Model.layers` leaves out the layers of
-        # layers.
+        # A private method of Keras 2 and 3; `Model.layers` leaves out nested layers.
         for layer in outer._flatten_layers(recursive=False, include_self=False):
             if id(layer) in seen:
                 continue
@@ -33,7 +32,7 @@ def named_layers(model: Any) -> dict[str, Any]:
 
 
 def short_name(weight: Any) -> str:
-    """Returns the name that a layer has for its weight, such as ``"moving_mean"``."""
+    """Returns the name of a weight within its layer, such as ``"moving_mean"``."""
     return weight.name if KERAS_3 else weight.name.rpartition("/")[2].partition(":")[0]
 
 

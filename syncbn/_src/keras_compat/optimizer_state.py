@@ -1,4 +1,4 @@
-"""What the optimizers of either Keras keep, and how they are made to."""
+"""The state of the optimizers of Keras 2 and 3."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tensorflow as tf
 from syncbn._src.keras_compat.keras_api import KERAS_3, keras
 
 _INDICES = "_trainable_variables_indices" if KERAS_3 else "_index_dict"
-"""Where an optimizer that is built has the number of each variable."""
+"""The attribute of a built optimizer that has the index of each variable."""
 
 _LEGACY_WITH_VELOCITIES: tuple[type, ...] = ()
 if not KERAS_3:
@@ -18,7 +18,7 @@ if not KERAS_3:
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """Returns what an optimizer that scales the loss wraps, or ``None``."""
+    """Returns the optimizer that a loss-scaling one wraps, or ``None``."""
     return getattr(optimizer, "inner_optimizer", None)
 
 
@@ -28,7 +28,7 @@ def trained_variables(optimizer: Any, given: Any) -> list[Any]:
 
 
 def build_optimizer(optimizer: Any, variables: Sequence[Any]) -> None:
-    """Lets an optimizer make its state now, if it is one that would do so in its first step."""
+    """Makes an optimizer create its state now, if it would do so in its first step."""
     if KERAS_3 and not getattr(optimizer, "built", True):
         with tf.init_scope():
             optimizer.build(variables)
@@ -36,19 +36,19 @@ def build_optimizer(optimizer: Any, variables: Sequence[Any]) -> None:
 
 
 def optimizer_variables(optimizer: Any) -> list[Any]:
-    """Returns the state of an optimizer, as far as it has been made."""
+    """Returns the state of an optimizer, as far as it has been created."""
     variables = optimizer.variables
     return list(variables() if callable(variables) else variables)
 
 
 def state_of(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
-    """Returns what an optimizer keeps of each of ``variables``, such as its momentum.
+    """Returns an optimizer's state for each of ``variables``, such as its momentum.
 
-    There is no public way to learn this, but for the slots of older optimizers. The others of both
-    Kerases keep lists as long as that of the variables that they were built with, in its order.
+    There is no public API for this, except the slots of older optimizers. The others, of Keras 2
+    and 3, keep lists parallel to that of the variables that they were built with.
 
     Raises:
-        ValueError: the optimizer keeps something else than numbers outside of such lists.
+        ValueError: the optimizer keeps anything but scalars outside of such lists.
     """
     optimizer = inner_optimizer(optimizer) or optimizer
     if hasattr(optimizer, "get_slot"):
@@ -72,7 +72,7 @@ def state_of(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
         if len(one.shape) and id(one) not in found:
             raise ValueError(
                 "Where variables are local, it must be known which of an optimizer's state belongs "
-                f"to them. Received: {type(optimizer).__name__}, of whose {one.name} it is not "
+                f"to them. Received: {type(optimizer).__name__}, for whose {one.name} it is not "
                 "known. Use another optimizer, such as SGD or Adam."
             )
     return [value[index] for value in lists for index in own if value[index] is not None]
@@ -88,11 +88,11 @@ def _slot(optimizer: Any, variable: Any, name: str) -> Any:
 def velocities(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
     """Returns the state of an optimizer that is a sum of past steps, learning rates included.
 
-    SGD and RMSprop with momentum have such state; that of others is of gradients.
+    SGD and RMSprop with momentum have such state; that of others is made of gradients.
 
     Args:
-        optimizer: Of `tf.keras`.
-        variables: Those that it trains.
+        optimizer: An optimizer of `tf.keras`.
+        variables: The variables that it trains.
     """
     optimizer = inner_optimizer(optimizer) or optimizer
     if hasattr(optimizer, "get_slot"):

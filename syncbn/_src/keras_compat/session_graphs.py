@@ -23,7 +23,7 @@ def require_updates() -> None:
             "graph of TensorFlow 1. Use Keras 2: pip install tf_keras, and set "
             "TF_USE_LEGACY_KERAS=1 before importing TensorFlow."
         )
-    # No public way says whether a graph, that of a function or that of a branch, runs side effects.
+    # There is no public API to ask whether a graph, of a function or a branch, runs side effects.
     graph = tf.compat.v1.get_default_graph()
     if graph.building_function and not getattr(graph, "_add_control_dependencies", True):
         raise NotImplementedError(
@@ -34,11 +34,11 @@ def require_updates() -> None:
 
 
 def cond(predicate: tf.Tensor, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
-    """Is `tf.cond`, whose branches may hold custom gradients in the graph of a session too.
+    """Calls `tf.cond`, so that custom gradients in its branches work in a session's graph too.
 
-    There, inside of a Keras layer, TensorFlow's newer control flow differentiates all that a branch
-    computes, whatever custom gradients say, and in doing so loses an input (tried with 2.21). The
-    older one is right.
+    There, inside of a Keras layer, control flow v2 ignores custom gradients and differentiates the
+    operations of a branch, and in doing so loses an input (tried with 2.21). Control flow v1 is
+    right.
     """
     newer = tf.compat.v1.control_flow_v2_enabled()
     if not (newer and in_session_graph()):

@@ -1,4 +1,4 @@
-"""Moving statistics: weights that are synchronized when they are read, in either Keras."""
+"""Moving statistics: weights that are synchronized on read, in Keras 2 and 3."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean",
 
 
 class StatisticsLayer(keras.layers.Layer):
-    """A layer that can hold moving statistics, in either Keras.
+    """A layer that can have moving statistics, in Keras 2 and 3.
 
     A moving statistic is a weight that is not trained, float32 at least, and synchronized
-    ``ON_READ`` with aggregation ``MEAN``: each replica has and updates a copy of its own, and
-    whoever looks at it from outside of the replicas sees their mean, up to its rounding.
+    ``ON_READ`` with aggregation ``MEAN``: each replica has and updates its own copy, and a read
+    outside of the replicas returns the mean of the copies, up to rounding.
     """
 
     def add_statistic(self, name: str, shape: Any, initializer: Any, dtype: Any = None) -> Any:
-        """Creates a moving statistic. ``dtype`` is the layer's, but float32 at least."""
+        """Creates a moving statistic. ``dtype`` is by default the layer's, but float32 at least."""
         if dtype is None:
             own = tf.as_dtype(self.variable_dtype if KERAS_3 else self.dtype or "float32")
             dtype = "float64" if own == tf.float64 else "float32"
@@ -56,8 +56,8 @@ class StatisticsLayer(keras.layers.Layer):
         layer's updates, and one of the collection ``UPDATE_OPS``.
 
         Raises:
-            NotImplementedError: a session could not run the assignment: that of a layer of Keras 3,
-                or in a branch or loop.
+            NotImplementedError: a session could not run the assignment: in Keras 3, or in a branch
+                or loop.
         """
         if not tf.compat.v1.executing_eagerly_outside_functions():
             require_updates()
@@ -77,7 +77,7 @@ class StatisticsLayer(keras.layers.Layer):
             name: str | None = None,
             **kwargs: Any,
         ) -> Any:
-            # Keras' own batch normalization makes its moving statistics here.
+            # Keras' own batch normalization creates its moving statistics here.
             if name in _STATISTICS:
                 return self.add_statistic(name, shape, initializer)
             return super().add_weight(

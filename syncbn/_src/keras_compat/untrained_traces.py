@@ -1,4 +1,4 @@
-"""Graphs that train nothing, which Keras makes to learn shapes or to save."""
+"""Graphs that train nothing, which Keras traces to infer shapes or to save."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import tensorflow as tf
 from syncbn._src.call_stack import callers
 from syncbn._src.keras_compat.keras_api import KERAS_3, keras
 
-# Keras 2 tells nobody what a graph is for, so its own functions are looked for among the callers.
-# Tried with tf_keras 2.21; tests/single/test_traces.py holds it.
+# Keras 2 does not expose what a graph is for, so its functions are looked for among the callers.
+# Tried with tf_keras 2.21; tests/single/test_traces.py covers it.
 _INFERS_SHAPES = {
     ("tf_keras.src.engine.base_layer", "_infer_output_signature"),
     ("tf_keras.src.engine.base_layer", "compute_output_shape"),
@@ -20,7 +20,7 @@ _SAVES = "tf_keras.src.saving.legacy.saved_model.save_impl"
 def never_trains() -> bool:
     """Says whether Keras is tracing a layer into a graph that trains nothing.
 
-    Both Kerases call layers just to learn the shape and dtype of their outputs, and Keras 2 traces
+    Keras 2 and 3 call layers just to infer the shape and dtype of their outputs, and Keras 2 traces
     them, training included, when it writes a SavedModel. Both happen outside of replicas and maybe
     without the engine, so such a trace must not communicate.
     """

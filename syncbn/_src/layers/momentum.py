@@ -13,10 +13,10 @@ from syncbn._src.keras_compat.untrained_traces import never_trains
 
 
 class Momentum:
-    """How much of a moving average stays at each batch.
+    """The share of a moving average that is kept at each batch.
 
-    A variable is read at each training call, so that what assigns to it makes a schedule. It stays
-    its owner's: Keras does not see it in here, or would make it a weight of the layer.
+    A variable is read at each training call, so that assigning to it makes a schedule. It does not
+    become a weight of the layer, since Keras does not see it in here.
 
     Args:
         name: The argument's name.
@@ -41,17 +41,17 @@ class Momentum:
         elif given is not None:
             raise TypeError(self._must_be(given))
         value = self.value()
-        if not (or_none if value is None else 0.0 <= value <= 1.0):  # a NaN neither
+        if not (or_none if value is None else 0.0 <= value <= 1.0):  # nor NaN
             or_none = or_none and f", or be None for {or_none}"
             raise ValueError(f"`{name}` must lie in [0, 1]{or_none}. Received: {name}={value}.")
 
     @property
     def given(self) -> Any:
-        """The number, the variable of TensorFlow, or ``None``."""
+        """The number, the TensorFlow variable, or ``None``."""
         return self._number if self._variable is None else self._variable
 
     def value(self) -> Any:
-        """Returns the present value, a float, or ``None``."""
+        """Returns the current value, a float, or ``None``."""
         if self._variable is None:
             return self._number
         with tf.init_scope():
@@ -61,8 +61,8 @@ class Momentum:
         """Returns how far the average moves towards a batch, a float64 scalar.
 
         Raises:
-            tf.errors.InvalidArgumentError: the variable is outside of [0, 1] now; when the graph
-                runs. XLA leaves such checks out; the average becomes NaN there.
+            tf.errors.InvalidArgumentError: the variable is outside of [0, 1] when the graph runs.
+                XLA removes such checks; the average becomes NaN there.
         """
         if self._variable is None or never_trains():
             return tf.constant(1.0 - self.value(), tf.float64)
@@ -70,7 +70,7 @@ class Momentum:
         if momentum.dtype != self._dtype:  # autocast: another value
             raise TypeError(self._must_be(self._variable))
         momentum = tf.cast(momentum, tf.float64)
-        # A graph cannot raise in Python. To clip would train on with another momentum in silence.
+        # A graph cannot raise in Python. Clipping would silently train with another momentum.
         inside = (momentum >= 0.0) & (momentum <= 1.0)
         message = f"`{self._name}` must lie in [0, 1]. Received:"
         check = tf.raw_ops.Assert(condition=inside, data=[message, momentum])
@@ -94,7 +94,7 @@ class Momentum:
 
 
 class MomentumAttribute:
-    """An attribute of a layer that holds a momentum, and shows what was given."""
+    """An attribute of a layer that holds a momentum, and reads as what was given."""
 
     def __init__(self, or_none: str = "") -> None:
         self._or_none = or_none
@@ -106,7 +106,7 @@ class MomentumAttribute:
         return self if layer is None else momentum_of(layer, self._name).given
 
     def __set__(self, layer: Any, given: Any) -> None:
-        # One that is made already is that of a layer which this one becomes.
+        # A `Momentum` comes from another layer, which this one is being turned into.
         made = isinstance(given, Momentum)
         vars(layer)[self._name] = given if made else Momentum(self._name, given, self._or_none)
 

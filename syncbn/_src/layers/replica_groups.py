@@ -16,7 +16,7 @@ from syncbn._src.ops.replicas import Replicas
 
 
 class ReplicaGroups:
-    """The groups of a layer, made when it first trains with a communicator, and kept."""
+    """The groups of a layer, created when it first trains with a communicator, and kept."""
 
     def __init__(self, grouping: Grouping):
         self.grouping = grouping
@@ -25,17 +25,17 @@ class ReplicaGroups:
     def replicas(self, communicator: Communicator, batch: int | None, scope: str) -> Replicas:
         """Returns the replicas to share statistics with.
 
-        The moving statistics take up the average of the groups' statistics, weighted by their
-        counts; so they stay equal on all replicas.
+        The moving statistics follow the average over all groups, weighted by count; so they stay
+        equal on all replicas.
 
         Args:
-            communicator: What joins all replicas.
-            batch: How many samples this replica has, where that is known.
+            communicator: The communicator of all replicas.
+            batch: The number of samples on this replica, or ``None`` where it is unknown.
             scope: The first part of the names of the collectives.
         """
         all_reduce_sum = sums_for_call(communicator, scope)
         size = communicator.size
-        # One replica has nobody to be grouped with, and a model made for a job stays usable in one.
+        # A single replica has no groups, so that a model made for a job also runs without one.
         if size == 1 or not self.grouping.is_given():
             return Replicas(all_reduce_sum, alone=size == 1)
         split = self._split(communicator, size, batch)
@@ -54,14 +54,14 @@ class ReplicaGroups:
         return split
 
 
-# Of each communicator, by groups: layers with the same groups share them. By its identity, since a
-# communicator need not be hashable, and equal ones may be different.
+# For each communicator, by groups: layers with the same groups share them. Keyed by identity, since
+# a communicator need not be hashable, and equal ones may be different.
 _splits: dict[int, dict[Groups, Any]] = {}
 _kept: list[Communicator] = []
 
 
 def _split(communicator: Communicator, groups: Groups) -> Any:
-    """Returns what joins the group of this replica, or ``None`` where all are in one."""
+    """Returns the communicator of this replica's group, or ``None`` if one group has all."""
     if len(groups) == 1:
         return None
     if not hasattr(communicator, "split"):
@@ -82,13 +82,13 @@ def _splits_of(communicator: Communicator) -> dict[Groups, Any]:
         try:
             weakref.finalize(communicator, _splits.pop, key).atexit = False
         except TypeError:
-            # It has slots, and nothing tells of its end: kept, no other one gets its identity.
+            # With slots it may have no weak references: kept alive, so that its id is not reused.
             _kept.append(communicator)
     return _splits[key]
 
 
 class _SubgroupReplicas(Replicas):
-    """Groups that add up for themselves: one more collective tells of the others."""
+    """Groups with collectives of their own, and one over all for the moving statistics."""
 
     def __init__(self, all_reduce_sum: Callable, all_reduce_sum_over_all: Callable):
         super().__init__(all_reduce_sum)
@@ -96,14 +96,14 @@ class _SubgroupReplicas(Replicas):
 
     def merge(self, sums: Sums, bessel: bool = False) -> tuple[Moments, Moments]:
         merged, own = super().merge(sums, bessel)
-        # Each replica stands for its part of the group's count.
+        # Each replica counts for its part of the group's count.
         variance = None if own.variance is None else sums.count * own.variance
         share = pack(sums._replace(second=variance))
         return merged, average(self._over_all(share, "moving"), sums)
 
 
 class _OneCollectiveGroups(Replicas):
-    """Groups that learn of each other by one collective."""
+    """Groups that share one collective, in which each has a row."""
 
     def __init__(self, groups: GroupRows, scope: str):
         self._groups, self._scope = groups, scope

@@ -35,7 +35,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
     replicas with batches x1 ... xW behave as one with the concatenated batch, however it is split.
     Replicas may have batches of different sizes, also empty ones, and masks. At inference, and when
     ``trainable`` is false, the layer is `tf.keras.layers.BatchNormalization`: it uses the moving
-    statistics and communicates with nobody.
+    statistics and does not communicate.
 
     Each training call costs one all-reduce of ``2 * channels + 1`` float64 numbers, and its
     gradient one of ``2 * channels``.
@@ -45,47 +45,47 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
 
     Args:
         axis: The axis (or, in Keras 2, axes) that is normalized, typically that of the features.
-        momentum: Of the moving averages, in [0, 1]: a number, or a scalar variable of TensorFlow or
-            Keras. A variable is read at each training call, so that a callback can assign to it, on
-            all workers alike. It is no weight of the layer, and a config has its present value.
-            ``None`` for the cumulative average, in which every batch weighs as many elements as it
-            has (it adds a weight, ``moving_count``).
+        momentum: The momentum of the moving averages, in [0, 1]: a number, or a scalar variable of
+            TensorFlow or Keras. A variable is read at each training call, so that a callback can
+            assign to it, on all workers alike. It is not a weight of the layer, and a config has
+            its current value. ``None`` for the cumulative average, in which each batch is weighted
+            by its number of elements (it adds a weight, ``moving_count``).
         epsilon: Added to the variance; not negative.
         center: Whether to add ``beta``.
         scale: Whether to multiply by ``gamma``.
-        communicator: What joins the replicas: ``"auto"`` (see `syncbn.resolve`),
+        communicator: The engine that joins the replicas: ``"auto"`` (see `syncbn.resolve`),
             ``"tf.distribute"``, ``"horovod"``, ``"mpi"``, ``"local"``, or a `syncbn.Communicator`,
-            of which a saved or cloned layer keeps the name only. Horovod and MPI also join the
+            of which a saved or cloned layer keeps only the name. Horovod and MPI also join the
             replicas of a MirroredStrategy within each process.
-        group_size: Share statistics among so many neighbouring replicas only (a divisor of their
-            number), or among those of one machine: ``"node"``. The moving statistics take up the
-            average of all groups' statistics, weighted by their counts. Over MPI and Horovod that
-            costs one more collective of ``2 * channels + 1`` numbers forward; Horovod has to be
-            initialized with ``process_sets="dynamic"``. Where there is one replica only, it has no
-            effect.
-        groups: The same, by the ranks of each group; every replica is in one.
-        target_batch: The same, in groups of the size that brings the samples of a group nearest to
-            so many. The layer must see a known batch size when it first trains.
-        unbiased_moving_variance: Whether the moving variance collects ``N / (N - 1)`` times the
-            biased variance, N being the elements per channel on all replicas. The outputs do not
-            change.
+        group_size: Share statistics among this many neighbouring replicas only (a divisor of the
+            number of replicas), or among those of one machine: ``"node"``. The moving statistics
+            follow the average over all groups, weighted by count. Over MPI and Horovod that costs
+            one more collective of ``2 * channels + 1`` numbers forward; Horovod has to be
+            initialized with ``process_sets="dynamic"``. With a single replica it has no effect.
+        groups: The same, as the ranks of each group; every replica is in exactly one.
+        target_batch: The same, with the group size that brings the samples of a group nearest to
+            this many. The batch size must be known when the layer first trains.
+        unbiased_moving_variance: Whether the moving variance averages the unbiased variance,
+            ``N / (N - 1)`` times the biased one, N being the number of elements per channel on all
+            replicas. The outputs do not change.
         renorm: Batch renormalization: the outputs are ``gamma * (r * x^ + d) + beta``, x^ being the
-            normalized input, where r and d, constants for the gradient, bring them to what the
+            normalized input, where r and d, constants for the gradient, make them what the
             statistics ``renorm_mean`` and ``renorm_stddev`` would have given. As in Keras; these
-            two, and ``moving_stddev``, are more weights. Not inside of `tf.recompute_grad`, which
-            would find them moved.
+            two, and ``moving_stddev``, are additional weights. Not inside of `tf.recompute_grad`,
+            which would find them already updated.
         renorm_clipping: Bounds for r and d: a dictionary of ``"rmin"``, ``"rmax"`` and ``"dmax"``.
-        renorm_momentum: Of ``renorm_mean`` and ``renorm_stddev``; a number or a variable in [0, 1].
-        virtual_batch_size: Normalize slices of each replica's batch, of so many samples at most,
-            with statistics of their own (ghost batch normalization). Of s slices, sample i is in
-            slice ``i % s``. The moving statistics take up the average of all slices' statistics,
-            over all replicas: one all-reduce forward, none backward.
+        renorm_momentum: That of ``renorm_mean`` and ``renorm_stddev``; a number or a variable in
+            [0, 1].
+        virtual_batch_size: Normalize slices of each replica's batch, of at most this many samples,
+            each with its own statistics (ghost batch normalization). With s slices, sample i is in
+            slice ``i % s``. The moving statistics follow the average over all slices of all
+            replicas: one all-reduce forward, none backward.
         **kwargs: The other arguments of `tf.keras.layers.BatchNormalization`: initializers,
             regularizers, constraints, and those of any layer.
 
     Raises:
         ValueError: an argument outside of its range, or one that is not supported.
-        TypeError: several axes in Keras 3, a ``communicator`` that is none, a momentum that is
+        TypeError: several axes in Keras 3, a ``communicator`` that is not one, a momentum that is
             neither a number nor a scalar variable.
 
     Source: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
@@ -116,7 +116,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
         synchronized: bool = True,
         **kwargs: Any,
     ) -> None:
-        if not epsilon >= 0:  # a NaN too
+        if not epsilon >= 0:  # or NaN
             raise ValueError(f"`epsilon` must not be negative. Received: epsilon={epsilon}.")
         if not synchronized:
             raise ValueError(
@@ -156,7 +156,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
             epsilon=epsilon,
             center=center,
             scale=scale,
-            # Said below, since it would keep Keras 2 from its fused kernels, also at inference.
+            # Set below: here it would disable the fused kernels of Keras 2, also at inference.
             synchronized=False,
             **kwargs,
         )
@@ -164,7 +164,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
         self.unbiased_moving_variance = unbiased_moving_variance
         self.renorm_momentum = renorm_momentum
         self.renorm = renorm  # a Keras 3 without renormalization has no such attribute
-        # Keras 2 would give the weights two more dimensions, had it been told.
+        # Not passed to Keras 2, which would give the weights two more dimensions.
         self._virtual_batch_size = virtual_batch_size
 
     def build(self, input_shape: Any) -> None:
@@ -187,11 +187,11 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SyncBatchNormalization:
-        """Makes a layer from its own config, or from that of a plain `BatchNormalization`."""
+        """Creates a layer from its own config, or from that of a plain `BatchNormalization`."""
         return super().from_config(_without_host_synchronization(config))
 
     def _statistics(self) -> tuple[str, ...]:
-        # As in Keras, renormalization averages deviations; the variance follows.
+        # As in Keras, renormalization averages deviations; the variance is computed from them.
         return "moving_mean", "moving_stddev" if self.renorm else "moving_variance"
 
     def _moving(self) -> tuple[str, ...]:
@@ -237,7 +237,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
         clipping = self.renorm_clipping
 
         def correction(mean: tf.Tensor, variance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            # Zero deviations come with epsilon=0 only, and make no NaN.
+            # Deviations can be zero with epsilon=0 only; they give no NaN.
             r = tf.math.divide_no_nan(tf.sqrt(variance + self.epsilon), renorm_stddev)
             d = tf.math.divide_no_nan(mean - renorm_mean, renorm_stddev)
             r = tf.clip_by_value(r, clipping.get("rmin", 0.0), clipping.get("rmax", dtype.max))
@@ -263,9 +263,9 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
 
 
 def _told_from(others: Any) -> None:
-    """Makes the class that Keras 2 has under the same name hand on what is not its own.
+    """Makes the Keras 2 class of the same name pass on the configs of our layers.
 
-    Layers in wrappers, and those of nested models in HDF5 files, are looked up by the bare name.
+    Keras looks up layers in wrappers, and in nested models in HDF5 files, by the bare class name.
     """
     own = others.from_config.__func__
 
@@ -285,7 +285,7 @@ def _checked_clipping(given: Mapping[str, float | None]) -> dict[str, float]:
     clipping = {key: bound for key, bound in given.items() if bound is not None}
     r = clipping.get("rmin", 0.0), clipping.get("rmax", math.inf)
     known = set(clipping) <= {"rmin", "rmax", "dmax"}
-    # So written that a NaN is refused too.
+    # Written so that NaN is refused too.
     if not (known and 0 <= r[0] <= r[1] and clipping.get("dmax", 0.0) >= 0):
         raise ValueError(
             "`renorm_clipping` must have no other keys than 'rmin', 'rmax' and 'dmax', and "
@@ -301,5 +301,5 @@ def _channel_vector(weight: Any, dtype: tf.DType) -> tf.Tensor:
 
 
 def _without_host_synchronization(config: dict[str, Any]) -> dict[str, Any]:
-    # The host's flag for its own way to synchronize says nothing about this layer.
+    # The flag of Keras' own synchronization says nothing about this layer.
     return {key: value for key, value in config.items() if key != "synchronized"}

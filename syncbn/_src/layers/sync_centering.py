@@ -19,28 +19,28 @@ from syncbn._src.ops.replicas import Replicas
 
 @keras_api.register_keras_serializable(package="syncbn")
 class SyncCentering(SynchronizedLayer):
-    r"""Removes the mean of each channel, taken over all replicas, and learns it.
+    r"""Subtracts the mean of each channel over all replicas, and keeps a moving average of it.
 
     In training $y = x - \mathrm{E}[x]$, where the mean is that of all elements of a channel on all
-    replicas, while a moving average of it is kept. At inference, and when ``trainable`` is false,
-    the layer subtracts that average, a constant. The variance is left alone.
+    replicas. At inference, and when ``trainable`` is false, the layer subtracts the moving average,
+    a constant. The variance is left unchanged.
 
     Each training call costs one all-reduce of ``channels + 1`` float64 numbers, and its gradient
     one of ``channels``. As with `SyncBatchNormalization`, every replica has to make every training
     call.
 
     Args:
-        axis: The axis (or axes) that keeps its means apart, typically that of the features.
-        momentum: Of the moving average, as for `SyncBatchNormalization`.
-        moving_mean_initializer: Of the moving mean.
+        axis: The axis (or axes) of the channels, typically that of the features.
+        momentum: That of the moving average, as for `SyncBatchNormalization`.
+        moving_mean_initializer: The initializer of the moving mean.
         communicator, group_size, groups, target_batch: As for `SyncBatchNormalization`.
-        **kwargs: Those of any layer.
+        **kwargs: The arguments of any layer.
 
     Raises:
         ValueError: ``momentum`` outside of [0, 1], an unknown ``communicator``, groups that no job
             could have.
-        TypeError: a ``communicator`` that is none, a momentum that is neither a number nor a scalar
-            variable.
+        TypeError: a ``communicator`` that is not one, a momentum that is neither a number nor a
+            scalar variable.
     """
 
     def __init__(

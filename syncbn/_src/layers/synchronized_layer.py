@@ -29,7 +29,7 @@ from syncbn._src.ops.shared_traces import shared
 
 
 class SynchronizedLayer(StatisticsLayer):
-    """A layer that takes statistics over all replicas when it trains.
+    """A layer that computes statistics over all replicas when it trains.
 
     Subclasses set `momentum`, build their statistics, call `_build_count`, and define
     `_statistics`, `_call_training` and `_call_inference`.
@@ -93,29 +93,31 @@ class SynchronizedLayer(StatisticsLayer):
         """Applies the layer.
 
         Args:
-            inputs: Rank 2 at least. Integers and booleans are taken as floats.
-            training: Whether to use, and move towards, the statistics of the batch over all
-                replicas, rather than the moving ones. In that case every replica has to make the
-                call, with an empty batch if need be. In the cross-replica context of a strategy a
-                batch is given once: its statistics are its own (over Horovod and MPI those of the
-                batches of all processes), and all copies move alike.
-            mask: Booleans, one dimension less than ``inputs``: they cover all dimensions but the
-                last. With fewer they cover the first ones. The statistics are those of the elements
-                where it is true, whatever the others hold; all elements are normalized.
-            update_moving_statistics: Whether the moving statistics move in a training call. False
+            inputs: Rank 2 at least. Integers and booleans are cast to floats.
+            training: Whether to use the statistics of the batch over all replicas, and move the
+                moving ones towards them, rather than use the moving ones. In that case every
+                replica has to make the call, with an empty batch if need be. A call in the
+                cross-replica context of a strategy is given one batch: the statistics are those of
+                that batch (over Horovod and MPI of the batches of all processes), and all
+                per-replica copies move alike.
+            mask: Booleans, with one dimension fewer than ``inputs``: they cover all dimensions but
+                the last. With still fewer they cover the leading ones. The statistics are those of
+                the elements where it is true, whatever the others hold; all elements are
+                normalized.
+            update_moving_statistics: Whether a training call updates the moving statistics. False
                 for a batch that is seen a second time. The forward pass that `tf.recompute_grad`
-                repeats for the gradient moves nothing by itself, unless it is that of a
+                repeats for the gradient does not update them anyway, unless it is that of a
                 `tf.function`, whose trace is the same both times.
 
         Returns:
-            Shape of ``inputs``, the layer's compute dtype.
+            The outputs, in the shape of ``inputs`` and the layer's compute dtype.
 
         Raises:
-            TypeError: inputs that are no numbers, such as complex ones or strings.
+            TypeError: inputs that are not floats, integers or booleans.
             ValueError: a mask of more dimensions, or an axis that the inputs do not have.
             NotImplementedError: with ``renorm``, in `tf.recompute_grad`.
             RuntimeError: in the cross-replica context of a strategy that joins several workers,
-                each of which would give a batch of its own, or, over Horovod and MPI, of a layer
+                each of which would give a batch of its own; over Horovod and MPI also for a layer
                 with groups, which are groups of replicas.
             ImportError, RuntimeError: see `syncbn.resolve`.
         """
@@ -123,8 +125,8 @@ class SynchronizedLayer(StatisticsLayer):
         training = keras_api.training_mode(self, training)
         if training is False:
             return self._call_inference(inputs)
-        # Read once: what is made of a statistic and what it becomes then cannot be out of order.
-        # (TensorFlow 2.21 orders a second read before the assignment, and loses that on the way.)
+        # Read once, so that all uses of a statistic are of its value before the assignment.
+        # (TensorFlow 2.21 orders a second read before the assignment, but loses that later.)
         before = {name: tf.convert_to_tensor(getattr(self, name)) for name in self._moving()}
         if tf.is_tensor(training):
             # The statistics move outside of the branches, where a session can run it as an update.
@@ -147,11 +149,11 @@ class SynchronizedLayer(StatisticsLayer):
         return outputs
 
     def _uses_moving_statistics(self) -> bool:
-        """Says whether the outputs in training depend on what the call moves."""
+        """Says whether the outputs in training depend on statistics that the call updates."""
         return False
 
     def _floating(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Gives integers and booleans the dtype in which their statistics are taken."""
+        """Casts integers and booleans to the dtype of their statistics."""
         if inputs.dtype.is_floating:
             return inputs
         if not (inputs.dtype.is_integer or inputs.dtype.is_bool):
@@ -159,13 +161,13 @@ class SynchronizedLayer(StatisticsLayer):
                 f"{type(self).__name__} needs inputs that are floats, integers or booleans. "
                 f"Received: dtype {inputs.dtype.name}. Cast them, with tf.cast(x, tf.float32)."
             )
-        # Not in 16 bits, to which Keras casts the outputs: they round integers from 257 on.
+        # Not to 16 bits, as Keras casts the outputs: that rounds integers from 257 on.
         return tf.cast(inputs, statistics_dtype(tf.as_dtype(self.compute_dtype)))
 
     def _with_known_channels(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Gives the inputs the rank and channels that the layer was built for.
+        """Sets the static rank and channels to those that the layer was built for.
 
-        A trace may know neither.
+        In a trace, both may be unknown.
         """
         rank = self.input_spec.ndim
         shape = [None] * rank if inputs.shape.rank is None else inputs.shape.as_list()
@@ -177,7 +179,7 @@ class SynchronizedLayer(StatisticsLayer):
     def _train(
         self, inputs: tf.Tensor, mask: Any, before: Mapping[str, tf.Tensor]
     ) -> tuple[tf.Tensor, ...]:
-        """Returns the outputs, and what `_move` takes of the batch."""
+        """Returns the outputs, and the batch's arguments for `_move`."""
         axes = normalized_axes(self.axis, inputs.shape.as_list())
         if mask is not None:
             mask = expand_mask(mask, inputs)
@@ -198,7 +200,7 @@ class SynchronizedLayer(StatisticsLayer):
         return outputs, tf.broadcast_to(count, targets[0].shape), *targets
 
     def _no_batch(self) -> list[tf.Tensor]:
-        """Returns what `_move` takes where nothing shall move."""
+        """Returns arguments with which `_move` changes nothing."""
         statistics = [getattr(self, name) for name in self._statistics()]
         zeros = [tf.zeros(statistic.shape, statistic.dtype) for statistic in statistics]
         return [tf.zeros(statistics[0].shape, tf.float64), *zeros]
@@ -208,7 +210,7 @@ class SynchronizedLayer(StatisticsLayer):
         raise NotImplementedError
 
     def _moving(self) -> tuple[str, ...]:
-        """Returns the names of all weights that a training call reads and moves."""
+        """Returns the names of all weights that a training call reads and updates."""
         return (
             (*self._statistics(), "moving_count") if self.momentum is None else self._statistics()
         )
@@ -241,15 +243,15 @@ class SynchronizedLayer(StatisticsLayer):
         return self._groups.replicas(communicator, batch, f"syncbn/{path}")
 
     def _given_once(self, communicator: Communicator) -> Communicator:
-        """Returns what joins batches that processes give once, outside of their replicas.
+        """Returns the communicator for a call in a cross-replica context, one batch per process.
 
-        All copies of the moving statistics then move alike.
+        All per-replica copies of the moving statistics then move alike.
 
         Raises:
-            RuntimeError: there is no such thing.
+            RuntimeError: no communicator can serve such a call.
         """
         if joined_processes() > 1:
-            # Each worker would give a batch of its own, and tf.distribute adds up in replicas only.
+            # Each worker would give its own batch, and tf.distribute sums in replica contexts only.
             raise outside_of_replicas(
                 "A synchronized layer must be called in a replica context when training with "
                 "several workers of tf.distribute."
@@ -259,26 +261,26 @@ class SynchronizedLayer(StatisticsLayer):
         once = process_communicator(communicator)
         if once is not communicator and self._groups.grouping.is_given():
             raise outside_of_replicas(
-                "Groups are of replicas, so a layer with groups must be called in a replica "
+                "Groups consist of replicas, so a layer with groups must be called in a replica "
                 "context when training in several processes."
             )
         return once
 
     def _check_input_shape(self, input_shape: Any) -> tuple[int | None, ...]:
-        """Returns the shape as a tuple, and raises what `call` would for inputs of it."""
+        """Returns the shape as a tuple; raises what `call` would for inputs of that shape."""
         given = tf.TensorShape(input_shape)
         if given.rank is None or given.rank < 2:
             raise ValueError(
                 f"{type(self).__name__} needs inputs of rank 2 at least: a batch and channels. "
                 f"Received: input shape {given}. Where a trace cannot know the rank, build the "
-                "layer before, with layer.build(shape)."
+                "layer first, with layer.build(shape)."
             )
         shape = tuple(given.as_list())
         normalized_axes(self.axis, shape)
         return shape
 
     def _build_count(self, shape: Any) -> None:
-        """Creates what the cumulative average needs: how many elements each channel has seen."""
+        """Creates the cumulative average's weight: the number of elements seen per channel."""
         if self.momentum is None:
             # float64: in float32 a sum stops growing at ten million batches of a few elements.
             self.moving_count = self.add_statistic("moving_count", shape, "zeros", "float64")
@@ -315,9 +317,9 @@ class SynchronizedLayer(StatisticsLayer):
 
 @shared
 def _moved(count: tf.Tensor, rate: tf.Tensor, *averages_and_targets: tf.Tensor) -> list[tf.Tensor]:
-    """Returns the averages, as many as targets, moved towards these by ``rate``.
+    """Returns the averages, moved by ``rate`` towards as many targets.
 
-    None moves where ``count`` is zero.
+    Where ``count`` is zero, they stay.
     """
     half = len(averages_and_targets) // 2
     averages, targets = averages_and_targets[:half], averages_and_targets[half:]

@@ -1,4 +1,4 @@
-"""What the normalizations of a model see of a dataset."""
+"""The statistics of what the normalizations of a model see in a dataset."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _NAMES = ("moving_mean", "moving_variance")
 
 
 class Observer:
-    """Runs a model's inference, and observes what its normalizations see.
+    """Runs a model in inference, and observes what its normalizations see.
 
-    A model runs as in `Model.predict`: a ``predict_step`` of its own gets the batch, and what is
-    compiled to run eagerly does.
+    A model runs as in `Model.predict`: a custom ``predict_step`` gets the batch, and a model that
+    was compiled with ``run_eagerly`` runs eagerly.
 
     Until the statistics of a normalization are fixed, it normalizes with those of the batch. No
-    variable of the model is assigned to, and all else of it is borrowed while a graph is traced.
+    variable of the model is assigned to; all other changes last only while a graph is traced.
 
     Args:
-        model: What is run.
+        model: The model to run.
         layers: Its normalizations, by name. The frozen ones are fixed.
         statistics: Their moving statistics, by name.
     """
@@ -64,11 +64,11 @@ class Observer:
         return {name: tf.zeros([3, size], tf.float64) for name, size in sizes.items()}
 
     def __call__(self, batch: Any, seen: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """Returns what the layers have seen after a batch more; for those that are fixed, ``seen``.
+        """Returns what the layers have seen after one more batch; ``seen`` for those fixed.
 
         Args:
             batch: As a dataset gives it: ``x``, ``(x, y)`` or ``(x, y, sample_weight)``, or what
-                the model's own ``predict_step`` takes.
+                a custom ``predict_step`` takes.
             seen: What the layers have seen before.
 
         Raises:
@@ -95,7 +95,7 @@ class Observer:
     def _observing(
         self, fixed: dict[str, Any], given: dict[str, Any], seen: dict[str, tf.Tensor]
     ) -> Iterator[dict[str, tf.Tensor]]:
-        """Borrows the layers; what it yields is kept up to date with each of their calls."""
+        """Intercepts the layers; what it yields is updated at each of their calls."""
         graph, seen = tf.compat.v1.get_default_graph(), dict(seen)
 
         def statistics(name: str, inputs: tf.Tensor, mask: Any) -> list[tf.Tensor]:
@@ -140,7 +140,7 @@ def _to_tensor(value: Any) -> Any:
 def _intercepted(
     layer: Any, statistics: Callable[[tf.Tensor, Any], list[tf.Tensor]]
 ) -> Callable[..., Any]:
-    """Returns the layer's `call`, always as at inference, with other moving statistics."""
+    """Returns the layer's `call`, always in inference mode, with other moving statistics."""
     original = layer.call
 
     @unconverted
@@ -158,7 +158,7 @@ def _intercepted(
 
 @contextlib.contextmanager
 def _replaced(layer: Any, **attributes: Any) -> Iterator[None]:
-    """Gives a layer other attributes for a while."""
+    """Temporarily replaces attributes of a layer."""
     # Not by `setattr`, with which Keras would track them.
     own = vars(layer)
     before = {name: own[name] for name in attributes if name in own}
@@ -173,10 +173,10 @@ def _replaced(layer: Any, **attributes: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _inlining_functions() -> Iterator[None]:
-    """Makes every `tf.function` run its Python, as a part of the graph that is being traced.
+    """Makes every `tf.function` run its Python code, inlined in the graph that is being traced.
 
-    One that was traced before would not come upon the layers' other `call`, and one that is traced
-    now would keep it.
+    One that was traced before would not run the layers' replaced `call`, and one that is traced now
+    would keep it.
     """
     before = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)
@@ -188,7 +188,7 @@ def _inlining_functions() -> Iterator[None]:
 
 def _moments(layer: Any, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
     """Returns count, mean and variance, float64 ``(3, channels)``."""
-    # Not from `axis`, which tf_keras moves where it has virtual batches.
+    # Not from `axis`, which tf_keras shifts for virtual batches.
     axes = tuple(sorted(axis % inputs.shape.rank for axis in layer.input_spec.axes))
     mask = None if mask is None else expand_mask(mask, inputs)
     count, mean, variance = exact_moments(inputs, axes, mask)

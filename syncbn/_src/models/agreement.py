@@ -21,22 +21,23 @@ def assert_synchronized(
 ) -> None:
     """Checks that a model's moving statistics are the same on all replicas, bit for bit.
 
-    All workers make the call, between steps. It takes one all-reduce of 17 numbers for each
-    replica where they agree, and one more where they do not. Under tf.distribute it compares the
-    replicas' own copies, of which reading a statistic gives the mean.
+    All workers make the call, between steps. It takes one all-reduce of 17 numbers for each replica
+    where they agree, and one more where they do not. Under tf.distribute it compares the
+    per-replica copies; reading a statistic gives only their mean.
 
     Args:
         model: A built model or layer of `tf.keras`. The statistics are those of the layers of this
             package and of Keras' `BatchNormalization`. What its optimizer keeps local (see
             `syncbn.training.distribute`) is not compared.
-        communicator: What joins the replicas: as for `syncbn.SyncBatchNormalization`, and
+        communicator: The communicator: as for `syncbn.SyncBatchNormalization`, and
             ``"auto"`` also finds the strategy that the model was built under.
         weights: Whether to compare all weights of the model.
 
     Raises:
         ValueError: a replica has other values than the first, or another model. Raised on all
             workers; it names the first layer that differs, and the first rank on which it does.
-            Also where there is nothing to compare, and where a synchronized layer is not what runs.
+            Also where there is nothing to compare, and where the call of a synchronized layer is
+            not what runs.
         RuntimeError: the call is made inside of a graph or of a replica.
     """
     job = job_of(model, communicator)
@@ -49,7 +50,7 @@ def assert_synchronized(
     summaries = [[len(names), *digest(replica.tobytes())] for replica in digests]
     gathered = job.gather([np.asarray(own) for own in summaries], "syncbn/synchronized")
     if (gathered != gathered[0]).any():
-        # All workers come here, as all have seen the same rows.
+        # All workers get here, as all have seen the same rows.
         raise ValueError(_difference(job, names, digests, int(gathered[:, 0].max()), what))
     if not names:
         raise ValueError(
@@ -68,8 +69,8 @@ def _require_own_calls(model: Any) -> None:
         replaced = in_place.replaced_methods(layer)
         if replaced and isinstance(layer, SynchronizedLayer):
             raise ValueError(
-                "A synchronized layer must run its class's methods. Received: on the object "
-                f"{name} some of its own: {', '.join(replaced)}. Take them away: del layer."
+                "A synchronized layer must run its class's methods. Received: the object "
+                f"{name}, which overrides {', '.join(replaced)}. Remove the override: del layer."
                 f"{replaced[0]}."
             )
 
@@ -77,7 +78,7 @@ def _require_own_calls(model: Any) -> None:
 def _difference(
     job: TrainingJob, names: list[str], digests: np.ndarray, count: int, what: str
 ) -> str:
-    """Returns what differs where; a collective."""
+    """Returns the message about what differs, and where. A collective call."""
     padded = np.zeros((len(job.ranks), count, 2, DIGEST_PARTS))
     padded[:, : len(names)] = digests.reshape(len(job.ranks), len(names), 2, DIGEST_PARTS)
     every = job.gather([own.ravel() for own in padded], "syncbn/synchronized/each")
@@ -124,6 +125,6 @@ def _weights(model: Any) -> list[tuple[str, Any]]:
 
 
 def _digests(value: np.ndarray) -> np.ndarray:
-    """Returns digests of what an array is and of what it holds, ``(2 * DIGEST_PARTS,)``."""
+    """Returns digests of an array's dtype and shape and of its content, ``(2 * DIGEST_PARTS,)``."""
     kind = digest(f"{value.dtype.name} {value.shape}".encode())
     return np.concatenate([kind, digest(value.tobytes())])

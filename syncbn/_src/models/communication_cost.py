@@ -15,7 +15,7 @@ from syncbn._src.models.training_job import TrainingJob
 
 
 class Payload(NamedTuple):
-    """What a collective adds up over the replicas."""
+    """The payload of a collective."""
 
     elements: int
     dtype: str
@@ -26,13 +26,13 @@ def trace_payloads(
 ) -> tuple[tuple[Payload, ...], tuple[Payload, ...], str]:
     """Returns what a training call of a layer sends, what its gradient sends, and a note.
 
-    A twin of the layer is traced with a communicator that takes notes, so this is what the layer
-    does, not what somebody has written about it.
+    A twin of the layer is traced with a communicator that records, so this is what the layer does,
+    not what is documented.
 
     Args:
         layer: A built layer.
-        shape: That of its input, as far as it is known.
-        job: The replicas; ``None`` where they are not known, nor therefore what groups cost.
+        shape: The shape of its input, as far as it is known.
+        job: The replicas; ``None`` where they, and so the cost of groups, are unknown.
     """
     config = layer.get_config()
     groups, note = None, ""
@@ -43,11 +43,11 @@ def trace_payloads(
             with job.scope():
                 groups = grouping.choose(job.communicator, shape[0])
             note = f"{len(groups)} groups"
-    # As if there were another one: a single replica has kernels of its own, and sends nothing.
+    # Two at least: a single replica runs other kernels, and sends nothing.
     recorder = _Recorder(size=2)
     if job is not None and job.size > 1:
         recorder = _Recorder(job.size, job.ranks[0], of_strategy=job.strategy is not None)
-    # Any name will do, while that of a layer need not be one for a graph.
+    # Any name will do; that of the layer may not be valid in a graph.
     config.update(communicator=recorder, name="twin", **Grouping(groups=groups)._asdict())
     # In a thread of its own, which is outside of any strategy and graph.
     with ThreadPoolExecutor(1) as thread:
@@ -58,7 +58,7 @@ def trace_payloads(
 
 
 class _Recorder:
-    """In the place of a communicator, notes what a layer sends."""
+    """Records what a layer sends, in the place of a communicator."""
 
     name = "local"
     supports_jit = False
@@ -72,7 +72,7 @@ class _Recorder:
         return tensor
 
     def split(self, groups: Sequence[Sequence[int]]) -> Any:
-        part: Any = copy.copy(self)  # which takes its notes in the same list
+        part: Any = copy.copy(self)  # which records in the same list
         return GroupRows(part, groups) if self._of_strategy else part
 
 

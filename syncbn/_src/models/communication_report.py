@@ -15,6 +15,7 @@ from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.models.communication_cost import Payload, trace_payloads
 from syncbn._src.models.statistics import all_normalizations
 from syncbn._src.models.training_job import TrainingJob, job_of
+from syncbn._src.watchdog import watchdog
 
 
 class LayerReport(NamedTuple):
@@ -24,9 +25,9 @@ class LayerReport(NamedTuple):
     kind: str
     """Its class."""
     input_shape: tuple[int | None, ...] | None = None
-    """That which it was built for; ``None`` where it is not built."""
+    """The shape that it was built for; ``None`` if it is not built."""
     channels: int | None = None
-    """How many it has statistics of."""
+    """The number of channels that it has statistics of."""
     engine: str | None = None
     """The name of the communicator that it was given."""
     forward: tuple[Payload, ...] = ()
@@ -34,18 +35,18 @@ class LayerReport(NamedTuple):
     backward: tuple[Payload, ...] = ()
     """Those of its gradient."""
     seconds: float | None = None
-    """What all of them take, if that was measured."""
+    """How long all of them take, if that was measured."""
     note: str = ""
-    """Why there are none; groups."""
+    """Why there are no collectives; the number of groups."""
 
     @property
     def collectives(self) -> tuple[int, int]:
-        """How many, forward and backward."""
+        """The number of collectives, forward and backward."""
         return len(self.forward), len(self.backward)
 
     @property
     def bytes(self) -> tuple[int, int]:
-        """How many each replica sends, forward and backward."""
+        """The number of bytes that each replica sends, forward and backward."""
         return _bytes(self.forward), _bytes(self.backward)
 
 
@@ -54,12 +55,14 @@ class Report(NamedTuple):
 
     layers: tuple[LayerReport, ...]
     engine: str | None = None
-    """The name of the communicator that was measured, if one was."""
+    """The name of the communicator that was measured, if any."""
     size: int | None = None
-    """How many replicas it joins."""
+    """The number of replicas that it joins."""
     advice: tuple[str, ...] = ()
     settings: str = ""
-    """What Horovod was told of small messages, where it was measured."""
+    """Horovod's settings for small messages, where it was measured."""
+    watchdog: str = ""
+    """Whether ranks that do not come are noticed, where a communicator was measured."""
 
     @property
     def total(self) -> LayerReport:
@@ -104,6 +107,8 @@ class Report(NamedTuple):
         measured = measured if self.engine else []
         if self.size == 1:
             measured = ["There is one replica here, which sends nothing: nothing was measured."]
+        if self.watchdog:
+            measured.append(f"Watchdog: {self.watchdog}.")
         return [*measured, *(f"- {advice}" for advice in self.advice)]
 
 
@@ -115,14 +120,14 @@ def report(model: Any, communicator: str | Communicator | None = None) -> Report
 
     Args:
         model: A model or layer of `tf.keras`.
-        communicator: What to measure: as for `syncbn.SyncBatchNormalization`, and ``"auto"`` also
-            finds the strategy that the model was built under. All workers make the call then. It
-            takes some 300 all-reduces for each size of payload. ``None`` measures nothing.
+        communicator: The one to measure: as for `syncbn.SyncBatchNormalization`, and ``"auto"``
+            also finds the strategy that the model was built under. All workers make the call then.
+            It takes some 300 all-reduces for each size of payload. ``None`` measures nothing.
 
     Returns:
-        A table, when printed by `print` or by rich, whose ``layers`` and ``total`` are there to be
-        read too. Where a communicator was measured, it predicts how long a step waits for
-        collectives. It may end in advice.
+        A table, when printed by `print` or by rich; the figures are in ``layers`` and ``total``.
+        Where a communicator was measured, it predicts how long a step waits for collectives. It may
+        end in advice.
 
     Raises:
         RuntimeError: with a communicator, in a graph or replica; and see `syncbn.resolve`.
@@ -138,7 +143,15 @@ def report(model: Any, communicator: str | Communicator | None = None) -> Report
         rows = [_with_seconds(row, latencies) for row in rows]
     advice = [*_advice(rows), *_measured_advice(rows, job)]
     settings = horovod_settings.in_force() if job.communicator.name == "horovod" else ""
-    return Report(tuple(rows), job.communicator.name, job.size, tuple(advice), settings)
+    several = job.size > len(job.ranks)
+    return Report(
+        tuple(rows),
+        job.communicator.name,
+        job.size,
+        tuple(advice),
+        settings,
+        watchdog.described(several) if job.size > 1 else "",
+    )
 
 
 _HEADINGS = ("layer", "input", "channels", "engine", "collectives", "bytes", "ms", "note")

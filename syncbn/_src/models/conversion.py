@@ -1,4 +1,4 @@
-"""Makes the batch normalizations of a model synchronized ones, and plain ones again."""
+"""Converts the batch normalizations of a model to synchronized ones, and back."""
 
 from __future__ import annotations
 
@@ -24,31 +24,32 @@ __all__ = ["Conversion", "convert_sync_batchnorm", "revert_sync_batchnorm"]
 def convert_sync_batchnorm(
     model: Any, *, communicator: str | Communicator = "auto", **options: Any
 ) -> Conversion:
-    """Makes the batch normalizations of a model synchronized.
+    """Converts the batch normalizations of a model to synchronized ones.
 
     Each `BatchNormalization` of Keras, ``synchronized=True`` or not, and each
     `SyncBatchNormalization` of tf_keras and Horovod becomes a `syncbn.SyncBatchNormalization`, in
-    place: it is the same object as before, with its name, its weights, and all that refers to it.
-    So this works for any kind of model, for shared, nested and wrapped layers, and a compiled model
-    trains on with its optimizer as if nothing had happened. On one replica outputs and moving
-    statistics are those of the layers before.
+    place: it is the same object as before, with its name and weights, and references to it stay
+        valid. So this works for any kind of model, for shared, nested and wrapped layers, and a
+        compiled model continues to train with its optimizer. On one replica outputs and moving
+        statistics are those of the original layers.
 
-    A subclass of `BatchNormalization` is converted if all that it defines is its constructor and
-    its config, else left as it is, as is one that is not built. Only layers that Keras tracks are
+    A subclass of `BatchNormalization` is converted only if it defines nothing but its constructor
+    and its config. Layers that are not built are left unchanged. Only layers that Keras tracks are
     found. Models and layers of other classes than Keras' remember what was converted in them: their
     class becomes a subclass, of the same name, that converts it again when it is loaded or cloned.
 
-    The model forgets its train, test and predict functions. A `tf.function` of your own, and a
-    compiled model around this one, must be made anew, since they hold traces of the old layers.
+    The model drops its train, test and predict functions. A `tf.function` of your own, and a
+    compiled model that contains this one, must be created again, since they hold traces of the old
+    layers.
 
     Convert outside of strategy scopes, or in the one in which the model was built.
 
     Args:
         model: A built model or layer of `tf.keras`.
         communicator: As for `SyncBatchNormalization`.
-        **options: What else `SyncBatchNormalization` takes and the plain layer does not, such as
-            ``group_size``; or ``momentum``. For all layers alike. With ``momentum=None`` batches
-            seen before count for nothing, and the first one replaces the moving statistics.
+        **options: Other arguments that `SyncBatchNormalization` has and the plain layer does not,
+            such as ``group_size``; or ``momentum``. The same for all layers. With ``momentum=None``
+            earlier batches do not count, and the first one replaces the moving statistics.
             ``unbiased_moving_variance`` is by default as it was: true for those layers of Keras 2
             that are fused (inputs of rank 4 or 5), false for all others.
 
@@ -56,17 +57,17 @@ def convert_sync_batchnorm(
         What was converted and what was not. Print it.
 
     Raises:
-        TypeError: ``model`` is no layer, an option that is none of these.
+        TypeError: ``model`` is not a layer, an option that is not one of these.
         ValueError: the model is not built, a value that `SyncBatchNormalization` does not take.
-        RuntimeError: in a graph or function, or in the scope of another strategy. Whatever is
-            raised, the model is left as it was.
+        RuntimeError: in a graph or function, or in the scope of another strategy. After any of
+            these errors the model is unchanged.
     """
     taken = _arguments(SyncBatchNormalization) - _arguments(PLAIN_BATCH_NORMALIZATION)
     taken = {name for name in taken if not name.startswith("renorm")} | {"momentum"}
     unknown = sorted(set(options) - taken)
     if unknown:
         raise TypeError(
-            "Options must be arguments that SyncBatchNormalization has beside those of the plain "
+            "Options must be arguments that SyncBatchNormalization has besides those of the plain "
             f"layer, or momentum: {', '.join(sorted(taken))}. Received: {', '.join(unknown)}."
         )
     options["communicator"] = communicator
@@ -79,16 +80,16 @@ def convert_sync_batchnorm(
 
 
 def revert_sync_batchnorm(model: Any) -> Conversion:
-    """Makes the synchronized batch normalizations of a model plain `BatchNormalization` of Keras.
+    """Converts the synchronized batch normalizations of a model to Keras' `BatchNormalization`.
 
-    Does the reverse of `convert_sync_batchnorm`, likewise in place; also for models that were built
+    The reverse of `convert_sync_batchnorm`, likewise in place; also for models that were built
     with synchronized layers: those of this package, of Keras (``synchronized=True``), of tf_keras
     and of Horovod. What a plain layer does not have (communicator, groups, virtual batches) is
     dropped.
 
     `SyncCentering`, and layers with ``momentum=None``, have no plain counterpart and stay.
 
-    Under MultiWorkerMirroredStrategy this is a collective: all workers make the call.
+    Under MultiWorkerMirroredStrategy this is a collective call: all workers make it.
 
     Args:
         model: As for `convert_sync_batchnorm`.

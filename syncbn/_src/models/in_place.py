@@ -1,7 +1,7 @@
-"""Changing a layer in place, in either Keras: its class, and what its weights are made of.
+"""Changing a layer in place, in Keras 2 and 3: its class, and the variables inside its weights.
 
-There is no public way. Tried with Keras 3.12, 3.14 and 3.15, and tf_keras 2.16 and 2.21;
-tests/single/test_convert.py holds it.
+There is no public API for this. Tried with Keras 3.12, 3.14 and 3.15, and tf_keras 2.16 and 2.21;
+tests/single/test_convert.py covers it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _VARIABLE = keras.Variable if keras_api.KERAS_3 else tf.Variable
 
 
 def owner(weight: Any) -> Any:
-    """Returns the strategy in whose scope a weight was made, or ``None``."""
+    """Returns the strategy in whose scope a weight was created, or ``None``."""
     return keras_api.variable(weight)._distribute_strategy
 
 
 def copy_weights(layer: Any, new: Any) -> None:
-    """Prepares ``new`` to replace ``layer``; in the scope in which ``layer`` was made.
+    """Prepares ``new`` to replace ``layer``; in the scope in which ``layer`` was created.
 
     Raises:
-        ValueError: they have not the same weights, but for a ``moving_count``.
+        ValueError: they do not have the same weights, a ``moving_count`` apart.
     """
     old, weights = _weights(layer), _weights(new)
     weights.pop("moving_count", None)  # it starts from zero
@@ -42,9 +42,9 @@ def copy_weights(layer: Any, new: Any) -> None:
 
 
 def become(layer: Any, new: Any) -> None:
-    """Makes ``layer`` all that ``new`` is, in place; `copy_weights` comes before.
+    """Turns ``layer`` into ``new``, in place; `copy_weights` comes before.
 
-    What every layer has stays as it is: name, flags, policy, place in models. So do the objects
+    What every layer has is kept: name, flags, dtype policy, place in models. So are the objects
     that are its weights.
     """
     general, weights = vars(keras.layers.Layer(name=layer.name)), _weights(layer)
@@ -58,7 +58,7 @@ def become(layer: Any, new: Any) -> None:
             if _needs_another_variable(weights[name], value):
                 for inner in ("_value", "_synchronization", "_aggregation", "_dtype"):
                     setattr(weights[name], inner, getattr(value, inner))
-        # Horovod's layer has a call of another signature.
+        # The `call` of Horovod's layer has another signature.
         elif name == "_call_spec" or name not in vars(layer) or not _general(name, general):
             setattr(layer, name, value)
     if keras_api.KERAS_3:
@@ -68,7 +68,7 @@ def become(layer: Any, new: Any) -> None:
 
 
 def replaced_methods(layer: Any) -> list[str]:
-    """Returns the names of those methods of a layer's class that are not what the layer calls."""
+    """Returns the names of the methods of its class that a layer object overrides."""
     return [
         name
         for name, value in _methods_of_the_instance(layer).items()
@@ -83,8 +83,8 @@ def runs_traces(layer: Any) -> bool:
 
 
 def _methods_of_the_instance(layer: Any) -> dict[str, Any]:
-    """Returns what an object has of its own in place of its class's methods."""
-    # Keras 3 wraps these of each layer.
+    """Returns the attributes of an object that shadow methods of its class."""
+    # Keras 3 wraps some methods of each layer.
     general = vars(keras.layers.Layer(name=layer.name))
     return {
         name: value
@@ -94,7 +94,7 @@ def _methods_of_the_instance(layer: Any) -> dict[str, Any]:
 
 
 def _general(name: str, general: Any) -> bool:
-    # TensorFlow's own begin so.
+    # The prefix of TensorFlow's own attributes.
     return name in general or name.startswith("_self_")
 
 
@@ -103,8 +103,8 @@ def _weights(layer: Any) -> dict[str, Any]:
 
 
 def _needs_another_variable(weight: Any, new: Any) -> bool:
-    # The way to synchronize is that of the variable of TensorFlow inside. Those of Keras 2, which
-    # has nothing around them, are all ON_READ.
+    # It is the TensorFlow variable inside that synchronizes. In Keras 2, where there is nothing
+    # around it, it is always ON_READ.
     if not keras_api.KERAS_3:
         return False
     kinds = [(one.synchronization, one.aggregation, one.dtype) for one in (weight, new)]
@@ -112,7 +112,7 @@ def _needs_another_variable(weight: Any, new: Any) -> bool:
 
 
 def forget_functions(model: Any) -> None:
-    """Makes a model, and the models in it, trace their functions anew."""
+    """Makes a model, and the models in it, retrace their functions."""
     for layer in (model, *named_layers(model).values()):
         if not isinstance(layer, keras.Model):
             continue
@@ -120,6 +120,6 @@ def forget_functions(model: Any) -> None:
             if getattr(layer, name, None) is not None:
                 setattr(layer, name, None)
         if keras_api.KERAS_3 and layer.compiled and layer.jit_compile:
-            # When it is set anew, Keras looks whether its layers can be compiled, or else warns.
+            # When it is set, Keras checks whether the layers can be compiled, and warns if not.
             layer.jit_compile = False
             layer.jit_compile = True

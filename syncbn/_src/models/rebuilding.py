@@ -1,8 +1,8 @@
-"""Models that rebuild themselves from their own config remember what was converted in them.
+"""Models that rebuild their layers in their own code remember what was converted in them.
 
 A functional model of Keras has its layers in its config, and so what they were converted to. A
-model or layer of another class makes its layers anew, as its code says: plain ones. Its class
-becomes a subclass whose config also has what was converted, and which converts that again.
+model or layer of another class creates its layers in its own code: plain ones. Its class becomes a
+subclass whose config also has what was converted, and which converts that again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def remember(model: Any) -> None:
     for layer in (model, *named_layers(model).values()):
         if isinstance(layer, (_Converted, keras_api.BATCH_NORMALIZATION)):
             continue
-        # Those of Keras have what is in them in their config.
+        # Keras' own classes have their layers in their config.
         own = not type(layer).__module__.startswith(("keras.", "tf_keras."))
         if own and _has_synchronized(layer):
             cls: Any = type(layer)
@@ -34,7 +34,7 @@ def remember(model: Any) -> None:
 
 
 def forget(model: Any) -> None:
-    """Gives a model, and the layers in it, their own classes again, where nothing is converted."""
+    """Restores the classes of a model, and of the layers in it, where nothing is converted."""
     for layer in (model, *named_layers(model).values()):
         if isinstance(layer, _Converted) and not _has_synchronized(layer):
             layer.__class__ = layer._plain_class
@@ -45,7 +45,7 @@ def _has_synchronized(layer: Any) -> bool:
 
 
 def _options(layer: Any) -> dict[str, Any] | None:
-    """Returns what a synchronized layer has beside a plain one's config."""
+    """Returns the config of a synchronized layer without that of a plain one."""
     if not isinstance(layer, SyncBatchNormalization):
         return None
     known = plain_config(layer).keys() - {"momentum"}
@@ -54,19 +54,19 @@ def _options(layer: Any) -> dict[str, Any] | None:
 
 @keras_api.register_keras_serializable(package="syncbn", name="Converted")
 class _Converted:
-    """What a class has besides, where layers of its own were converted."""
+    """Mixin for the class of a model in which layers were converted."""
 
     _plain_class: type
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # A user's own is for the user's classes, which these stand for.
+        # A user's own is for the user's subclasses, and this is not one of them.
         pass
 
     def get_config(self) -> dict[str, Any]:
         converted, plain = type(self), self._plain_class
         # As in Keras, which cannot import what a script defines.
         module = None if plain.__module__ == "__main__" else plain.__module__
-        # Keras looks at the class for what it makes of it: whether it has a config of its own.
+        # Keras inspects the class, to see whether it overrides `get_config`.
         self.__class__ = plain
         try:
             config, build_config = self.get_config(), self.get_build_config()
@@ -88,7 +88,7 @@ class _Converted:
         }
 
     def get_build_config(self) -> Any:
-        # That of the plain one is in the config.
+        # That of the plain class is in the config.
         return None
 
     @classmethod
@@ -108,7 +108,7 @@ class _Converted:
         return layer
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle finds classes by their names, and this one has that of the plain one.
+        # Pickle finds classes by their names, and this one has that of the plain class.
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, *rest = reduced
         if getattr(make, "__self__", None) is type(self):
@@ -124,7 +124,7 @@ def _blank(plain: type, *arguments: Any) -> Any:
 
 
 def _rebuilt(plain: dict[str, Any], known: type) -> Any:
-    """Makes a layer as Keras would have made it, of a plain class's config.
+    """Creates a layer as Keras would, from the config of a plain class.
 
     ``known`` is a class that may be meant, and need not be registered.
     """
@@ -134,13 +134,13 @@ def _rebuilt(plain: dict[str, Any], known: type) -> Any:
         cls = known
     if cls is None:
         return keras.utils.deserialize_keras_object(plain)
-    # Keras 2 has two formats for this, which its ways of loading do not all know.
+    # Keras 2 has two formats for this, and not all of its loaders know both.
     layer = cls.from_config(plain["config"])
     # A layer without a `build` of its own is built by its first call; a model by one of Keras.
     builds = issubclass(cls, keras.Model) or cls.build is not keras.layers.Layer.build
     if plain["build_config"] and builds and not layer.built:
         layer.build_from_config(plain["build_config"])
-        layer.built = True  # Keras says so itself
+        layer.built = True  # as Keras itself does
     return layer
 
 

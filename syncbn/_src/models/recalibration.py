@@ -34,12 +34,12 @@ def recalibrate(
 ) -> None:
     """Sets the moving statistics of a model to those of a whole dataset ("precise BN").
 
-    Moving averages remember the last batches only, as older weights saw them. After the weights
-    have changed in another way than by training (averaged as in SWA and EMA, pruned, rounded), or
-    before a model is evaluated, this gives each normalization, this package's and Keras' own
+    Moving averages remember only the last batches, as seen with older weights. After the weights
+    have changed otherwise than by training (averaged as in SWA and EMA, pruned, rounded), or before
+    a model is evaluated, this gives each normalization, this package's and Keras' own
     `BatchNormalization`, the mean and variance of all elements that it sees in a dataset. Each
-    worker goes through a dataset of its own, and every element of every worker counts the same,
-    however they are dealt out; a worker may have no batches at all.
+    worker goes through its own dataset, and every element on every worker has the same weight,
+    however they are distributed; a worker may have no batches at all.
 
     The model runs as for inference, and nothing but the moving statistics changes. With a mask, the
     statistics are those of the elements where it is true. The inputs of a layer that is used twice
@@ -48,40 +48,40 @@ def recalibrate(
 
     What a layer sees depends on how those before it normalize:
 
-    - By default with the statistics of the batch at hand, of this worker alone: one pass over the
+    - By default with the statistics of the current batch, of this worker alone: one pass over the
       dataset, which costs about one inference. The larger the batches, the nearer to ``exact``.
     - With ``exact=True`` with the population statistics that they will have. The result is what
       each layer sees at inference; only a layer that is used twice, and so may see what has gone
       through it before, takes the batch's for that. One pass for each normalization.
 
-    Workers exchange sums at the end of a pass only, in one collective, and get the same bits. All
-    of them make this call. Under tf.distribute each process computes on one device, and sets the
-    statistics of all of its replicas. ``renorm_mean`` and ``renorm_stddev`` stay as they are:
-    inference does not use them.
+    Workers exchange sums only at the end of a pass, in one collective, and get bitwise equal
+    results. All of them make this call. Under tf.distribute each process computes on one device,
+    and sets the statistics of all of its replicas. ``renorm_mean`` and ``renorm_stddev`` stay as
+    they are: inference does not use them.
 
     Args:
         model: A model or layer of `tf.keras`, built.
         dataset: Batches as `Model.predict` takes them: ``x``, ``(x, y)`` or
-            ``(x, y, sample_weight)``, of which ``x`` is used. A model with a ``predict_step`` of
-            its own gets them whole. A `tf.data.Dataset`, a `tf.keras.utils.Sequence`, or something
-            else that is iterable, of which as many batches are taken as it is long, where it has a
-            length; with ``exact`` more than once and each time over the same elements. Under
-            tf.distribute an ordinary one too, each worker's own.
-        communicator: What joins the workers, as for `syncbn.SyncBatchNormalization`.
+            ``(x, y, sample_weight)``, of which ``x`` is used. A model with a custom
+            ``predict_step`` gets them whole. A `tf.data.Dataset`, a `tf.keras.utils.Sequence`, or
+            another iterable, of which at most ``len(dataset)`` batches are taken if it has a
+            length; with ``exact`` it must be iterable more than once, over the same elements each
+            time. Under tf.distribute an ordinary dataset too, each worker's own.
+        communicator: As for `syncbn.SyncBatchNormalization`.
         exact: Whether to go layer by layer, in the order in which the model calls them.
-        steps: How many batches to take on this worker at most, or ``None`` for all.
+        steps: The most batches to take on this worker, or ``None`` for all.
         verbose: 1 or ``"auto"`` for a progress bar on rank 0, 2 for its last line, 0 for silence.
 
     Raises:
         ValueError: no worker has a batch; the model is not built, or has no normalization that is
             not frozen; what one sees is not finite, on whichever worker; workers have different
             models; the dataset has no end, or cannot be iterated again.
-        TypeError: ``dataset`` is not one of batches.
+        TypeError: ``dataset`` is not an iterable of batches.
         NotImplementedError: the model calls a normalization in a loop or branch of its graph.
         RuntimeError: another worker failed; the call is made in a graph or in a replica; and see
             `syncbn.resolve`.
 
-        After any of these the model is as it was, on all workers.
+        After any of these the model is unchanged, on all workers.
 
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.
     """
@@ -195,17 +195,17 @@ _Sequence: Any = keras_api.keras.utils.Sequence
 
 
 def _batches(dataset: Any) -> Iterator[Any]:
-    """Yields batches, of a sequence without end."""
+    """Yields batches; the caller has to stop at the length of a sequence."""
     if not isinstance(dataset, _Sequence):
         yield from dataset
         return
-    # By number, as Keras does: some sequences are iterators, in the middle of their data maybe.
+    # By index, as Keras does: some sequences are iterators too, and may be in mid-iteration.
     for number in itertools.count():
         yield _standardized(dataset[number])
 
 
 def _standardized(batch: Any) -> Any:
-    """Returns a batch of a sequence as `predict_step` gets it from either Keras."""
+    """Returns a batch of a sequence as `predict_step` gets it from Keras 2 and 3."""
     if keras_api.KERAS_3:
         return (batch,) if isinstance(batch, np.ndarray) else batch
     utils = keras_api.keras.utils
@@ -213,7 +213,7 @@ def _standardized(batch: Any) -> Any:
 
 
 def _cardinality(dataset: Any) -> int:
-    """Returns the number of batches, or what a `tf.data.Dataset` says where there is none."""
+    """Returns the number of batches, or `tf.data`'s constant for an unknown or infinite one."""
     if isinstance(dataset, tf.data.Dataset):
         return int(dataset.cardinality())
     if keras_api.KERAS_3 and isinstance(dataset, _Sequence):
@@ -229,7 +229,7 @@ def _measure(observer: Observer, batches: _Batches, workers: Communicator) -> di
     """Returns what each layer sees on all workers together, in the order of execution.
 
     Raises:
-        Exception: what has stopped this worker.
+        Exception: the error that stopped this worker.
         RuntimeError: another worker was stopped.
         ValueError: there are no batches.
     """
@@ -239,7 +239,7 @@ def _measure(observer: Observer, batches: _Batches, workers: Communicator) -> di
             seen, started = observer(batch, seen), 1.0
         packed = [pack(sums_of(Moments(*tf.unstack(one)))).numpy() for one in seen.values()]
     except Exception as own_error:
-        # The others wait for this worker's part, whatever it is worth.
+        # The others wait for this worker's contribution, even a useless one.
         error, packed = own_error, [np.zeros(tf.size(one)) for one in seen.values()]
     failed = np.zeros(workers.size)
     failed[workers.rank] = error is not None
@@ -253,8 +253,8 @@ def _measure(observer: Observer, batches: _Batches, workers: Communicator) -> di
         raise error
     if failed.any():
         raise RuntimeError(
-            "recalibrate must go through on all workers. Received: an error on rank "
-            f"{', '.join(map(str, np.flatnonzero(failed)))}, which says more there."
+            "recalibrate must succeed on all workers. Received: an error on rank "
+            f"{', '.join(map(str, np.flatnonzero(failed)))}, which reports it."
         )
     if not started:
         raise ValueError(

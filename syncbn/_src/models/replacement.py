@@ -20,14 +20,14 @@ from syncbn._src.models.statistics import all_normalizations, uncalled
 
 
 class Conversion(NamedTuple):
-    """What became of a model. It prints as a short text."""
+    """The result of a conversion. It prints as a short text."""
 
     model: Any
     """The model that was given, changed."""
     converted: tuple[str, ...]
     """The names of the layers that were converted."""
     unchanged: dict[str, str]
-    """Why other normalizations were not, by their names."""
+    """Why other normalizations were not converted, by their names."""
 
     def __str__(self) -> str:
         total = len(self.converted) + len(self.unchanged)
@@ -37,7 +37,7 @@ class Conversion(NamedTuple):
 
 
 def synchronize(model: Any, options_of: Callable[[str], dict[str, Any] | None]) -> Conversion:
-    """Makes normalizations synchronized, with options by their names; ``None`` for those to leave.
+    """Converts normalizations to synchronized ones, with options by name; ``None`` to skip one.
 
     The options are arguments of `SyncBatchNormalization`.
     """
@@ -51,7 +51,7 @@ def synchronize(model: Any, options_of: Callable[[str], dict[str, Any] | None]) 
         return differs(layer) or ("was not converted before" if options_of(name) is None else None)
 
     def make(name: str, layer: Any) -> Any:
-        # The fused kernels of Keras 2 give the moving variance Bessel's correction.
+        # The fused kernels of Keras 2 apply Bessel's correction to the moving variance.
         unbiased = bool(getattr(layer, "fused", False))
         config = {**plain_config(layer), "unbiased_moving_variance": unbiased}
         return SyncBatchNormalization(**config | (options_of(name) or {}))
@@ -64,7 +64,7 @@ def replace_layer(
     why_not: Callable[[str, Any], str | None],
     make: Callable[[str, Any], Any],
 ) -> Conversion:
-    """Turns those layers for which there is no reason why not into what ``make`` makes of them."""
+    """Replaces each layer for which ``why_not`` gives no reason by what ``make`` returns."""
     layers = _normalizations(model)
     traced = uncalled(model)
     made, unchanged = {}, {}
@@ -100,7 +100,7 @@ def _normalizations(model: Any) -> dict[str, Any]:
         )
     found = all_normalizations(model)
     unbuilt = [name for name, layer in {model.name: model, **found}.items() if not layer.built]
-    # One that is never called does not keep the others from being converted.
+    # One that is never called does not prevent the conversion of the others.
     if set(found) <= set(unbuilt) and (found or not model.built):
         raise ValueError(
             "`model` must be built, with its normalizations. "
@@ -110,7 +110,7 @@ def _normalizations(model: Any) -> dict[str, Any]:
 
 
 def differs(layer: Any) -> str | None:
-    """Returns in what a layer differs from those that are known, or ``None``."""
+    """Returns how a layer differs from the known classes, or ``None``."""
     known = {SyncBatchNormalization, PLAIN_BATCH_NORMALIZATION, keras_api.BATCH_NORMALIZATION}
     # Looked up, never imported.
     horovod = sys.modules.get("horovod.tensorflow.sync_batch_norm")
@@ -130,14 +130,14 @@ def plain_config(layer: Any) -> dict[str, Any]:
     config = PLAIN_BATCH_NORMALIZATION.get_config(layer)
     config.pop("synchronized", None)
     if isinstance(layer, SyncBatchNormalization):
-        # Where a momentum is a variable, the plain layer gets its present value.
+        # Where a momentum is a variable, the plain layer gets its current value.
         own = layer.get_config()
         config |= {name: own[name] for name in config if name.endswith("momentum")}
     return config
 
 
 def _built_alike(layer: Any, new: Any) -> Any:
-    """Builds ``new`` for the inputs of ``layer``, and with its values."""
+    """Builds ``new`` for the input shape of ``layer``, and with its weights' values."""
     strategy = in_place.owner(layer.moving_mean)
     if tf.distribute.has_strategy() and tf.distribute.get_strategy() is not strategy:
         raise RuntimeError(
@@ -149,13 +149,13 @@ def _built_alike(layer: Any, new: Any) -> Any:
         new.build(input_shape(layer))
         in_place.copy_weights(layer, new)
     if not keras_api.KERAS_3:
-        # Whether the kernels are fused is not in the config. Inference shall not differ by a bit.
+        # Whether the kernels are fused is not in the config. Inference must stay bitwise the same.
         new.fused = layer.fused
     return new
 
 
 def input_shape(layer: Any) -> tuple[int | None, ...]:
-    """Returns what a normalization was built for, as far as it must be known."""
+    """Returns the input shape that a normalization was built for, as far as it is required."""
     # Keras 2.16 does not remember the shape itself where `build` was called by hand.
     shape = [None] * layer.input_spec.ndim
     for axis, size in layer.input_spec.axes.items():

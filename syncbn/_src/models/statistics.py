@@ -17,14 +17,14 @@ class MovingStatistics(NamedTuple):
     """The moving statistics of a layer, each an array ``(channels,)``.
 
     ``None`` stands for what the layer does not have; where statistics are set, also for what is to
-    stay as it is.
+    be left unchanged.
     """
 
     mean: Any = None
     variance: Any = None
     """Of a batch normalization; `SyncCentering` has none."""
     count: Any = None  # (also a method of tuples, of another type)
-    """How many elements they have seen, where ``momentum=None`` (the cumulative average)."""
+    """The number of elements seen, where ``momentum=None`` (the cumulative average)."""
 
 
 _WEIGHTS = ("moving_mean", "moving_variance", "moving_count")
@@ -34,12 +34,13 @@ def moving_statistics(model: Any) -> dict[str, MovingStatistics]:
     """Returns the moving statistics of each normalization in a model, by its name.
 
     These are the layers of this package and the `BatchNormalization` of Keras, as far as they are
-    built. A name has those of the layers around it in front: ``"block/normalization"``. A layer
-    that is used twice is there once.
+    built. A name is prefixed with those of the enclosing layers: ``"block/normalization"``. A layer
+    that is used twice appears once.
 
-    Under MultiWorkerMirroredStrategy reading them is a collective: all workers make the call. With
-    several replicas in a strategy this is the mean of their copies, which are equal. TensorFlow
-    rounds it: it is each copy with 2 or 4 replicas, and an ulp or two from it with others.
+    Under MultiWorkerMirroredStrategy reading them is a collective call: all workers make it. With
+    several replicas in a strategy this is the mean of the per-replica copies, which are equal.
+    TensorFlow rounds it: it equals each copy with 2 or 4 replicas, and is off by an ulp or two with
+    others.
 
     Args:
         model: A model or layer of `tf.keras`.
@@ -55,17 +56,17 @@ def set_moving_statistics(
 ) -> None:
     """Sets the moving statistics of some or all normalizations in a model.
 
-    In a job of several workers all of them have to set the same.
+    In a job of several workers all of them have to set the same values.
 
     Args:
         model: As for `moving_statistics`.
         statistics: New values by the names that `moving_statistics` gives: means, variances and
-            counts. ``None``, and what is left out, stays as it is.
+            counts. ``None``, and what is left out, is left unchanged.
 
     Raises:
         ValueError: a name or value for something that the model does not have, a value of another
-            shape, one that is not finite, a negative variance or count. The model is left as it
-            was.
+            shape, one that is not finite, a negative variance or count. The model is then
+            unchanged.
     """
     layers = normalizations(model)
     unknown = sorted(set(statistics) - set(layers))
@@ -83,7 +84,7 @@ def set_moving_statistics(
         changes.append((layers[name], values))
     for layer, values in changes:
         if "moving_stddev" in values:
-            # Batch renormalization averages deviations, and makes the variance of them.
+            # Batch renormalization averages deviations, and computes the variance from them.
             variance = values["moving_variance"].astype(np.float64)
             values["moving_stddev"] = np.sqrt(variance + layer.epsilon)
         layer.set_weights(list(values.values()))
@@ -102,9 +103,9 @@ def all_normalizations(model: Any) -> dict[str, Any]:
 
 
 def uncalled(model: Any) -> dict[str, str]:
-    """Returns why normalizations are not what runs in a model, by their names.
+    """Returns why normalizations of a model are never called, by their names.
 
-    Keras 2 loads a layer whose class it does not find from what was traced when it was saved.
+    Keras 2 loads a layer whose class it does not find from the traces that were saved with it.
     """
     layers = {model.name: model, **named_layers(model)}
     traced = {name: layer for name, layer in layers.items() if in_place.runs_traces(layer)}

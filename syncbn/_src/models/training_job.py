@@ -23,11 +23,11 @@ _CHAIN, _TIMES = 20, 15
 
 
 class TrainingJob:
-    """The replicas that meet through a communicator, some of which are in this process.
+    """The replicas of a communicator, some of which are in this process.
 
     Args:
-        communicator: What joins the replicas.
-        strategy: Where the communicator joins the replicas of a strategy, that one. Otherwise this
+        communicator: The communicator of the replicas.
+        strategy: The strategy whose replicas the communicator joins, if it does. Otherwise this
             process is one replica.
 
     Raises:
@@ -64,7 +64,7 @@ class TrainingJob:
 
         Args:
             function: Returns a tensor, or several.
-            values: What it gets on each of them.
+            values: Its argument on each of them.
 
         Returns:
             The tensors of each of them, in a list.
@@ -78,7 +78,7 @@ class TrainingJob:
 
         Args:
             vectors: One for each of this process's replicas, all of one length.
-            name: Of the collective.
+            name: The name of the collective.
         """
         if self.strategy is None:
             return all_gather(self.communicator, vectors[0], name)
@@ -88,7 +88,7 @@ class TrainingJob:
         return self.run(lambda rows: self.communicator.all_reduce_sum(rows, name), list(own))[0][0]
 
     def workers(self) -> Communicator:
-        """Returns what joins the processes of the job, eagerly and outside of replicas."""
+        """Returns the communicator of the job's processes, for eager calls outside of replicas."""
         if self.strategy is None or isinstance(self.communicator, NestedCommunicator):
             return process_communicator(self.communicator)
         return LocalCommunicator() if len(self.ranks) == self.size else _Workers(self)
@@ -112,7 +112,7 @@ class TrainingJob:
             start = time.perf_counter()
             self._local(function(*inputs))[0].numpy()
             seconds.append((time.perf_counter() - start) / _CHAIN)
-        return statistics.median(seconds[1:])  # the first made the graph
+        return statistics.median(seconds[1:])  # the first traced the graph
 
     def _compiled(self, function: Callable[[tf.Tensor], Any]) -> Callable[..., Any]:
         if self.strategy is None:
@@ -124,7 +124,7 @@ class TrainingJob:
     def _inputs(self, values: Sequence[np.ndarray]) -> list[Any]:
         if self.strategy is None:
             return [tf.constant(values[0])]
-        # Those of several workers of a strategy count on over the workers.
+        # A strategy of several workers numbers its replicas over all workers.
         return [
             self.strategy.experimental_distribute_values_from_function(
                 lambda c: tf.constant(values[c.replica_id_in_sync_group % len(values)])
@@ -138,7 +138,7 @@ class TrainingJob:
 
 
 class _Workers:
-    """The workers of a strategy; the first replica of each speaks for it."""
+    """The workers of a strategy; the first replica of each acts for it."""
 
     name = "tf.distribute"
     supports_jit = False
@@ -165,7 +165,7 @@ def job_of(model: Any, communicator: str | Communicator = "auto") -> TrainingJob
     in_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
     if in_replica or not tf.executing_eagerly():
         raise RuntimeError(
-            "What looks at the replicas of a model must be called eagerly and outside of them, "
+            "A function about the replicas of a model must be called eagerly and outside of them, "
             "between steps. Received: a call inside a tf.function, a graph or strategy.run."
         )
     weights = model.weights if model.built else []

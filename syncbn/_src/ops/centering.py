@@ -1,6 +1,6 @@
-"""Centering over all replicas, with an exact gradient of its own.
+"""Centering over all replicas, with an exact custom gradient.
 
-It makes one collective in the forward and one in the backward pass, as batch normalization does.
+One collective in the forward and one in the backward pass, as in batch normalization.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ def center(
 
     Args:
         x: The input; floating, rank 2 at least.
-        axes: The axes that keep a mean of their own each, sorted and non-negative.
+        axes: The channel axes, sorted and non-negative; each channel has its own mean.
         replicas: The replicas to take the mean over.
-        mask: From `expand_mask`. It chooses what the mean is taken of; it is subtracted everywhere.
+        mask: From `expand_mask`. The mean leaves out elements where it is false; it is subtracted
+            from all.
 
     Returns:
-        ``x - mean``, shape and dtype of ``x``, and the moments that the moving mean takes up,
-        without a variance, cut off from the gradient. The gradient is that of the loss summed over
-        the replicas.
+        ``x - mean``, in the shape and dtype of ``x``, and the moments for the moving mean, without
+        a variance and with the gradient stopped. The gradient is that of the loss summed over the
+        replicas.
     """
     pieces = _centering(tuple(axes), choose_kernels(x, axes).compiled)
     rest = [] if mask is None else [mask]

@@ -15,7 +15,7 @@ import tensorflow as tf
 from syncbn._src.ops import xla
 
 _BLOCK = 64  # rows that are summed in the dtype of the elements
-# So many elements are added up in float64 at once: fewer operations, and no slower.
+# Fewer elements than this are summed in float64 at once: fewer operations, and no slower.
 _FEW_ELEMENTS = 1 << 17
 
 
@@ -77,9 +77,9 @@ def sum_to_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """Sums ``x`` over all but ``axes``. Returns a float64 channel vector.
 
     In two stages, as in pairwise summation (Higham, 1993): blocks in the dtype of ``x``, and the
-    blocks' sums in float64. In one go TensorFlow adds up a million float32 elements of mean 1e4 to
-    a mean that is 12 off or more; in two it is right to 1e-3, and no slower. Few elements are added
-    up in float64 one after the other.
+    blocks' sums in float64. In one stage, TensorFlow's mean of a million float32 elements around
+    1e4 is off by 12 or more; in two it is right to 1e-3, and no slower. Few elements are summed in
+    float64, one after the other.
     """
     rank = x.shape.rank
     few = x.shape.is_fully_defined() and x.shape.num_elements() < _FEW_ELEMENTS
@@ -90,8 +90,8 @@ def sum_to_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     if tuple(axes) == tuple(range(rank - len(axes), rank)):
         channels = channel_count(x, axes)
         return _sum_rows(tf.reshape(x, [-1, channels]), channels, known_rows(x, axes))
-    # What lies behind the channels is contiguous, and TensorFlow itself adds that up pairwise. XLA
-    # has another way, but widens each element where it adds it up.
+    # The dimensions after the channels are contiguous, and TensorFlow itself sums those pairwise.
+    # XLA does not, but it fuses the cast to float64 into the sum.
     reduced = reduction_axes(rank, axes)
     behind = [axis for axis in reduced if axis > max(axes)]
     if behind and not xla.compiles_everything():
@@ -113,17 +113,17 @@ def _sum_rows(x: tf.Tensor, channels: int, rows: int | None) -> tf.Tensor:
 
 
 def known_rows(x: tf.Tensor, axes: Sequence[int]) -> int | None:
-    """Returns how many elements each channel of ``x`` has, where a trace knows."""
+    """Returns the number of elements per channel of ``x``, or ``None`` where it is not static."""
     shape = x.shape.as_list()
     sizes = [shape[axis] for axis in reduction_axes(len(shape), axes)]
     return None if None in sizes else math.prod(sizes)
 
 
 def where(mask: tf.Tensor | None, x: tf.Tensor) -> tf.Tensor:
-    """Returns ``x`` with zeros where ``mask`` is false; all of it without a mask."""
+    """Returns ``x`` with zeros where ``mask`` is false; ``x`` itself without a mask."""
     return x if mask is None else tf.where(mask, x, tf.zeros([], x.dtype))
 
 
 def statistics_dtype(dtype: tf.DType) -> tf.DType:
-    """Returns the dtype in which statistics of ``dtype`` inputs are taken: float32 at least."""
+    """Returns the dtype for statistics of ``dtype`` inputs: float32 at least."""
     return tf.float64 if dtype == tf.float64 else tf.float32

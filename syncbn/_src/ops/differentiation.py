@@ -1,4 +1,4 @@
-"""Gradients of our own: exact to any order, backward and forward, and light on memory."""
+"""Custom gradients: exact to any order, in reverse and forward mode, and light on memory."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 import tensorflow as tf
 
-# There is no public way to learn whether a tensor has a tangent. Tried with TensorFlow 2.21;
-# tests/single/test_accuracy.py holds it.
+# There is no public API to ask whether a tensor has a tangent. Tried with TensorFlow 2.21;
+# tests/single/test_accuracy.py covers it.
 from tensorflow.python.eager import forwardprop_util
 
 
 def in_current_graph(tensor: tf.Tensor) -> tf.Tensor:
-    """Returns ``tensor`` as one of the graph that is being made.
+    """Returns ``tensor``, or a copy of it in the graph that is being built.
 
-    TensorFlow fails to differentiate a custom gradient, in a branch of a branch or loop, whose
-    input is captured from outside.
+    Inside a branch of a branch or loop, TensorFlow fails to differentiate a custom gradient whose
+    input is captured from an outer graph.
     """
     graph = tf.compat.v1.get_default_graph()
     own = tf.executing_eagerly() or getattr(tensor, "graph", None) is graph
@@ -26,13 +26,13 @@ def in_current_graph(tensor: tf.Tensor) -> tf.Tensor:
 
 
 def kept(structure: Any) -> Any:
-    """Returns what a gradient keeps of its forward pass, of the graph that is differentiated.
+    """Returns tensors that a gradient keeps from its forward pass, in the graph differentiated.
 
-    In forward mode that is a copy where the forward pass is a branch of a graph, and TensorFlow
-    fails where a custom gradient takes tensors of the branch itself. Names are the same in both.
+    In forward mode that graph is a copy where the forward pass is in a branch, and TensorFlow fails
+    where a custom gradient uses tensors of the branch itself. Names are the same in both.
 
     Args:
-        structure: Nested. What is no tensor of a branch that was copied stays what it is.
+        structure: Nested. Anything but the tensors of a copied branch is returned unchanged.
     """
     copies = {copy.name.removesuffix("_rewritten"): copy for copy in _copied_branches()}
 
@@ -46,7 +46,7 @@ def kept(structure: Any) -> Any:
 
 
 def of_shape(tensor: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
-    """Returns ``tensor``, of which a copy may know less than the graph that it is one of."""
+    """Returns ``tensor`` with the static ``shape``, which the copy of a graph may have lost."""
     if tf.executing_eagerly():
         return tensor
     tensor = tf.convert_to_tensor(tensor)
@@ -55,18 +55,18 @@ def of_shape(tensor: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
 
 
 def differentiates_copy() -> bool:
-    """Says whether what is being traced is a gradient of a copy of a branch, as forward mode's."""
+    """Says whether the gradient of a copied branch is being traced, as in forward mode."""
     return any(True for _ in _copied_branches())
 
 
 def _copied_branches() -> Iterator[Any]:
-    """Yields the graphs that gradients are being traced of, where TensorFlow made them anew."""
+    """Yields the copied branches whose gradients are being traced."""
     if tf.executing_eagerly():
         return
     graph = tf.compat.v1.get_default_graph()
     while graph is not None:
-        # There is no public way to learn this. Tried with TensorFlow 2.21;
-        # tests/single/test_accuracy.py holds it.
+        # There is no public API for this. Tried with TensorFlow 2.21;
+        # tests/single/test_accuracy.py covers it.
         branch = getattr(graph, "_forward_graph", None)
         if branch is not None and not getattr(branch, "is_control_flow_graph", False):
             yield branch
@@ -74,7 +74,7 @@ def _copied_branches() -> Iterator[Any]:
 
 
 def has_tangent(*tensors: tf.Tensor) -> bool:
-    """Says whether a `tf.autodiff.ForwardAccumulator` follows one of ``tensors`` here."""
+    """Says whether a `tf.autodiff.ForwardAccumulator` watches one of ``tensors`` here."""
     return bool(forwardprop_util.pack_tangents(list(tensors)).tangents)
 
 
@@ -83,20 +83,20 @@ def with_recomputed_gradient(
 ) -> Callable[..., Any]:
     """Returns an operation that runs ``kernel``, or ``plain``, and differentiates ``plain``.
 
-    Both must know the sizes of the ``axes`` of their inputs, and of channel vectors.
+    The sizes of the ``axes`` of their inputs, and of channel vectors, must be static.
 
-    TensorFlow's own gradients of the fused kernels leave out what moments and means contribute,
-    which only a second derivative asks for. And an eager tape would keep every tensor between the
-    inputs and the outputs for that; instead ``plain`` is repeated when somebody asks.
+    TensorFlow's own gradients of the fused kernels leave out the contributions of moments and
+    means, which only second derivatives need. And an eager tape would keep every intermediate
+    tensor for them; instead, ``plain`` is recomputed when a gradient is taken.
 
-    Make it once, not in each call: it keeps the functions that eager gradients run.
+    Create it once, not in each call: it caches the functions that eager gradients run.
     """
 
     def vector_jacobian_product(
         inputs: Sequence[tf.Tensor], upstream: Sequence[tf.Tensor]
     ) -> list[tf.Tensor | None]:
-        # Not by a tape: in a backward function that forward-mode differentiation (which transposes
-        # it) has called, tapes record nothing.
+        # Not with a tape: in a backward function called by forward-mode differentiation (which
+        # transposes it), tapes record nothing.
         inputs = [tf.identity(one) for one in inputs]
         pairs = zip(tf.nest.flatten(plain(*inputs)), upstream, strict=True)
         outputs, upstream = zip(*(pair for pair in pairs if pair[0].dtype.is_floating), strict=True)
@@ -104,7 +104,7 @@ def with_recomputed_gradient(
 
     @functools.cache
     def eager_product(*shapes: tuple[int | None, ...]) -> Callable[..., Any]:
-        # In one for all shapes, TensorFlow would trace unknown numbers of channels.
+        # One function for all shapes would be traced with an unknown number of channels.
         return tf.function(vector_jacobian_product, autograph=False, reduce_retracing=True)
 
     @tf.custom_gradient
@@ -115,13 +115,13 @@ def with_recomputed_gradient(
             with _running_functions():
                 return eager_product(*(_known(one, axes) for one in inputs))(inputs, upstream)
 
-        # Without a gradient: eager tapes record what is custom, and also what it consists of. And
-        # TensorFlow cannot differentiate a branch of `tf.cond` from outside of which compiled code
-        # takes its inputs; these are inside.
+        # Gradients stopped: eager tapes record the custom gradient and also the operations inside
+        # it. And TensorFlow cannot differentiate a branch of `tf.cond` in which compiled code
+        # captures its inputs from outside; these copies are inside.
         return (kernel or plain)(*map(tf.stop_gradient, inputs)), gradient
 
     def operation(*inputs: tf.Tensor) -> Any:
-        # In a graph, forward mode goes through what a custom gradient consists of.
+        # In a graph, forward mode differentiates the operations inside a custom gradient.
         if not tf.executing_eagerly() and (kernel is None or has_tangent(*inputs)):
             return plain(*inputs)
         outputs = call(*map(in_current_graph, inputs))
@@ -133,19 +133,19 @@ def with_recomputed_gradient(
 
 
 def _vectorize_as(plain: Callable[..., Any], number: int, outputs: Any) -> None:
-    """Makes a vectorized loop take ``plain`` for a custom gradient's operation.
+    """Makes a vectorized loop run ``plain`` in place of an operation with a custom gradient.
 
-    `tf.vectorized_map`, and a jacobian of which there is a gradient, convert operations one by one
-    and forget custom gradients: the gradient would go through the kernel, and end there.
+    `tf.vectorized_map`, and a jacobian that is itself differentiated, convert operations one by one
+    and drop custom gradients: the gradient would go into the kernel, and end there.
 
     Args:
-        plain: The function that is differentiated.
-        number: How many inputs it has.
-        outputs: What the operation has returned, in a graph.
+        plain: The function to differentiate.
+        number: The number of its inputs.
+        outputs: The outputs of the operation, in a graph.
     """
 
     def convert(loop: Any) -> list[Any]:
-        # Its inputs are first the results, which are not asked for now.
+        # Its inputs begin with the results, which are not needed here.
         inputs = loop.inputs[-number:]
         rows = {at: one.t for at, one in enumerate(inputs) if one.is_stacked}
 
@@ -155,8 +155,8 @@ def _vectorize_as(plain: Callable[..., Any], number: int, outputs: Any) -> None:
         results = tf.vectorized_map(iteration, rows) if rows else iteration({})
         return [inputs[0]._replace(t=one, is_stacked=bool(rows)) for one in results] + inputs
 
-    # There is no public way to teach it. Tried with TensorFlow 2.21; tests/single/test_accuracy.py
-    # holds it.
+    # There is no public API for this. Tried with TensorFlow 2.21; tests/single/test_accuracy.py
+    # covers it.
     tf.nest.flatten(outputs)[0].op.pfor_converter = convert
 
 
@@ -164,12 +164,12 @@ def compiled(function: Callable[..., Any], axes: Sequence[int]) -> Callable[...,
     """Returns ``function`` as an operation that XLA compiles, and `with_recomputed_gradient`.
 
     It is traced once for each dtype and number of channels, whatever the other sizes are, and XLA
-    compiles it once for each shape that comes. Make it once, not in each call.
+    compiles it once for each shape that occurs. Create it once, not in each call.
     """
 
     @functools.cache
     def traced(*specs: tf.TensorSpec) -> Callable[..., Any]:
-        # A function of its own for each: TensorFlow would warn of one that is traced often.
+        # One function for each signature: TensorFlow warns of one that is retraced often.
         @functools.wraps(function)
         def piece(*inputs: tf.Tensor) -> Any:
             return function(*inputs)
@@ -183,7 +183,7 @@ def compiled(function: Callable[..., Any], axes: Sequence[int]) -> Callable[...,
 
 
 def _known(tensor: tf.Tensor, axes: Sequence[int]) -> tuple[int | None, ...]:
-    """Returns the shape, without the sizes that may change from batch to batch."""
+    """Returns the shape, with ``None`` for sizes that may change from batch to batch."""
     shape = tensor.shape.as_list()
     if len(shape) < 2:
         return tuple(shape)
@@ -192,7 +192,7 @@ def _known(tensor: tf.Tensor, axes: Sequence[int]) -> tuple[int | None, ...]:
 
 @contextlib.contextmanager
 def _running_functions() -> Iterator[None]:
-    """Runs a `tf.function` as one, also where the user has others run eagerly."""
+    """Runs a `tf.function` as a graph, even under `tf.config.run_functions_eagerly(True)`."""
     before = tf.config.functions_run_eagerly()
     if before:
         tf.config.run_functions_eagerly(False)

@@ -1,13 +1,13 @@
 """Which kernels to use where: plain operations, TensorFlow's fused batch norm, or compiled ones.
 
 All give the same answer. TensorFlow's fused kernels read and write memory fewer times than plain
-operations but cost more to start, and exist for float32 with the channels last only. Here they
-stand for:
+operations but cost more to start, and take only channels-last inputs, with statistics in float32.
+They are used so:
 
 - the forward kernel in its inference form maps ``x`` to ``(x - mean) * scale + offset``;
 - the gradient kernel in its inference form returns ``dy * scale`` and two sums over ``dy``;
-- the forward kernel in its training form returns moments, with an error that is known;
-- both in their training form are all that one replica alone needs.
+- the forward kernel in its training form returns moments, with a known error bound;
+- both in their training form do all that a single replica needs.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from syncbn._src.ops.channels import (
 )
 from syncbn._src.ops.differentiation import with_recomputed_gradient
 
-# From how many elements on the fused kernels win, on CPUs. It comes from the table that
+# On CPUs, the fused kernels are faster from this many elements on: from the table that
 # `benchmarks/studies/kernel_times.py` prints and docs/design.md shows.
 FUSED_FROM_ELEMENTS = 1 << 17
 
-# From how many elements on XLA compiles the input's gradient. That takes one or two tenths of a
-# second for each shape and device, before the first step; of fewer it spares a step 0.1 ms.
+# XLA compiles the input gradient from this many elements on. Compiling takes one or two tenths of a
+# second for each shape and device, before the first step; with fewer elements it would save a step
+# 0.1 ms.
 COMPILED_FROM_ELEMENTS = 1 << 19
 
-# Beyond, the kernels' float32 sums over all rows lose more than the fifth digit.
+# With more rows, the kernels' float32 sums lose more than the fifth digit.
 MOST_FUSED_ROWS = 1 << 17
 
 # The fused kernels multiply by rsqrt(variance + epsilon). With these two that factor is exactly
@@ -50,19 +51,19 @@ class Kernels(NamedTuple):
     """The kernels chosen for an input."""
 
     fused: bool
-    """TensorFlow's fused batch norm, where it serves."""
+    """Whether to use TensorFlow's fused batch norm, where it applies."""
     compiled_gradient: bool
-    """One that XLA compiles, for the input's gradient."""
+    """Whether XLA compiles the input gradient."""
     compiled: bool = False
-    """All that lies between the collectives, each piece by XLA."""
+    """Whether XLA compiles everything between the collectives, piece by piece."""
 
 
 PLAIN = Kernels(fused=False, compiled_gradient=False)
 
 
 def choose_kernels(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> Kernels:
-    """Returns the fastest kernels that serve ``x``, by its static shape."""
-    # What XLA compiles as a whole needs no piece of its own, and a session's graph is no place.
+    """Returns the fastest kernels that apply to ``x``, by its static shape."""
+    # A function that XLA compiles as a whole needs no compiled pieces; a session takes none.
     in_function = tf.compat.v1.executing_eagerly_outside_functions()
     if xla.compiles_everything():
         return PLAIN
@@ -70,10 +71,10 @@ def choose_kernels(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> K
         return PLAIN._replace(compiled=in_function)
     if x.dtype == tf.float64 or tuple(axes) != (x.shape.rank - 1,):
         return PLAIN
-    # An unknown size, that of the batch mostly, counts as one.
+    # An unknown size, mostly that of the batch, counts as one.
     elements = math.prod(size or 1 for size in x.shape)
     fused = elements >= FUSED_FROM_ELEMENTS and elements <= MOST_FUSED_ROWS * x.shape[-1]
-    # XLA compiles anew for each shape that comes.
+    # XLA recompiles for each new shape.
     once = x.shape.is_fully_defined() and not tf.executing_eagerly()
     large = fused and elements >= COMPILED_FROM_ELEMENTS
     return Kernels(fused, compiled_gradient=large and once and in_function and not masked)
@@ -118,7 +119,7 @@ def _scale_and_offset(axes: tuple[int, ...], fused: bool) -> Callable[..., tf.Te
 
 
 class GradientSums(NamedTuple):
-    """What replicas add up for the gradient of the input, float64 ``(channels,)`` each."""
+    """What replicas all-reduce for the input gradient, float64 ``(channels,)`` each."""
 
     first: tf.Tensor
     """The sum of ``dy``."""
@@ -135,12 +136,12 @@ def gradient_sums(
     kernels: Kernels,
     mask: tf.Tensor | None = None,
 ) -> tuple[GradientSums, tf.Tensor]:
-    """Returns this replica's sums, and ``dy * scale``, which the kernel makes along with them.
+    """Returns this replica's sums, and ``dy * scale``, which the kernel computes as well.
 
-    The latter has the dtype of ``dy`` if `kernels.compiled_gradient` and is of no use then, else
-    that of ``scale``. ``mask`` only says that ``x`` may hold NaN or Inf where ``dy`` is zero.
+    With `kernels.compiled_gradient` the latter has the dtype of ``dy`` and is unused; otherwise it
+    has that of ``scale``. ``mask`` only says that ``x`` may hold NaN or Inf where ``dy`` is zero.
     """
-    if not kernels.compiled_gradient:  # with which nothing but the sums is taken from here
+    if not kernels.compiled_gradient:  # which uses only the sums
         dy, x = tf.cast(dy, scale.dtype), tf.cast(x, scale.dtype)
 
     operation = _gradient_sums(tuple(axes), kernels.fused and mask is None, mask is not None)
@@ -201,8 +202,8 @@ def input_gradient(
 ) -> tf.Tensor:
     """Returns ``dy * scale - ((x - mean) * slope + offset)``, shape and dtype of ``x``.
 
-    ``scaled`` is what `gradient_sums` has returned of the same, if it is kept. Where ``mask`` is
-    false, the result is ``dy * scale``.
+    ``scaled`` is the second result of `gradient_sums` for the same arguments, or ``None`` if that
+    was not kept. Where ``mask`` is false, the result is ``dy * scale``.
     """
     if kernels.compiled_gradient:
         return _compiled_affine_input_gradient(tuple(axes))(dy, x, mean, scale, slope, offset)
@@ -239,7 +240,7 @@ def _affine_input_gradient(
     return tf.cast(wide_dy * scale - ((wide_x - mean) * slope + offset), x.dtype)
 
 
-# Traced once each; XLA compiles them for each shape when it comes.
+# Each is traced once; XLA compiles it for each shape at first use.
 _COMPILED_AFFINE_INPUT_GRADIENT = {
     dtype: tf.function(
         _affine_input_gradient,
@@ -253,7 +254,7 @@ _COMPILED_AFFINE_INPUT_GRADIENT = {
 
 def as_rows(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """Returns ``x`` as the fused kernels take it: ``(rows, 1, 1, channels)``."""
-    # The kernels are slower in float16 than a cast and float32, in bfloat16 faster.
+    # In float16 the kernels are slower than a cast and float32; in bfloat16 they are faster.
     if x.dtype == tf.float16:
         x = tf.cast(x, tf.float32)
     # A reshape copies nothing.
@@ -261,5 +262,5 @@ def as_rows(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
 
 
 def shaped_like(x: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-    """Returns what a kernel made of `as_rows`, in the shape of ``x``."""
+    """Returns a kernel's result for `as_rows` in the shape of ``x``."""
     return tf.reshape(rows, tf.shape(x, tf.int64))

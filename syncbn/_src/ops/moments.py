@@ -27,10 +27,10 @@ _FEW_ELEMENTS = 1 << 15
 
 
 class Sums(NamedTuple):
-    """What a batch adds to the statistics, all in float64: replicas are merged by adding them up.
+    """What a batch contributes to the statistics, in float64: replicas are merged by summing.
 
-    The second moment about zero leaves a float32 input's variance all of its digits: the mean may
-    be a million times the standard deviation.
+    In float64 the raw second moment keeps the variance of float32 inputs, up to means of a million
+    standard deviations.
     """
 
     count: tf.Tensor
@@ -38,7 +38,7 @@ class Sums(NamedTuple):
     first: tf.Tensor
     """The sum of the elements, ``(channels,)``."""
     second: tf.Tensor | None
-    """The sum of their squares, ``(channels,)``. ``None`` where nobody asks for a variance."""
+    """The sum of their squares, ``(channels,)``. ``None`` where no variance is needed."""
 
 
 class Moments(NamedTuple):
@@ -49,16 +49,16 @@ class Moments(NamedTuple):
     mean: tf.Tensor
     """``(channels,)``"""
     variance: tf.Tensor | None
-    """``(channels,)``, biased: divided by ``count``. ``None`` where nobody asks for it."""
+    """``(channels,)``, biased: divided by ``count``. ``None`` where it is not needed."""
 
 
 def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """Returns ``mask`` as booleans that broadcast against ``x``.
 
     Args:
-        mask: One dimension less than ``x``, as Keras has it: it covers all dimensions but the last.
-            One of fewer dimensions covers the first ones, such as the batch and the time. Where a
-            trace does not know its rank, it must be that of ``x`` less one.
+        mask: One dimension fewer than ``x``, as in Keras: it covers all dimensions but the last.
+            With still fewer, it covers the leading ones, such as batch and time. If its rank is not
+            static, it must be that of ``x`` minus one.
 
     Raises:
         ValueError: a mask of another rank.
@@ -68,7 +68,7 @@ def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         mask = tf.ensure_shape(mask, [None] * rank)
     if not 1 <= mask.shape.rank <= rank:
         raise ValueError(
-            "`mask` must have one dimension less than the input, or fewer: it covers the first "
+            "`mask` must have at least one dimension fewer than the input: it covers the leading "
             f"ones. Received: mask shape {tuple(mask.shape)} for input shape {tuple(x.shape)}."
         )
     missing = rank - mask.shape.rank
@@ -76,7 +76,7 @@ def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
 
 
 def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> tf.Tensor:
-    """Returns how many elements of ``x`` each channel has, under ``mask``; float64.
+    """Returns the number of elements of ``x`` per channel, under ``mask``; float64.
 
     ``(1,)`` where the channels are the last axis. Elsewhere ``(channels,)``, since a mask can
     differ from channel to channel there; without a mask too, since another replica may have one.
@@ -104,7 +104,7 @@ def local_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None)
     Args:
         x: The input, of any floating dtype and of rank 2 at least.
         axes: The normalized axes, sorted and non-negative.
-        mask: From `expand_mask`; elements where it is false do not exist for the statistics.
+        mask: From `expand_mask`; the statistics leave out elements where it is false.
     """
     count = count_elements(x, axes, mask)
     kernels = choose_kernels(x, axes)
@@ -164,13 +164,12 @@ def _checked_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Te
 def exact_sums(
     x: tf.Tensor, count: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the sums of the elements and of their squares, float64, whatever their mean.
+    """Returns the sums of the elements and of their squares, float64, accurate for any mean.
 
-    Of few elements, and where XLA compiles it, it takes them in float64, which is as accurate as
-    what travels. Else the second of two passes runs about a pivot, the mean as the first pass has
-    it, and what that is off is put right: the corrected two-pass algorithm of Chan, Golub &
-    LeVeque, "Algorithms for Computing the Sample Variance" (1983), equation 1.7, and its
-    counterpart for the mean.
+    Few elements, or those that XLA compiles, are summed in float64, as accurate as what is sent.
+    Otherwise the second of two passes is about a pivot, the mean of the first pass, and the error
+    of that is corrected: the corrected two-pass algorithm of Chan, Golub & LeVeque, "Algorithms for
+    Computing the Sample Variance" (1983), equation 1.7, and its counterpart for the mean.
     """
     inputs = [x, count] if mask is None else [x, count, mask]
     return _exact_sums(tuple(axes))(*inputs)
@@ -240,10 +239,10 @@ def _sum_at_once(wide: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
 def _about_a_pivot(
     x: tf.Tensor, count: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns ``x`` less a pivot near its mean, and the pivot, float64."""
+    """Returns ``x`` minus a pivot near its mean, and the pivot, float64."""
     if xla.compiles_everything():
-        # It widens each element where it adds it up. In float64 any element is near enough to the
-        # mean, which spares a pass; one that the mask hides counts as zero.
+        # It fuses the cast to float64 into the sum. In float64 any element is near enough to the
+        # mean to be the pivot, which saves a pass; a masked one counts as zero.
         one = tuple(slice(None if axis in axes else 1) for axis in range(x.shape.rank))
         wide = tf.cast(where(mask, x), tf.float64)
         pivot = tf.stop_gradient(_sum_at_once(wide[one], axes))
@@ -264,17 +263,17 @@ def about_pivot(
     add_up: Callable[[tf.Tensor], tf.Tensor],
     spread: Callable[[tf.Tensor], tf.Tensor],
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns ``x``, zero where masked, less a pivot near its mean, and the pivot, float64.
+    """Returns ``x``, zero where masked, minus a pivot near its mean, and the pivot, float64.
 
     Args:
         x: In the dtype of statistics.
-        count: How many elements each sum is made of.
+        count: The number of elements in each sum.
         mask: From `expand_mask`.
-        add_up: Sums of a tensor like ``x``, float64.
-        spread: Shapes a tensor like the sums so that it broadcasts against ``x``.
+        add_up: Sums a tensor like ``x``, in float64.
+        spread: Reshapes a tensor like the sums so that it broadcasts against ``x``.
     """
     mean = tf.math.divide_no_nan(add_up(where(mask, x)), count)
-    # No sum depends on it, so neither does a gradient.
+    # No result depends on it, so neither does a gradient.
     pivot = tf.stop_gradient(tf.cast(mean, x.dtype))
     return where(mask, x - spread(pivot)), tf.cast(pivot, tf.float64)
 
@@ -282,7 +281,7 @@ def about_pivot(
 def moments_about(
     pivot: tf.Tensor, count: tf.Tensor, first: tf.Tensor, second: tf.Tensor
 ) -> Moments:
-    """Returns the moments of elements, given the sums of these less ``pivot`` and of the squares.
+    """Returns moments, given the sums of elements minus ``pivot`` and of the squares of those.
 
     All are float64.
     """
@@ -292,14 +291,14 @@ def moments_about(
 
 
 def exact_moments(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Moments:
-    """Returns the moments of ``x``, float64, whatever its mean; arguments as `local_sums`."""
+    """Returns the moments of ``x``, float64, accurate for any mean; arguments as `local_sums`."""
     count = count_elements(x, axes, mask)
     centered, pivot = _about_a_pivot(x, count, axes, mask)
     return moments_about(pivot, count, _sum(centered, axes), _sum(tf.square(centered), axes))
 
 
 def sums_of(moments: Moments) -> Sums:
-    """Returns the sums that moments were made of."""
+    """Returns the sums that ``moments`` were computed from."""
     return weigh(moments._replace(variance=moments.variance + tf.square(moments.mean)))
 
 
@@ -312,27 +311,27 @@ def pack(sums: Sums) -> tf.Tensor:
 
 
 def unpack(packed: tf.Tensor, like: Sums) -> Moments:
-    """Returns the moments, float64, that the (added up) `pack` of sums as ``like`` holds.
+    """Returns the moments, float64, of a vector from `pack`, or a sum of them.
 
-    Dimensions before the last stay.
+    Leading dimensions are kept. ``like``: sums with the shapes of those that were packed.
     """
     return moments_of(_split(packed, like))
 
 
 def moments_of(sums: Sums) -> Moments:
-    """Returns the moments that sums make."""
+    """Returns the moments of ``sums``."""
     count, mean, second = _divided(sums)
     return Moments(count, mean, None if second is None else not_negative(second - tf.square(mean)))
 
 
 def weigh(moments: Moments) -> Sums:
-    """Returns the moments times their counts, so that adding up averages them by their counts."""
+    """Returns the moments times their counts: their sums make an average weighted by count."""
     count, *values = moments
     return Sums(count, *(None if value is None else count * value for value in values))
 
 
 def average(packed: tf.Tensor, like: Sums) -> Moments:
-    """Returns the average, by counts, of moments that `weigh` made ``like`` and `pack` packed."""
+    """Returns the average, weighted by count, of what `weigh` and `pack` made; see `unpack`."""
     return _divided(_split(packed, like))
 
 
@@ -350,14 +349,14 @@ def _divided(sums: Sums) -> Moments:
 
 
 def rounded(mean: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns ``mean`` in ``dtype``, and what the rounding took from it, in ``dtype`` too.
+    """Returns ``mean`` in ``dtype``, and the remainder, in ``dtype`` too.
 
-    Of a mean of a million standard deviations float32 takes a thirtieth of a deviation.
+    Rounding a mean of a million standard deviations to float32 loses a thirtieth of a deviation.
     """
     if dtype == mean.dtype:
         return mean, tf.zeros_like(mean)
-    # Not by a cast there and back, which XLA leaves out on a GPU: by dropping the bits that float32
-    # does not have. The gradient goes through what is left.
+    # Not by a cast there and back, which XLA removes on a GPU, but by clearing the bits that
+    # float32 does not have. The gradient flows through the remainder.
     bits = tf.bitwise.bitwise_and(tf.bitcast(mean, tf.int64), ~((1 << (52 - 23)) - 1))
     kept = tf.stop_gradient(tf.bitcast(bits, tf.float64))
     return tf.cast(kept, dtype), tf.cast(mean - kept, dtype)
@@ -372,12 +371,12 @@ def unbiased(moments: Moments) -> Moments:
 def cut_off(
     dtype: tf.DType, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor | None = None
 ) -> Moments:
-    """Returns the moments in ``dtype``, without a gradient."""
+    """Returns the moments in ``dtype``, with the gradient stopped."""
     parts = count, tf.cast(mean, dtype), None if variance is None else tf.cast(variance, dtype)
     return Moments(*(None if part is None else tf.stop_gradient(part) for part in parts))
 
 
 def not_negative(variance: tf.Tensor) -> tf.Tensor:
-    """Returns ``variance`` with zero for what rounding has made negative."""
-    # A NaN that came with the input stays visible: TensorFlow's `maximum` passes it on.
+    """Returns ``variance``, with zero where rounding has made it negative."""
+    # A NaN from the input stays visible: `tf.maximum` propagates it.
     return tf.maximum(variance, tf.zeros([], variance.dtype))

@@ -1,7 +1,7 @@
 """Batch normalization over all replicas, with an exact custom gradient.
 
-It makes one collective in the forward and one in the backward pass; every replica does, an empty
-one too, since a missing replica would leave the others waiting.
+One collective in the forward and one in the backward pass. A replica with an empty batch takes part
+too: without it, the others would wait for ever.
 
 Between the passes only the input, in its own dtype, and channel vectors are kept.
 """
@@ -76,17 +76,17 @@ def batch_normalize(
         axes: The normalized axes, sorted and non-negative.
         epsilon: Added to the variance.
         replicas: The replicas to normalize with.
-        mask: From `expand_mask`. It chooses what the statistics are taken of; the whole of ``x`` is
-            normalized with them.
-        correction: Of batch renormalization.
-        bessel: Whether the variance that is returned is the unbiased one.
+        mask: From `expand_mask`. The statistics leave out elements where it is false; all of ``x``
+            is normalized.
+        correction: That of batch renormalization.
+        bessel: Whether to return the unbiased variance.
 
     Returns:
-        ``y``, shape and dtype of ``x``, and the moments that the moving statistics take up, in
-        float32 at least and cut off from the gradient.
+        ``y``, in the shape and dtype of ``x``, and the moments for the moving statistics, in
+        float32 at least and with the gradient stopped.
 
         The gradient is that of the loss summed over the replicas with respect to this replica's
-        ``x``, and this replica's own share in those of ``gamma`` and ``beta``.
+        ``x``, and this replica's own contribution to those of ``gamma`` and ``beta``.
     """
     dtype = statistics_dtype(x.dtype)
     kernels = choose_kernels(x, axes, masked=mask is not None)
@@ -97,7 +97,7 @@ def batch_normalize(
     )
     normalization = _Normalization(tuple(axes), epsilon, kernels, mask is not None)
     in_one_kernel = kernels.compiled or (kernels.fused and _is_positive(epsilon, dtype))
-    # The moments are not among its results, or a tape would make zeros for their gradients.
+    # The moments are not among its results: a tape would create zeros for their gradients.
     taken_up: list[Moments] = []
     if replicas.alone and in_one_kernel and mask is None and correction is None:
         normalize = _normalize_single_replica(normalization, bessel, taken_up.append)
@@ -108,17 +108,17 @@ def batch_normalize(
 
 
 class _Factors(NamedTuple):
-    """Channel vectors of the dtype of statistics, but for the count."""
+    """Channel vectors in the dtype of statistics, except the count."""
 
     count: tf.Tensor
     mean: tf.Tensor
     rest: tf.Tensor
-    """What is to be added to the mean, which is rounded."""
+    """What rounding the mean has left out (see `rounded`)."""
     inverse_deviation: tf.Tensor
     scale: tf.Tensor
     offset: tf.Tensor
     r: tf.Tensor | None = None
-    """Of batch renormalization, as ``d``."""
+    """Of batch renormalization, like ``d``."""
     d: tf.Tensor | None = None
 
     def tensors(self) -> list[tf.Tensor]:
@@ -126,7 +126,7 @@ class _Factors(NamedTuple):
 
 
 class _Normalization(NamedTuple):
-    """How to normalize with given moments, and its gradient: what a replica does by itself."""
+    """Normalization with given moments, and its gradient: the part without communication."""
 
     axes: tuple[int, ...]
     epsilon: float
@@ -154,7 +154,7 @@ class _Normalization(NamedTuple):
         variance: tf.Tensor,
         *renorm: tf.Tensor,
     ) -> _Factors:
-        """Returns the channel vectors that the batch's moments make."""
+        """Returns the channel vectors that follow from the batch's moments."""
         mean, rest = rounded(mean, gamma.dtype)
         inverse_deviation = _inverse_deviation(tf.cast(variance, gamma.dtype), self.epsilon)
         scale, offset = gamma * inverse_deviation, beta
@@ -163,13 +163,13 @@ class _Normalization(NamedTuple):
             scale, offset = scale * r, beta + gamma * d
         return _Factors(count, mean, rest, inverse_deviation, scale, offset, *renorm)
 
-    # With x^ the normalized input, n the count over all replicas, and both sums over all
-    # replicas:  dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
-    # The sums run over masked elements too, which also were normalized with the
-    # statistics; the two corrections go to the elements that made the statistics.
+    # With x^ the normalized input, n the count over all replicas, and both sums over all replicas:
+    #     dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
+    # The sums include masked elements, which are normalized too; the two corrections apply only to
+    # the elements that the statistics were computed from.
 
     def gradient_sums(self, dy: tf.Tensor, x: tf.Tensor, *rest: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """Returns both sums, of this replica, dgamma, dbeta, and what `input_gradient` may need.
+        """Returns this replica's two sums, dgamma, dbeta, and ``dy * scale`` for `input_gradient`.
 
         ``rest``: the factors, and the mask.
         """
@@ -192,12 +192,12 @@ class _Normalization(NamedTuple):
         scaled: tf.Tensor | None,
         *rest: tf.Tensor,
     ) -> tf.Tensor:
-        """Returns dx, of the sums over all replicas. ``rest`` is that of `gradient_sums`."""
+        """Returns dx, given the sums over all replicas. ``rest`` is that of `gradient_sums`."""
         by, mask = self._parted(rest)
         sums = tf.split(total, 2)
         means = (tf.math.divide_no_nan(part, by.count) for part in sums)
         mean_dy, mean_dy_x = (tf.cast(part, by.scale.dtype) for part in means)
-        # In this order: the cube of a small deviation's inverse is beyond float32.
+        # In this order: the cube of the inverse of a small deviation overflows float32.
         slope = by.scale * (by.inverse_deviation * (by.inverse_deviation * mean_dy_x))
         offset = by.scale * mean_dy - by.rest * slope
         return input_gradient(
@@ -227,12 +227,12 @@ def _pieces(normalization: _Normalization) -> _Pieces:
     def sums(x: tf.Tensor, *mask: tf.Tensor) -> Sums:
         return local_sums(x, axes, *mask)
 
-    # A piece of its own already where XLA compiles.
+    # For XLA, `local_sums` is a compiled piece already.
     outputs, all_sums = piece(own.outputs), sums if kernels.compiled else shared(sums)
     if kernels.fused and not (kernels.compiled_gradient or normalization.masked):
         return _Pieces(all_sums, outputs, shared(own.gradient_sums), shared(own.input_gradient))
 
-    # Where no kernel makes it along with the sums, dy * scale is not kept during the collective.
+    # Where no kernel computes it with the sums, dy * scale is not kept during the collective.
     def gradient_sums(*inputs: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return own.gradient_sums(*inputs)[:-1]
 
@@ -262,7 +262,7 @@ def _normalize(
     bessel: bool,
     take_up: Callable[[Moments], None],
 ) -> _Normalize:
-    """Returns what normalizes, and hands on the moments that the moving statistics take up."""
+    """Returns the function to differentiate; it gives `take_up` the moving statistics' moments."""
     pieces = _pieces(normalization)
     masks = [] if mask is None else [mask]
 
@@ -293,7 +293,7 @@ def _normalize(
 def _normalize_single_replica(
     normalization: _Normalization, bessel: bool, take_up: Callable[[Moments], None]
 ) -> _Normalize:
-    """Is `_normalize` for a single replica: no collective between the passes."""
+    """Returns the same for a single replica: no collective within a pass."""
     kernels = _single_replica_kernels(normalization)
 
     def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
@@ -314,13 +314,13 @@ def _normalize_single_replica(
 
 
 class _SingleReplicaKernels(NamedTuple):
-    """The passes of a single replica, by kernels for the whole of one where these are reliable."""
+    """The passes of a single replica, each in one kernel where that is reliable."""
 
     forward: Callable[..., tuple[tf.Tensor, ...]]
     """Returns the outputs, mean and variance, float64, and whether the kernel was reliable, for x,
     gamma and beta."""
     backward: Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
-    """Returns dx, dgamma and dbeta for dy and all of these but the outputs."""
+    """Returns dx, dgamma and dbeta for dy and all of the above but the outputs."""
 
 
 @functools.cache
@@ -385,7 +385,7 @@ def _single_replica_kernels(normalization: _Normalization) -> _SingleReplicaKern
 def _inverse_deviation(variance: tf.Tensor, epsilon: float) -> tf.Tensor:
     if _is_positive(epsilon, variance.dtype):
         return tf.math.rsqrt(variance + epsilon)
-    # Zero where there is nothing to divide by: no NaN comes of it.
+    # Zero where the divisor is zero, so that no NaN arises.
     return tf.math.divide_no_nan(tf.ones([], variance.dtype), tf.sqrt(variance + epsilon))
 
 

@@ -12,10 +12,10 @@ from syncbn._src.ops.shared_traces import shared
 
 
 class Replicas:
-    """All that the operations need to know of the other replicas: how to add up over them.
+    """All that the operations need to know of the other replicas: how to sum over them.
 
     Args:
-        all_reduce_sum: Adds a tensor up over all replicas, differentiably; the name is the same on
+        all_reduce_sum: Sums a tensor over all replicas, differentiably; the name is the same on
             each of them for the same call.
         alone: Whether there are no others.
     """
@@ -25,7 +25,7 @@ class Replicas:
         self.alone = alone
 
     def merge(self, sums: Sums, bessel: bool = False) -> tuple[Moments, Moments]:
-        """Returns the moments to normalize with, and those that the moving statistics take up.
+        """Returns the moments to normalize with, and those for the moving statistics.
 
         Args:
             sums: This replica's own.

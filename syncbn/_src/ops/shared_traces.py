@@ -1,8 +1,8 @@
-"""Functions that are traced once for all layers of a model that call them alike.
+"""Functions that are traced once for all layers of a model with the same shapes and dtypes.
 
-A model has dozens of normalizations and a few shapes of them, on several replicas. What is the same
-in all of them is one function, called in as many places: it is traced once, and the graph has one
-node for each call. On a GPU it is one kernel, or few.
+A model has dozens of normalization layers of a few shapes, on several replicas. What they have in
+common is one function: it is traced once, and the graph has one node for each call. On a GPU it is
+one kernel, or a few.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import tensorflow as tf
 from syncbn._src.ops import xla
 from syncbn._src.ops.differentiation import has_tangent
 
-# Of each function, for the shapes and dtypes that were called last.
+# For each function; the least recently used are dropped.
 _MOST_TRACES = 256
 
-# Before a graph runs for the first time, TensorFlow puts functions in the place of their calls, and
-# optimizes as many copies. Those of so many elements, or of unknown ones, are called instead: it
-# takes some 20 µs, but they also are of more operations.
+# Before a graph runs for the first time, TensorFlow inlines functions, and optimizes as many
+# copies. Functions of this many elements, or of an unknown number, are called instead: a call takes
+# some 20 µs, but they also have more operations.
 _CALLED_FROM_ELEMENTS = 1 << 16
 
 
 def shared(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns ``function``, of which a graph holds one trace for inputs of like shapes and dtypes.
+    """Returns ``function``, traced once for inputs of the same shapes and dtypes.
 
-    Make it once, not in each call: it keeps the traces.
+    Create it once, not in each call: it caches the traces.
 
     Args:
-        function: Of tensors, to tensors in any structure. Whatever else it depends on never
-            changes, nor does it matter where it is called.
+        function: From tensors to tensors in any structure. It must depend neither on anything else
+            that changes, nor on where it is called.
     """
 
     @functools.lru_cache(_MOST_TRACES)
@@ -41,7 +41,7 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
             one.shape.is_fully_defined() and one.shape.num_elements() < _CALLED_FROM_ELEMENTS
             for one in specs
         )
-        # Outside of the graph, replica and device that are the first to call it.
+        # Outside of the graph, replica and device of the first call.
         traced = tf.function(
             function,
             autograph=False,
@@ -62,8 +62,8 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _in_place() -> bool:
-    """Says whether calls of functions are worth their while here."""
-    # XLA makes one of all that it compiles as a whole; graphs of sessions are no place for
-    # functions.
+    """Says whether function calls are worthwhile here."""
+    # Where XLA compiles a function as a whole, it inlines the calls; the graphs of sessions should
+    # not contain functions.
     in_function = tf.compat.v1.executing_eagerly_outside_functions()
     return in_function and not tf.executing_eagerly() and not xla.compiles_everything()

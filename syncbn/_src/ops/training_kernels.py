@@ -1,7 +1,7 @@
-"""TensorFlow's fused batch norm in its training form, which takes the statistics itself.
+"""TensorFlow's fused batch norm in its training form, which computes the statistics itself.
 
 Its accuracy is that of the kernel, so XLA must not compute it another way. TensorFlow's gradients
-of it leave out what the moments contribute, so none of these is to be differentiated.
+of it leave out the contribution of the moments, so do not differentiate these functions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from syncbn._src.ops.kernels import as_rows, shaped_like
 def rough_moments(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns mean and biased variance of ``x``, ``(channels,)`` each.
 
-    Two passes, but each adds up all rows in float32: after n of them the mean can be off by
+    Two passes, but each sums all rows in float32: over n of them the mean can be off by
     ``n * 2**-24`` of the mean magnitude, and the variance by the square of that. NaN for no rows.
     """
     channels = channel_count(x, axes)
@@ -28,7 +28,7 @@ def rough_moments(x: tf.Tensor, axes: Sequence[int]) -> tuple[tf.Tensor, tf.Tens
 def normalize_single_replica(
     x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, axes: Sequence[int]
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns ``x`` normalized with its own moments, and these: those of `rough_moments`."""
+    """Returns ``x`` normalized with its own moments, and these, as from `rough_moments`."""
     with xla.kept_out_of(x):
         outputs = tf.raw_ops.FusedBatchNormV3(
             x=as_rows(x, axes),
@@ -58,7 +58,7 @@ def single_replica_gradient(
 
     ``mean`` and ``variance`` are those of ``x``.
     """
-    # On CPUs, where alone this is called, the second reserve is the variance.
+    # This is only called on CPUs, where the second reserve is the variance.
     with xla.kept_out_of(x):
         outputs = tf.raw_ops.FusedBatchNormGradV3(
             y_backprop=as_rows(dy, axes),

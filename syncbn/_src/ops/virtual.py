@@ -1,8 +1,8 @@
 """Virtual batches: normalization with the statistics of slices of one replica's batch.
 
 Hoffer, Hubara & Soudry, "Train longer, generalize better" (2017), call it ghost batch
-normalization. No statistics leave the replica on the way to the outputs, so that plain operations
-and their gradients do.
+normalization. The outputs need no statistics of other replicas, so plain operations and their own
+gradients are enough.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Slices(NamedTuple):
     """The slices of a batch."""
 
     of_samples: tf.Tensor
-    """To which slice each sample belongs, ``(batch,)``."""
+    """The slice of each sample, ``(batch,)``."""
     moments: Moments
-    """float64, of each slice as a row."""
+    """float64, one row for each slice."""
 
 
 def virtual_batch_normalize(
@@ -50,10 +50,10 @@ def virtual_batch_normalize(
 ) -> tuple[tf.Tensor, Moments]:
     """Normalizes ``x`` slice by slice.
 
-    Args and returns as `batch_normalize`, but: the slices are as few as hold ``size`` samples at
-    most; of s slices, sample i is in slice ``i % s``, as in Keras 2. The moving statistics take up
-    the average of all slices' statistics over all replicas, weighted by their counts, and a
-    `correction` is made for that average.
+    Arguments and results as in `batch_normalize`, with these differences: there are as few slices
+    as possible with at most ``size`` samples each; with s slices, sample i is in slice ``i % s``,
+    as in Keras 2. The moments for the moving statistics are the average of those of all slices of
+    all replicas, weighted by count, and `correction` is computed for that average.
     """
     dtype = statistics_dtype(x.dtype)
     wide_x = tf.cast(x, dtype)
@@ -68,7 +68,7 @@ def virtual_batch_normalize(
     mean, scale, offset = (
         _to_samples(tf.gather(part, slices.of_samples), x, axes) for part in (mean, scale, offset)
     )
-    # Its gradient is zero where that of y is, even if x is NaN there: under a mask.
+    # Its gradient is zero where that of y is, even where a mask hides a NaN of x.
     multiply = tf.multiply if mask is None else tf.math.multiply_no_nan
     y = multiply(wide_x - mean, tf.broadcast_to(scale, tf.shape(x, tf.int64))) + offset
     return tf.cast(y, x.dtype), taken_up

@@ -1,4 +1,4 @@
-"""Where XLA compiles operations, which then compute another way."""
+"""Where XLA compiles operations, and so may compute them another way."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
-# There is no public way to learn this while a function is traced; after the trace XLA's own
-# message names neither the layer nor the remedy. Tried with TensorFlow 2.16 and 2.21;
-# tests/single/test_jit.py holds it.
+# There is no public API for this while a function is traced; after the trace XLA's own message
+# names neither the layer nor the remedy. Tried with TensorFlow 2.16 and 2.21;
+# tests/single/test_jit.py covers it.
 from tensorflow.python.ops import control_flow_util
 
 
 def on_gpus() -> bool:
-    """Says whether TensorFlow uses GPUs here, for which XLA makes kernels of what we spell out."""
+    """Says whether TensorFlow sees GPUs, for which XLA compiles the plain operations."""
     return bool(tf.config.get_visible_devices("GPU"))
 
 
@@ -27,18 +27,18 @@ def compiles_everything() -> bool:
 
 @contextlib.contextmanager
 def kept_out_of(example: tf.Tensor) -> Iterator[None]:
-    """Keeps operations as they are: for results that rest on how a kernel computes.
+    """Keeps XLA from operations whose results depend on how their kernel computes.
 
-    Automatic clustering leaves them alone. A function that was traced before, and is called in one
-    that XLA compiles as a whole, does not compile.
+    Automatic clustering leaves them out. A function that was traced with them fails to compile when
+    it is called inside a function that XLA compiles as a whole.
 
     Args:
-        example: Any tensor that the operations take. Not of strings.
+        example: Any tensor that the operations take, except of strings.
     """
     if tf.executing_eagerly():
         yield
         return
-    # XLA knows no strings.
+    # XLA does not support strings.
     barrier = tf.strings.as_string(tf.size(example), name="not_for_xla_trace_in_compiled_function")
     with tf.xla.experimental.jit_scope(compile_ops=False), tf.control_dependencies([barrier]):
         yield

@@ -1,4 +1,4 @@
-"""Gradients of several backward passes, added up before workers exchange them."""
+"""Gradients of several backward passes, summed before workers exchange them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from syncbn._src.training.gradient_averages import Gradient
 
 
 class Accumulation:
-    """Adds gradients up on this worker, and hands on the sums of every so many calls.
+    """Sums gradients on this worker, and passes on the sums once in several calls.
 
-    What has been added up since then is no part of what is saved.
+    Sums that have not been passed on yet are not saved.
 
     Args:
-        passes: How many calls.
-        mean: Whether to hand on means.
+        passes: The number of calls.
+        mean: Whether to pass on means.
     """
 
     def __init__(self, passes: int, mean: bool):
@@ -34,19 +34,18 @@ class Accumulation:
         variables: Sequence[Any],
         apply: Callable[[list[Gradient]], Any],
     ) -> None:
-        """Adds gradients up, and at every ``passes``-th call hands on the sums to ``apply``.
+        """Adds gradients to the sums, and at every ``passes``-th call passes these to ``apply``.
 
         Args:
-            gradients: Of the same variables at each call, in the same order.
+            gradients: Those of the same variables at each call, in the same order.
             variables: What they are gradients of.
-            apply: Is traced into a branch where the call is made in a graph. What it returns is
+            apply: Traced into a branch where the call is made in a graph. What it returns is
                 dropped.
 
         Raises:
             ValueError: other gradients than at the first call, or those of other variables.
-            NotImplementedError: a strategy has several replicas, of which none may meet the others
-                in a branch, or is one that could have, in a graph; or the graph is that of a
-                session.
+            NotImplementedError: a strategy has several replicas, or in a graph could have, which
+                cannot communicate in a branch; or the graph is that of a session.
         """
         self._prepare(gradients, variables)
         for total, gradient in zip(self._sums, gradients, strict=True):
@@ -67,8 +66,8 @@ class Accumulation:
         strategy = tf.distribute.get_strategy()
         if strategy.num_replicas_in_sync > 1:
             raise NotImplementedError(
-                "backward_passes_per_step needs one replica in each process, since tf.distribute "
-                "lets replicas meet outside of branches only. Received: a strategy with "
+                "backward_passes_per_step needs one replica in each process, since replicas of "
+                "tf.distribute cannot communicate in branches. Received: a strategy with "
                 f"{strategy.num_replicas_in_sync} replicas. Add up the losses "
                 "of several batches in one step instead."
             )
@@ -76,12 +75,12 @@ class Accumulation:
         if tf.distribute.has_strategy() and not alone and not tf.executing_eagerly():
             raise NotImplementedError(
                 "In a graph, backward_passes_per_step needs a step outside of strategies, or in a "
-                "OneDeviceStrategy, since the others let no optimizer apply in a branch. Received: "
+                "OneDeviceStrategy, since in others no optimizer can apply in a branch. Received: "
                 f"{type(strategy).__name__} with one replica. Leave the strategy out."
             )
         if not tf.compat.v1.executing_eagerly_outside_functions():
             raise NotImplementedError(
-                "backward_passes_per_step needs variables that are set at once. Received: the "
+                "backward_passes_per_step needs variables that are assigned at once. Received: the "
                 "graph of a session. Add up the losses of several batches in one step instead."
             )
         kinds = [_kind(gradient) for gradient in gradients]
@@ -124,7 +123,7 @@ class _DenseSum:
         self._sum.assign_add(tf.cast(gradient, self._sum.dtype))
 
     def take(self, divisor: int) -> tf.Tensor:
-        """Returns the sum, divided, and begins anew."""
+        """Returns the sum, divided, and resets it."""
         total = tf.identity(self._sum)
         with tf.control_dependencies([total]):
             self._sum.assign(tf.zeros_like(total))
@@ -133,7 +132,7 @@ class _DenseSum:
 
 
 class _SparseSum:
-    """A table, and which of its rows are in the sum: a sparse gradient stays one."""
+    """A table, and which of its rows are in the sum: a sparse gradient stays sparse."""
 
     def __init__(self, shape: tf.TensorShape, like: tf.IndexedSlices):
         self._dtype, self._indices_dtype, self._shape = like.dtype, like.indices.dtype, shape
@@ -147,7 +146,7 @@ class _SparseSum:
         self._touched.scatter_update(tf.IndexedSlices(rows, gradient.indices))
 
     def take(self, divisor: int) -> tf.IndexedSlices:
-        """Returns the sum, divided, each row once, and begins anew."""
+        """Returns the sum, divided, each row once, and resets it."""
         indices = tf.where(self._touched)[:, 0]
         values = tf.gather(self._table, indices)
         with tf.control_dependencies([values]):

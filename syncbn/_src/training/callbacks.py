@@ -20,14 +20,14 @@ from syncbn._src.training.variable_broadcast import broadcast
 
 
 class WorkerCallback(keras_api.keras.callbacks.Callback):
-    """A callback that talks to the other workers."""
+    """A callback that communicates with the other workers."""
 
     def __init__(self, communicator: str | Communicator) -> None:
         super().__init__()
         self._communicator = check_communicator(communicator)
 
     def _resolve(self) -> Communicator:
-        # A model that was made under a strategy is trained under it, wherever `fit` is called.
+        # A model that was created under a strategy is trained under it, wherever `fit` is called.
         with self.model.distribute_strategy.scope():
             return process_communicator(resolve(self._communicator))
 
@@ -36,13 +36,14 @@ class BroadcastVariables(WorkerCallback):
     """Starts the training of all workers from the variables of one of them.
 
     Weights, moving statistics and the optimizer's state are those of worker ``root`` from the first
-    step on: initial ones, or what it has loaded from a checkpoint. What a model that is not built
-    before its first batch, or an optimizer of Keras 2, has not created by then, follows after that
-    batch. Under tf.distribute it does nothing, as variables are created equal there; where each
-    process of a job has a strategy, all copies of all processes get the values.
+    step on: initial ones, or those that it has loaded from a checkpoint. Variables that do not
+    exist before the first batch, as in a model that is not built, or an optimizer of Keras 2,
+    follow after that batch. Under tf.distribute it does nothing, as variables are created equal
+    there; where each process of a job has a strategy, all per-replica copies of all processes get
+    the values.
 
-    Variables that the optimizer keeps local (see `distribute`) stay as they are, and so does the
-    optimizer's state of them.
+    Variables that the optimizer keeps local (see `distribute`) are left unchanged, as is the
+    optimizer's state for them.
 
     Args:
         root: The rank of the worker that has the values.
@@ -50,8 +51,8 @@ class BroadcastVariables(WorkerCallback):
 
     Raises:
         ValueError: when training begins: workers have different models, or numbers of replicas, or
-            ``root`` is no rank. Or there are local variables, and the optimizer was loaded and has
-            not been told them again, or has state of which it is not known what it belongs to.
+            ``root`` is not a rank. Or there are local variables, and the optimizer was loaded and
+            has not been told them again, or has state that cannot be attributed to variables.
         RuntimeError: when training begins: Keras has wrapped a distributed optimizer in one that
             scales the loss (see `distribute`).
     """
@@ -99,7 +100,7 @@ class BroadcastVariables(WorkerCallback):
 
     def _broadcast(self, communicator: Communicator, with_optimizer: bool) -> None:
         if communicator.name == "tf.distribute":
-            return  # and outside of the strategy's scope it joins nothing
+            return  # and outside of the strategy's scope it has no replicas
         # In Keras 3 `variables` has the states of random generators too, which stay different.
         variables, optimizer = list(self.model.weights), self.model.optimizer
         if with_optimizer:
@@ -110,12 +111,12 @@ class BroadcastVariables(WorkerCallback):
 class AverageMetrics(WorkerCallback):
     """Reports the metrics of all workers together, at the end of each epoch.
 
-    The sums and counts that make up a metric are added up over the workers, so that every sample
-    weighs the same wherever it was, and metrics that are no means (AUC, say) are right too. What
-    ``train_step`` logs besides metrics is averaged. Put it before the callbacks that read the
-    logs, such as `EarlyStopping`. Either all workers validate or none does. It is for `fit`: what
-    `evaluate` returns stays each worker's own. Under tf.distribute it does nothing, as Keras does
-    this there; where each process of a job has a strategy, it adds up over the processes.
+    The sums and counts that make up a metric are summed over the workers, so that every sample has
+    the same weight, and metrics that are not means (AUC, say) are right too. What ``train_step``
+    logs besides metrics is averaged. Put it before the callbacks that read the logs, such as
+    `EarlyStopping`. Either all workers validate or none does. It is for `fit`: what `evaluate`
+    returns stays each worker's own. Under tf.distribute it does nothing, as Keras does this there;
+    where each process of a job has a strategy, it sums over the processes.
 
     Args:
         communicator: As for `syncbn.SyncBatchNormalization`.
@@ -130,7 +131,7 @@ class AverageMetrics(WorkerCallback):
         self._training, self._validation = None, {}
 
     def on_test_begin(self, logs: Any = None) -> None:
-        # Validation starts the metrics anew: what they have collected in training is read before.
+        # Validation resets the metrics: what they have accumulated in training is read before.
         self._training = self._totals()
 
     def on_test_end(self, logs: Any = None) -> None:
@@ -152,7 +153,7 @@ class AverageMetrics(WorkerCallback):
         logs.update(self._validation)
 
     def _totals(self) -> dict[str, Any]:
-        """Returns what the model's metrics are over all workers."""
+        """Returns the values of the model's metrics over all workers."""
         communicator = self._resolve()
         variables = [variable for metric in self.model.metrics for variable in metric.variables]
         if communicator.name == "tf.distribute" or communicator.size == 1 or not variables:

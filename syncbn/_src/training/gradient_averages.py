@@ -19,17 +19,17 @@ Gradient = Any
 def average_gradients(
     gradients: Sequence[Gradient], communicator: Communicator, name: str
 ) -> list[Gradient]:
-    """Returns the means over all workers of gradients, each in its own form.
+    """Returns the mean of each gradient over all workers, dense or sparse as it was.
 
-    Dense ones travel together: over Horovod in one grouped all-reduce for each dtype; elsewhere,
-    and in branches and loops, in one flat buffer for each dtype. Sparse ones (`tf.IndexedSlices`)
-    stay sparse: the slices of all workers, one after the other.
+    Dense ones are reduced together: over Horovod in one grouped all-reduce for each dtype;
+    elsewhere, and in branches and loops, in one flat buffer for each dtype. Sparse ones
+    (`tf.IndexedSlices`) stay sparse: the slices of all workers, one after the other.
 
     Args:
         gradients: The same ones on all workers; the number of slices of a sparse one may differ.
             ``None``, where there is no gradient, stays ``None``.
-        communicator: What joins the workers.
-        name: Of the collectives.
+        communicator: The communicator of the workers.
+        name: The name of the collectives.
     """
     averages: list[Gradient] = [None] * len(gradients)
     dense: dict[tf.DType, list[int]] = {}
@@ -56,13 +56,13 @@ def average_gradients(
 
 
 def _sum(tensors: list[tf.Tensor], communicator: Communicator, name: str) -> list[tf.Tensor]:
-    # A grouped all-reduce has no turn: iterations of a loop, which TensorFlow runs side by side,
-    # would meet others under its name.
+    # A grouped all-reduce is not kept in order: iterations of a loop, which TensorFlow runs in
+    # parallel, would be matched with one another, as they share its name.
     if isinstance(communicator, HorovodCommunicator) and not in_branch_or_loop():
         return communicator.grouped_all_reduce_sum(tensors, name)
     flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
-    # The same gradients in another order may be as long. Over MPI another name is an error on all
-    # workers; over Horovod they would wait.
+    # The same gradients in another order may have the same length in all. Over MPI another name is
+    # an error on all workers; over Horovod they would wait for ever.
     if communicator.name != "horovod":
         shapes = ", ".join(str(tensor.shape) for tensor in tensors)
         name = f"{name}/{zlib.crc32(shapes.encode()):08x}"
@@ -77,8 +77,8 @@ def _sum(tensors: list[tf.Tensor], communicator: Communicator, name: str) -> lis
 def _gather(
     gradients: list[tf.IndexedSlices], communicator: Communicator, name: str
 ) -> list[tf.IndexedSlices]:
-    # A gathering is a sum in which each worker fills the rows of its own and leaves the others
-    # zero; its cost is twice that of a gathering proper, and every communicator can do it.
+    # An all-gather as a sum, in which each worker fills its own rows and leaves the others zero: at
+    # twice the cost of an all-gather proper, but every communicator can do it.
     size, rank = communicator.size, communicator.rank
     own = tf.stack([tf.shape(gradient.indices, tf.int64)[0] for gradient in gradients])
     rows = tf.pad(own[tf.newaxis], [[rank, size - 1 - rank], [0, 0]])
@@ -88,7 +88,7 @@ def _gather(
     gathered = []
     for number, gradient in enumerate(gradients):
         padding = [tf.reduce_sum(counts[:rank, number]), tf.reduce_sum(counts[rank + 1 :, number])]
-        # float64 holds every index of a table that fits into memory.
+        # float64 represents every index of a table that fits into memory.
         indices, values = (
             communicator.all_reduce_sum(
                 tf.pad(tensor, [padding, *[[0, 0]] * (tensor.shape.rank - 1)]),

@@ -1,4 +1,4 @@
-"""What workers do with the gradients of a step, in an optimizer or from a tape."""
+"""The exchange of gradients between workers, for an optimizer or a tape."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from syncbn._src.training.kept_local import LocalVariables
 
 
 class Exchange:
-    """Averages gradients over the workers, but for those of local variables.
+    """Averages gradients over the workers, except those of local variables.
 
     Args:
         communicator: As for `syncbn.SyncBatchNormalization`; resolved at each call.
-        local: What is left out.
-        scale_local_gradients: Whether to divide what is left out by the number of workers.
+        local: The variables whose gradients are left out.
+        scale_local_gradients: Whether to divide those gradients by the number of workers.
 
     Raises:
         ValueError, TypeError: no such communicator.
@@ -42,7 +42,7 @@ class Exchange:
         return self.communicator if isinstance(self.communicator, str) else self.communicator.name
 
     def kinds(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> tuple[str, ...]:
-        """Returns what must be the same of gradients on all workers, in words."""
+        """Returns descriptions of the gradients, which must be the same on all workers."""
         local = self._local_among(variables)
         pairs = zip(gradients, local, strict=True)
         return tuple("local" if own else _description(gradient) for gradient, own in pairs)
@@ -58,23 +58,23 @@ class Exchange:
         *,
         not_finite_together: bool = False,
     ) -> list[Gradient]:
-        """Returns the means over all workers of gradients, each in its own form.
+        """Returns the mean of each gradient over all workers, dense or sparse as it was.
 
         Args:
             gradients: The same ones on all workers; but those of local variables may differ.
             variables: What they are gradients of.
-            name: Of the collectives.
+            name: The name of the collectives.
             not_finite_together: Whether a local gradient that is not finite makes those of the
                 other workers NaN, so that all of them see it.
 
         Raises:
             ValueError: workers have different gradients, or numbers of replicas.
-            RuntimeError: there are local variables, and a strategy joins the replicas, which share
-                theirs; and see `syncbn.resolve`.
+            RuntimeError: there are local variables, but a strategy joins the replicas, which share
+                all variables; and see `syncbn.resolve`.
         """
         communicator = resolve(self.communicator)
         if communicator.name == "tf.distribute":
-            # Optimizers add gradients up over the replicas of a strategy themselves.
+            # Optimizers sum gradients over the replicas of a strategy themselves.
             if self.local and communicator.size > 1:
                 raise RuntimeError(
                     "Local variables are those of a process. Received: local variables, and "

@@ -10,17 +10,17 @@ from syncbn._src.communicators.horovod_settings import left
 
 
 def init_horovod(*args: Any, **kwargs: Any) -> None:
-    """Is ``hvd.init``, with settings for small messages where the environment has none.
+    """Calls ``hvd.init``, with settings for small messages where the environment has none.
 
-    A synchronized layer sends a small message and waits for it, twice a step. Horovod's own
+    A synchronized layer sends a small message and waits for it, twice a step. Horovod's default
     settings are for large ones: it looks for work once in a millisecond
-    (``HOROVOD_CYCLE_TIME=1``; 0.1 is set here), and over Gloo its cache of messages takes more
-    rounds than it saves (``HOROVOD_CACHE_CAPACITY=1024``; 0 is set here, with up to 8 processes).
-    It reads them when it is initialized, so this is the last place to set them. All processes make
-    the call. With ``HOROVOD_AUTOTUNE=1``, Horovod finds its settings itself, and none is set.
+    (``HOROVOD_CYCLE_TIME=1``; 0.1 is set here), and over Gloo its response cache takes more rounds
+    than it saves (``HOROVOD_CACHE_CAPACITY=1024``; 0 is set here, with up to 8 processes). It reads
+    them when it is initialized, so this is the last place to set them. All processes make the call.
+    With ``HOROVOD_AUTOTUNE=1``, Horovod finds its settings itself, and none is set.
 
     Args:
-        args: Of ``horovod.tensorflow.init``.
+        args: The arguments of ``horovod.tensorflow.init``.
         kwargs: Likewise, such as ``process_sets="dynamic"``.
 
     Raises:

@@ -22,9 +22,9 @@ def join(
     *,
     sample_weight: bool = False,
 ) -> tf.data.Dataset:
-    """Lets workers have different numbers of batches: who has run out goes on with empty ones.
+    """Lets workers have different numbers of batches: one that runs out goes on with empty ones.
 
-    The dataset of every worker becomes as long as the longest. Nobody waits for somebody who has
+    The dataset of every worker becomes as long as the longest. No worker waits for one that has
     ended, nothing is dropped, and synchronized layers see the batches that exist. All workers make
     this call, with datasets of the same structure. Where all cardinalities are known it takes one
     small collective. Where one is not, and with ``sample_weight``, it takes one more with each
@@ -38,15 +38,15 @@ def join(
     the default of `tf.keras.losses`) need it. The loss that `fit` logs is weighted, too; the same
     function among the ``metrics`` is not.
 
-    Under tf.distribute, where strategies deal batches out, the dataset is returned as it is. Where
-    each process of a job has a strategy, the datasets of the processes are joined, and each
-    strategy deals out what its process has.
+    Under tf.distribute, where strategies distribute batches, the dataset is returned unchanged.
+    Where each process of a job has a strategy, the datasets of the processes are joined, and each
+    strategy distributes the batches of its process.
 
     Args:
-        dataset: Of batches: any structure of dense, ragged and sparse tensors whose first dimension
-            is the batch. Empty batches have size 1 where a dimension is unknown.
-        communicator: As for `syncbn.SyncBatchNormalization`. An object is used from the threads of
-            the dataset while the model may be using it too.
+        dataset: A dataset of batches: any structure of dense, ragged and sparse tensors whose first
+            dimension is the batch. In empty batches, unknown dimensions have size 1.
+        communicator: As for `syncbn.SyncBatchNormalization`. A communicator object is used from the
+            threads of the dataset while the model may be using it too.
         sample_weight: Whether to append weights, float32 ``(batch,)``, to elements ``(x, y)``, or
             to multiply those of elements ``(x, y, sample_weight)``. These may have any shape that
             begins with the batch, and be a structure of weights, such as one for each output; they
@@ -56,7 +56,7 @@ def join(
         A dataset with the structure of ``dataset``; with ``sample_weight`` the weights are in it.
 
     Raises:
-        TypeError: ``dataset`` is none, or has components that have no batch.
+        TypeError: ``dataset`` is not a dataset, or has components without a batch dimension.
         ValueError: with ``sample_weight``, elements that are not ``(x, y)`` or ``(x, y, weights)``;
             some workers give ``sample_weight`` and others do not.
         RuntimeError: the call is made in a graph; MPI is not initialized for several threads; and
@@ -66,8 +66,8 @@ def join(
         raise TypeError(f"`dataset` must be a tf.data.Dataset. Received: dataset={dataset!r}.")
     if not tf.executing_eagerly():
         raise RuntimeError(
-            "join talks to the other workers at once, so it must be called eagerly. Received: a "
-            "call inside a tf.function or a graph."
+            "join communicates with the other workers at once, so it must be called eagerly. "
+            "Received: a call inside a tf.function or a graph."
         )
     spec = dataset.element_spec
     empty = tf.nest.map_structure(_empty, spec)
@@ -88,7 +88,7 @@ def join(
             "All workers must give `sample_weight`, or none. Received: sample_weight=True on rank "
             f"{', '.join(map(str, np.flatnonzero(weighted)))} only."
         )
-    # Workers may have joined datasets without each other before, and agree again here.
+    # Workers may have joined different numbers of datasets before; here they agree on one.
     number = int(numbers.max())
     _next_number = number + 1
     if (cardinalities == tf.data.INFINITE_CARDINALITY).all() and not sample_weight:
@@ -105,8 +105,8 @@ def join(
     joined = joined.map(_weigh if sample_weight else _without_weight)
     if known:
         joined = joined.apply(tf.data.experimental.assert_cardinality(int(cardinalities.max())))
-    # What TensorFlow does unasked: prefetch, so that workers which stop early would leave an
-    # exchange half done, and map in parallel, so that exchanges would overtake each other.
+    # By itself TensorFlow may prefetch, so that workers which stop early would leave an exchange
+    # half done, and map in parallel, so that exchanges would overtake each other.
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False
     options.experimental_optimization.map_parallelization = False
@@ -148,7 +148,7 @@ def _weigh(weight: tf.Tensor, element: Any) -> Any:
     x, y, *rest = element
     (given,) = rest or (None,)
     if isinstance(given, dict) and isinstance(y, dict):
-        given = {**dict.fromkeys(y), **given}  # Keras 2 lets outputs without weights be left out
+        given = {**dict.fromkeys(y), **given}  # Keras 2 lets unweighted ones be left out
 
     def weigh(one: Any) -> Any:
         if one is None:

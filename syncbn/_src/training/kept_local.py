@@ -1,4 +1,4 @@
-"""Variables that each worker has for itself."""
+"""Local variables: those that workers do not share."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class LocalVariables:
     """The variables that are not averaged and not broadcast.
 
     Args:
-        given: Layers, whose weights of all kinds are meant, also those that they do not have yet;
-            variables; or nested structures of both.
+        given: Layers, for all of their weights, also those not created yet; variables; or nested
+            structures of both.
 
     Raises:
         TypeError: something else was given.
@@ -40,7 +40,7 @@ class LocalVariables:
             self._given.append(one)
 
     def variables(self) -> list[Any]:
-        """Returns those that there are now."""
+        """Returns those that exist now."""
         layer = keras_api.keras.layers.Layer
         return [
             variable
@@ -57,10 +57,10 @@ class LocalVariables:
 def shared_variables(variables: Sequence[Any], optimizer: Any) -> list[Any]:
     """Returns ``variables`` without those that ``optimizer``, if any, keeps local.
 
-    Its state of those is left out too.
+    Its state for those is left out too.
 
     Raises:
-        ValueError: see `local_variables`; or it is not known what belongs to a local variable.
+        ValueError: see `local_variables`; or it is not known which state belongs to them.
     """
     local = local_variables(optimizer)
     if not local:
@@ -71,7 +71,7 @@ def shared_variables(variables: Sequence[Any], optimizer: Any) -> list[Any]:
 
 
 def local_variables(optimizer: Any) -> LocalVariables:
-    """Returns what an optimizer keeps local, if it keeps anything.
+    """Returns the variables that an optimizer keeps local, if any.
 
     Raises:
         ValueError: the optimizer was loaded, and has not been told which they are.

@@ -22,12 +22,12 @@ class LearningRateSchedule(WorkerCallback):
     (the linear scaling rule of Goyal et al., "Accurate, Large Minibatch SGD", 2017). So the rate is
     given as that of one replica, and the same script is right for any number of them.
 
-    Several of them may follow one another; so may `LearningRateWarmup` and callbacks of Keras. The
-    rate is in the logs of each epoch as ``learning_rate``.
+    Several may follow one another, as may `LearningRateWarmup` and callbacks of Keras. The rate is
+    in the logs of each epoch as ``learning_rate``.
 
-    With ``momentum_correction``, what SGD and RMSprop with momentum have summed up of past steps is
-    multiplied by the change of the rate, as if those had been made at the new one (equation 10 of
-    the paper). Other optimizers sum up gradients, without a rate, and need none.
+    With ``momentum_correction``, the velocity of SGD and RMSprop with momentum, a sum of past
+    steps, is multiplied by the change of the rate, as if those had been made at the new one
+    (equation 10 of the paper). Other optimizers sum gradients, without a rate, and need none.
 
     It works under every engine. All workers must have the same arguments and numbers of steps,
     which they compare when training begins, but for what a function returns.
@@ -37,18 +37,18 @@ class LearningRateSchedule(WorkerCallback):
             times the number of workers.)
         multiplier: A number, or a function of the epoch that returns one.
         start_epoch: The first epoch in which the rate is set, from 0.
-        end_epoch: The first one in which it is not set any more; ``None`` for none.
+        end_epoch: The first epoch in which it is no longer set; ``None`` for no end.
         staircase: Whether the rate is set once in an epoch, for an integer ``epoch``. Otherwise it
             is set at each batch, for ``epoch + batch / steps``. (With ``steps_per_execution``, at
             the first batch of each execution.)
         momentum_correction: See above.
-        steps_per_epoch: How many batches an epoch has, where Keras does not know.
+        steps_per_epoch: The number of batches in an epoch, where Keras does not know it.
         communicator: As for `syncbn.SyncBatchNormalization`.
 
     Raises:
         ValueError: ``base_rate`` is not positive. When training begins: the number of steps in an
             epoch is needed and unknown, or workers have different schedules.
-        TypeError: when the rate is set: that of the optimizer is a schedule of its own.
+        TypeError: when the rate is set: that of the optimizer is a schedule.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class LearningRateSchedule(WorkerCallback):
     def _set(self, multiplier: float) -> None:
         optimizer = self.model.optimizer
         if isinstance(optimizer.learning_rate, keras.optimizers.schedules.LearningRateSchedule):
-            # Optimizers of Keras 2's `legacy`; the others say so themselves.
+            # Optimizers of Keras 2's `legacy`; the others raise by themselves.
             raise TypeError(
                 f"{type(self).__name__} sets the learning rate, so it must be a number. Received: "
                 f"an optimizer with learning_rate={optimizer.learning_rate!r}."
@@ -138,21 +138,21 @@ class LearningRateSchedule(WorkerCallback):
 
 
 class LearningRateWarmup(LearningRateSchedule):
-    """Takes the learning rate from that of one replica to that of all of them, step by step.
+    """Raises the learning rate from that of one replica to that of all of them, step by step.
 
     With k replicas the rate of step t, from 0, is
     ``base_rate * (1 + (k - 1) * (t + 1) / (warmup_epochs * steps))``, so that the last step of the
     warm-up has ``base_rate * k``: the gradual warm-up of Goyal et al., "Accurate, Large Minibatch
-    SGD" (2017). Later the rate is left alone, for others to set; and so it is in a training that
-    begins after the warm-up, from a checkpoint. To follow on with a schedule, give
-    `LearningRateSchedule` the same ``base_rate`` and ``start_epoch=warmup_epochs``.
+    SGD" (2017). Afterwards the rate is left alone, for others to set; also in training that resumes
+    after the warm-up, from a checkpoint. To continue with a schedule, give `LearningRateSchedule`
+    the same ``base_rate`` and ``start_epoch=warmup_epochs``.
 
     Args:
         base_rate: The learning rate for one replica, positive. (Horovod's ``initial_lr`` is this
             times the number of workers.)
-        warmup_epochs: How many epochs the warm-up takes, positive.
+        warmup_epochs: The number of epochs that the warm-up takes, positive.
         momentum_correction: As for `LearningRateSchedule`.
-        steps_per_epoch: How many batches an epoch has, where Keras does not know.
+        steps_per_epoch: The number of batches in an epoch, where Keras does not know it.
         communicator: As for `syncbn.SyncBatchNormalization`.
 
     Raises:

@@ -1,8 +1,8 @@
 """`fit` and `evaluate` of Keras 3 under `MultiWorkerMirroredStrategy`, where Keras' own fail.
 
-Two private functions of Keras' trainer are at fault (keras#20585); there is no public way around
-them. Tried with Keras 3.10.0, 3.12.0, 3.14.1 and 3.15.1, which need both of them mended. What is
-done here asks the Keras that it finds, not its version. tf_keras needs nothing.
+Two private functions of Keras' trainer are at fault (keras#20585); there is no public API to avoid
+them. Tried with Keras 3.10.0, 3.12.0, 3.14.1 and 3.15.1, which need both of them fixed. The code
+here probes the Keras that it finds, not its version. tf_keras needs nothing.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = ["mend_keras_fit"]
 def mend_keras_fit() -> tuple[str, ...]:
     """Makes Keras 3's `fit` and `evaluate` work where tf.distribute has several workers.
 
-    Call it once in every worker, before `fit`, and before or after the strategy is made. It
-    replaces functions of Keras for the whole process, so it is a call that a reader of the training
-    script sees and not a side effect of an import; and it mends Keras rather than a model, so that
-    models of any class, loaded ones too, need nothing.
+    Call it once in every worker, before `fit`, and before or after the strategy is created. It
+    patches Keras for the whole process, so it is a call that a reader of the training script sees
+    and not a side effect of an import; and it patches Keras rather than a model, so that models of
+    any class, loaded ones too, need nothing.
 
-    Each function is tried first on a stand-in for a strategy, and replaced only if it has the
-    fault. So a Keras that has mended it is left alone, as is tf_keras, and a second call does
+    Each function is first tried on a stand-in for a strategy, and replaced only if it has the
+    fault. So a Keras that has fixed it is left alone, as is tf_keras, and a second call does
     nothing.
 
-    - Before its first step, Keras averages the first batch over the replicas, to learn shapes from
+    - Before its first step, Keras averages the first batch over the replicas, to infer shapes from
       it. That fails with several workers, and under `MirroredStrategy` if the batch does not divide
       evenly. Instead, the shapes are those of this process's first replica.
     - After each step with several workers, Keras averages the logs, which are scalars, over their
@@ -98,12 +98,12 @@ def _mend_reduce_per_replica(trainer: Any) -> None:
     trainer.reduce_per_replica = reduce_per_replica
 
 
-# What follows must start no TensorFlow operation: a strategy has to be made before the first one,
-# and `mend_keras_fit` may be called before that.
+# What follows must not run any TensorFlow operation: a strategy has to be created before the first
+# one, and `mend_keras_fit` may be called before that.
 
 
 class _Strategy(tf.distribute.MultiWorkerMirroredStrategy):
-    """Stands for a strategy of several workers, and notes the axes that Keras reduces over it."""
+    """A stand-in for a strategy of several workers that records the axes Keras reduces over."""
 
     def __init__(self) -> None:
         # The strategy's own would start a server and wait for the other workers.

@@ -36,16 +36,16 @@ def distribute(
     The optimizer itself is changed, and returned: its class becomes a subclass of what it was, and
     state, learning rate and all else stay. The gradients that it is given are averaged first, so
     that clipping, gradient accumulation, loss scaling, weight decay and moving averages of weights
-    mean what they mean in one process. A saved model remembers the communicator's name; loading it
-    needs no engine, and training it further resolves the name anew.
+    work as in one process. A saved model remembers the communicator's name; loading it needs no
+    engine, and further training resolves the name again.
 
     All workers need gradients for the same variables, in the same order; the first step compares
-    them. The optimizer does not pickle: save the model, or the optimizer's config.
+    them. The optimizer cannot be pickled: save the model, or the optimizer's config.
 
-    Under tf.distribute nothing is averaged here: optimizers add gradients up over the replicas of a
+    Under tf.distribute nothing is averaged here: optimizers sum gradients over the replicas of a
     strategy themselves. Where each process of a job over Horovod or MPI has a strategy, with as
-    many replicas as the others, it is these sums whose mean over the processes is applied, and
-    each process sends one message.
+    many replicas as the others, the mean of these sums over the processes is applied, and each
+    process sends one message.
 
     With mixed precision, distribute the optimizer that scales the loss, not the one inside:
     ``distribute(tf.keras.mixed_precision.LossScaleOptimizer(optimizer))``. It skips steps with
@@ -53,25 +53,24 @@ def distribute(
 
     **Local variables** are each worker's own, as where each has another part of a model: their
     gradients are not averaged, and `BroadcastVariables` leaves them and their state alone. They may
-    have other shapes on other workers. What a worker's loss gives them is its part of the gradient
-    of the mean over the workers' losses, so it is divided by their number, as one process that had
-    the variables of all would have it. A loaded optimizer must be told again:
-    ``optimizer.register_local_var(layer)``, which adds to what is local, and can be called on any
-    distributed optimizer.
+    have different shapes on different workers. Their gradient is divided by the number of workers:
+    then it is that of the mean over the workers' losses, as in one process that had the variables
+    of all. A loaded optimizer must be told again: ``optimizer.register_local_var(layer)``, which
+    adds local variables, and can be called on any distributed optimizer.
 
-    **Several backward passes for one step**: gradients are added up on each worker, and only those
-    of every ``backward_passes_per_step``-th call are exchanged, in one exchange, and applied; the
-    other calls change nothing. Steps, and so learning-rate schedules of Keras, count what is
-    applied. This is not Keras 3's ``gradient_accumulation_steps``, which exchanges at each call.
+    **Several backward passes for one step**: gradients are summed on each worker, and only at every
+    ``backward_passes_per_step``-th call are the sums exchanged, in one exchange, and applied; the
+    other calls change nothing. Only applied steps count, for Keras' learning-rate schedules too.
+    This is not Keras 3's ``gradient_accumulation_steps``, which exchanges at each call.
 
     Args:
-        optimizer: Of `tf.keras.optimizers` (in Keras 2 also of its ``legacy``), or of
+        optimizer: One of `tf.keras.optimizers` (in Keras 2 also of its ``legacy``), or of
             `tf.compat.v1.train`, or a subclass of one of these.
         communicator: As for `syncbn.SyncBatchNormalization`; resolved when gradients are applied.
-        local: What is each worker's own: layers, with all of their weights, built or not;
-            variables; or a structure of both.
+        local: The local variables: layers, with all of their weights, built or not; variables; or a
+            structure of both.
         scale_local_gradients: Whether to divide local gradients by the number of workers.
-        backward_passes_per_step: How many calls make a step.
+        backward_passes_per_step: The number of calls that make a step.
         average_aggregated_gradients: Whether a step takes the mean of its calls' gradients, not
             their sum.
 
@@ -79,14 +78,14 @@ def distribute(
         ``optimizer``.
 
     Raises:
-        TypeError: ``optimizer`` is none, or ``communicator`` is none, or ``local`` has something
-            else in it.
+        TypeError: ``optimizer`` is not an optimizer, ``communicator`` is not a communicator, or
+            ``local`` has something else in it.
         ValueError: it is distributed already, the communicator's name is unknown, or
-            ``backward_passes_per_step`` is no positive integer. Later, in a step: workers have
+            ``backward_passes_per_step`` is not a positive integer. Later, in a step: workers have
             different gradients, or numbers of replicas; or the optimizer clips by the norm of all
-            gradients and has local variables, of which the others do not know.
-        RuntimeError: in a step: there are local variables, and a strategy with several replicas is
-            all that joins them; and see `syncbn.resolve`.
+            gradients and has local variables, which other workers do not know.
+        RuntimeError: in a step: there are local variables, and only a strategy joins the replicas;
+            and see `syncbn.resolve`.
         NotImplementedError: in a step: ``backward_passes_per_step`` with a strategy that has
             several replicas, or in a graph could have (all but OneDeviceStrategy), or in a session.
     """
@@ -106,7 +105,7 @@ def distribute(
             "`backward_passes_per_step` must be a positive integer. "
             f"Received: backward_passes_per_step={passes!r}."
         )
-    # Not attributes of the optimizer's own, which Keras would track.
+    # Kept in objects: Keras would track variables and lists that are the optimizer's attributes.
     exchange = Exchange(communicator, LocalVariables(local), scale_local_gradients)
     changed: Any = optimizer
     changed.__class__ = _distributed_class(changed.__class__)
@@ -128,7 +127,7 @@ def averages_only_inside(optimizer: Any) -> bool:
 
 @keras_api.register_keras_serializable(package="syncbn", name="DistributedOptimizer")
 class _Distributed:
-    """What a distributed optimizer has besides its own class."""
+    """Mixin for the class of a distributed optimizer."""
 
     _plain_class: type
     _syncbn_exchange: Exchange
@@ -183,7 +182,7 @@ class _Distributed:
         self._require_known_norms()
         if self._syncbn_accumulation.passes == 1:
             return apply(self._average(gradients, variables))
-        # In a branch no optimizer can make its state.
+        # In a branch no optimizer can create its state.
         build_optimizer(self, variables)
         self._syncbn_accumulation.add(
             gradients, variables, lambda sums: apply(self._average(sums, variables))
@@ -199,7 +198,7 @@ class _Distributed:
         )
 
     def _require_known_norms(self) -> None:
-        """Raises where workers would clip the variables that they share differently."""
+        """Raises where workers would clip shared variables by different norms."""
         if not local_variables(self):
             return
         for one in (self, inner_optimizer(self)):
@@ -226,7 +225,7 @@ class _ByApply(_Distributed):
     @unconverted
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         variables = trained_variables(self, trainable_variables)
-        # Given on as it came: without variables Keras checks the number of gradients.
+        # Passed on as it came: without variables Keras checks the number of gradients.
         return self._step(
             list(grads),
             variables,

@@ -16,16 +16,16 @@ def prediction_variables(graph: tf.Graph | None = None) -> list[tf.Variable]:
     and for prediction, in another graph with the same layers called with ``training=False``,
     ``Saver(prediction_variables()).restore(session, "model")``.
 
-    These are the variables that are trained, and the moving statistics: variables that are not, and
-    are synchronized ``ON_READ`` with aggregation ``MEAN``. So are those of these layers, and those
-    of tf_keras' `BatchNormalization`. What else is not trained (an optimizer's slots, a step
-    counter, the state of metrics) is not among them.
+    These are the trainable variables, and the moving statistics: non-trainable variables that are
+    synchronized ``ON_READ`` with aggregation ``MEAN``, as are those of these layers, and those of
+    tf_keras' `BatchNormalization`. Other non-trainable variables (an optimizer's slots, a step
+    counter, the state of metrics) are not included.
 
     Args:
         graph: The graph with the model; the default graph where it is ``None``.
 
     Returns:
-        Each variable once, in the order in which they were made.
+        Each variable once, in the order in which they were created.
     """
     if graph is None:
         graph = tf.compat.v1.get_default_graph()

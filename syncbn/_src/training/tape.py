@@ -14,9 +14,9 @@ from syncbn._src.training.gradient_exchange import Exchange
 from syncbn._src.training.kept_local import LocalVariables
 
 _compared: WeakKeyDictionary[Communicator, set[tuple[str, ...]]] = WeakKeyDictionary()
-"""The gradients, in words, that the workers of a communicator have compared.
+"""The descriptions of gradients that the workers of a communicator have compared.
 
-A step makes a tape each time."""
+Each step creates a new tape."""
 
 
 class DistributedGradientTape:
@@ -31,23 +31,22 @@ class DistributedGradientTape:
     ```
 
     The optimizer is a plain one: `distribute` would average once more. The tape may also be entered
-    through this one: ``with DistributedGradientTape(tf.GradientTape()) as tape``. What it has
-    besides is what follows; a jacobian is the worker's own, and the tape's itself.
+    through this one: ``with DistributedGradientTape(tf.GradientTape()) as tape``. It has only the
+    methods below; for a jacobian, which is the worker's own, use the tape itself.
 
     All workers need gradients for the same sources, in the same order, which is compared for each
     new list of them. Under tf.distribute nothing is averaged here, as with `distribute`; where each
-    process has a strategy, what an optimizer adds up over its replicas is the mean over the
+    process has a strategy, the sum that an optimizer takes over its replicas is the mean over the
     processes.
 
     Args:
         tape: A `tf.GradientTape`.
         communicator: As for `syncbn.SyncBatchNormalization`; resolved when gradients are taken.
-        local: What has gradients of this worker's own: variables, layers, or a structure of both.
-            See `distribute`.
-        scale_local_gradients: Whether to divide those by the number of workers.
+        local: The local variables: variables, layers, or a structure of both. See `distribute`.
+        scale_local_gradients: Whether to divide their gradients by the number of workers.
 
     Raises:
-        TypeError: ``tape`` is none, or ``local`` has something else in it.
+        TypeError: ``tape`` is not a tape, or ``local`` has something else in it.
         ValueError: the communicator's name is unknown.
     """
 
@@ -72,19 +71,19 @@ class DistributedGradientTape:
         self._tape.__exit__(*exception)
 
     def watch(self, tensor: Any) -> None:
-        """Is `tf.GradientTape.watch`."""
+        """Calls `tf.GradientTape.watch`."""
         self._tape.watch(tensor)
 
     def watched_variables(self) -> Any:
-        """Is `tf.GradientTape.watched_variables`."""
+        """Calls `tf.GradientTape.watched_variables`."""
         return self._tape.watched_variables()
 
     def stop_recording(self) -> Any:
-        """Is `tf.GradientTape.stop_recording`."""
+        """Calls `tf.GradientTape.stop_recording`."""
         return self._tape.stop_recording()
 
     def reset(self) -> None:
-        """Is `tf.GradientTape.reset`."""
+        """Calls `tf.GradientTape.reset`."""
         self._tape.reset()
 
     @unconverted
@@ -95,7 +94,7 @@ class DistributedGradientTape:
             target: What is differentiated on this worker.
             sources: Variables or tensors, or a nested structure of them.
             args: ``output_gradients``, ``unconnected_gradients``.
-            kwargs: The same by name.
+            kwargs: The same, as keyword arguments.
 
         Returns:
             The structure of ``sources``, of tensors, `tf.IndexedSlices`, and ``None`` where there

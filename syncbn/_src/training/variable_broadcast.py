@@ -1,4 +1,4 @@
-"""Giving all workers the variables of one of them."""
+"""Broadcasting the variables of one worker to all of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from syncbn._src.communicators.resolution import resolve
 
 
 def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = "auto") -> None:
-    """Assigns the values that variables have on worker ``root``, bit for bit, to those of all.
+    """Broadcasts the values of variables on worker ``root`` to all workers, bit for bit.
 
     All workers make the call, outside of graphs, with variables of the same shapes and dtypes in
     the same order, which is checked first. Under tf.distribute, where variables are created equal,
-    it does nothing; where each process of a job has a strategy, all copies get the values.
+    it does nothing; where each process of a job has a strategy, all per-replica copies get the
+    values.
 
     Args:
         variables: A variable of TensorFlow or Keras, or a nested structure of them.
@@ -26,8 +27,8 @@ def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = 
         communicator: As for `syncbn.SyncBatchNormalization`.
 
     Raises:
-        ValueError: ``root`` is no rank, or workers have variables of different shapes or dtypes.
-        TypeError: variables of strings.
+        ValueError: ``root`` is not a rank, or workers have variables of different shapes or dtypes.
+        TypeError: a variable holds strings.
         RuntimeError: the call is made in a graph; and see `syncbn.resolve`.
     """
     communicator = process_communicator(resolve(communicator))
@@ -59,8 +60,8 @@ def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = 
             raise TypeError(
                 "`variables` must hold numbers. Received: one of strings. Leave it out."
             )
-    # A broadcast is a sum to which the others add zeros. What is added up are the bits: a sum
-    # of values would make 0.0 of -0.0, and may change a NaN.
+    # A broadcast is a sum to which the others add zeros. The bits are summed: a sum of values
+    # would turn -0.0 into 0.0, and may change a NaN.
     wires = [_to_wire(value) for value in values]
     if communicator.rank != root:
         wires = [np.zeros_like(wire) for wire in wires]
@@ -71,7 +72,7 @@ def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = 
 
 
 def _to_wire(value: np.ndarray) -> np.ndarray:
-    """Returns the 16-bit parts of an array, or its bytes, each of which float32 holds exactly."""
+    """Returns the 16-bit parts of an array, or its bytes, each exact in float32."""
     return np.frombuffer(value.tobytes(), _part(value.dtype)).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""What a user gives as a batch."""
+"""The batch that a user gives."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ def as_arrays(batch: Any) -> tuple[Any, ...]:
 
 
 def number_of_samples(data: tuple[Any, ...]) -> int:
-    """Returns how many samples the parts of a batch have."""
+    """Returns the number of samples in each part of a batch."""
     lengths = [array.shape[:1] for array in tf.nest.flatten(data)]
     if not lengths or len(set(lengths)) > 1 or not lengths[0] or not lengths[0][0]:
         raise ValueError(
-            "All parts of `batch` must have the same samples along their first axis, one at least. "
+            "All parts of `batch` must have the same number of samples (first axis), at least one. "
             f"Received: {', '.join(str(a.shape) for a in tf.nest.flatten(data)) or 'nothing'}."
         )
     return lengths[0][0]
 
 
 def shares(samples: int, replicas: int, split: Sequence[int] | None) -> list[int]:
-    """Returns how many samples each replica gets."""
+    """Returns the number of samples for each replica."""
     if replicas < 2:
         raise ValueError(f"`replicas` must be 2 at least. Received: replicas={replicas}.")
     if split is None:
         if samples % replicas:
             raise ValueError(
-                f"The samples of `batch` must divide by `replicas`, or `split` say who gets how "
-                f"many. Received: {samples} samples and replicas={replicas}."
+                "The number of samples in `batch` must be a multiple of `replicas`, unless `split` "
+                f"is given. Received: {samples} samples and replicas={replicas}."
             )
         return [samples // replicas] * replicas
     sizes = [int(size) for size in split]

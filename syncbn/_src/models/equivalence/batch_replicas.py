@@ -22,10 +22,10 @@ class BatchReplicas:
     """Replicas that share a batch: those of a strategy here, or the workers of a job, one each.
 
     Args:
-        strategy: Of this process; the default one where there is one replica.
-        sizes: How many samples each replica gets.
-        communicator: What joins the workers, where each of them is one replica.
-        device: Where to run, if that is not the strategy's business.
+        strategy: A strategy of this process; the default one for a single replica.
+        sizes: The number of samples for each replica.
+        communicator: The communicator of the workers, where each of them is one replica.
+        device: Where to run, if the strategy does not decide that.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class BatchReplicas:
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        """Where models are built, and weights assigned."""
+        """Returns the scope in which to build models and assign weights."""
         with self._strategy.scope(), tf.device(self._device):
             yield
 
     def prepare(
         self, step: Callable[..., Any], data: Any, eager: bool = False
     ) -> Callable[[], list[Any]]:
-        """Returns what runs ``step`` on all replicas that are here, each with its part of ``data``.
+        """Returns a function that runs ``step`` on all local replicas, each on its share.
 
         Args:
             step: Takes a part of ``data``, and returns a structure of tensors.
@@ -55,7 +55,7 @@ class BatchReplicas:
             eager: Whether to run it without a graph.
 
         Returns:
-            A function that returns a structure of arrays from each of the replicas that are here.
+            A function that returns a structure of arrays from each of the local replicas.
         """
 
         def part(array: np.ndarray) -> Any:
@@ -81,7 +81,7 @@ class BatchReplicas:
         return run
 
     def concatenate(self, parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-        """Returns arrays of the whole batch, given those of each replica that is here."""
+        """Returns arrays of the whole batch, given those of each local replica."""
         arrays = [np.concatenate(part) for part in zip(*parts, strict=True)]
         if self._communicator is None:
             return arrays
@@ -92,7 +92,7 @@ class BatchReplicas:
         return sum_arrays(self._communicator, rows, "syncbn/equivalence")
 
     def add(self, parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-        """Returns the sums over all replicas, given the arrays of each that is here."""
+        """Returns the sums over all replicas, given the arrays of each local one."""
         arrays = [np.sum(part, axis=0) for part in zip(*parts, strict=True)]
         if self._communicator is None:
             return arrays
@@ -100,7 +100,7 @@ class BatchReplicas:
 
     def values(self, variables: Sequence[Any]) -> list[np.ndarray]:
         """Returns the values of variables: arrays ``(replicas, ...)``, those of each replica."""
-        # `value` is a property in Keras 3, and gives what the strategy knows.
+        # In Keras 3 `value` is the TensorFlow variable, which the strategy knows.
         raw = [v.value if keras_api.KERAS_3 else v for v in variables]
         arrays = [np.stack(self._local(variable)) for variable in raw]
         if self._communicator is None:
@@ -131,14 +131,14 @@ class BatchReplicas:
 
     def _local(self, value: Any) -> list[np.ndarray]:
         arrays = [_array(one) for one in self._strategy.experimental_local_results(value)]
-        # All but float64, float32 too, so that differences are not rounded once more.
+        # All numbers in float64, so that differences are not rounded once more.
         return [a.astype(np.float64) if a.dtype.kind not in "OSU" else a for a in arrays]
 
 
 def comparison_replicas(
     sizes: Sequence[int], data: Any
 ) -> tuple[BatchReplicas, BatchReplicas, Communicator | None]:
-    """Returns the replicas, the one with the whole batch, and what joins the former if workers."""
+    """Returns the replicas, the one with the whole batch, and the communicator of workers."""
     if tf.distribute.has_strategy():
         raise RuntimeError(
             "check_equivalence makes replicas of its own. Received: a call in the scope of "
@@ -166,7 +166,7 @@ def comparison_replicas(
             communicator,
         )
     names = devices(len(sizes))
-    # Without collectives of TensorFlow, which confuse those of two strategies in one process.
+    # Without TensorFlow's collectives, which mix up those of two strategies in one process.
     reduction = tf.distribute.ReductionToOneDevice()
     strategy = tf.distribute.MirroredStrategy(names, cross_device_ops=reduction)
     return BatchReplicas(strategy, sizes), BatchReplicas(default, [samples], device=names[0]), None
@@ -178,7 +178,7 @@ def _digest(array: np.ndarray) -> str:
 
 
 def devices(count: int) -> list[str]:
-    """Returns so many devices: GPUs, or parts of the CPU, which is split if it can be."""
+    """Returns ``count`` devices: GPUs, or logical devices of the CPU, created if possible."""
     if _logical("GPU") < count and _logical("CPU") < count:
         cpu = tf.config.list_physical_devices("CPU")[0]
         parts = [tf.config.LogicalDeviceConfiguration()] * count
@@ -197,7 +197,7 @@ def devices(count: int) -> list[str]:
 
 
 def _logical(kind: str) -> int:
-    """Returns how many devices there are or will be; it starts none."""
+    """Returns the number of devices there are or will be, without initializing any."""
     physical = tf.config.get_visible_devices(kind)
     split = tf.config.get_logical_device_configuration
     return sum(len(split(device) or [None]) for device in physical)

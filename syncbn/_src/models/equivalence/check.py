@@ -30,7 +30,7 @@ class Equivalence:
     """Each array of each quantity: how far it is from that on one replica, and whether that is
     within the tolerance."""
     advice: list[str]
-    """What probably is the matter, and what was not checked."""
+    """What is probably wrong, and what was not checked."""
 
     @property
     def equivalent(self) -> bool:
@@ -57,45 +57,46 @@ def check_equivalence(
     """Trains a model on several replicas, and on one with the whole batch, and compares.
 
     Compared are the outputs in training, the gradients of the inputs and of the parameters, and the
-    change of the moving statistics; of a compiled model, the gradients that a step of its own
-    `train_step` applies too, through its loss and optimizer. So this finds layers that are not
-    synchronized, losses that are scaled wrongly, and gradients that are added up twice.
+    change of the moving statistics; of a compiled model also the gradients that its `train_step`
+    applies, with its loss and optimizer. So this finds layers that are not synchronized, losses
+    that are scaled wrongly, and gradients that are summed twice.
 
     The replicas are GPUs, if there are enough, or logical devices of the CPU, under
     `tf.distribute.MirroredStrategy`. In a job of Horovod or MPI they are its workers, one each; all
     of them make the call, with the same batch. There the whole batch, too, goes through the
-    `train_step` that averages over the workers, so what that does wrongly on all of them alike is
+    `train_step` that averages over the workers, so an error that it makes on all of them alike is
     not found.
 
-    The models are made for the check, and those of the caller stay as they are. No seed is set.
+    The check builds models of its own, and leaves other models unchanged. No seed is set.
 
     Args:
         build_model: Returns a new `tf.keras.Model` at each call, compiled or not. Its initial
             weights may be random: those of the first are copied.
         batch: The inputs ``x``, or a tuple ``(x, y)`` or ``(x, y, sample_weight)``, as for `fit`:
             arrays, or lists, tuples and dictionaries of them, with the samples of all replicas.
-        replicas: How many, 2 at least.
-        loss: Of ``y`` and the outputs, for all but `train_step`. What it gives for each sample is
-            averaged over the whole batch. A scalar is taken for a replica's share: those of all
-            replicas are added up, as tf.distribute does. By default a fixed random projection of
-            the outputs, which needs no ``y``.
-        split: How many samples each replica gets, zero too. By default equally many. `train_step`
-            is not checked with unequal ones, since losses of Keras give replicas, not samples,
-            equal weights.
-        rtol: How far an array may be off, relative to its largest element (of gradients: that of
-            all of them; of moving statistics: that of their change). By default as the dtype of
-            the model's layers allows: 1e-8, 1e-4, 0.02 and 0.1 for float64, float32, float16 and
-            bfloat16. Deep networks can amplify rounding beyond that; float64 shows what it is.
+        replicas: The number of replicas, 2 at least.
+        loss: A function of ``y`` and the outputs, for all but `train_step`. A loss for each sample
+            is averaged over the whole batch. A scalar is taken for a replica's share: those of all
+            replicas are summed, as tf.distribute does. By default a fixed random projection of the
+            outputs, which needs no ``y``.
+        split: The number of samples for each replica, possibly zero. By default all get the same
+            number. `train_step` is not checked with unequal ones, since losses of Keras give
+            replicas, not samples, equal weights.
+        rtol: The tolerance for an array, relative to its largest element (of gradients: that of all
+            of them; of moving statistics: that of their change). By default as the dtype of the
+            model's layers allows: 1e-8, 1e-4, 0.02 and 0.1 for float64, float32, float16 and
+            bfloat16. Deep networks can amplify rounding beyond that; float64 shows whether it is
+            rounding.
 
     Returns:
-        What differs, and advice. A model with dropout, or other randomness, is reported as that
-        and not compared.
+        What differs, and advice. A model with dropout, or other randomness, is reported as such and
+        not compared.
 
     Raises:
         TypeError: ``build_model`` cannot be called, or returns no `tf.keras.Model`.
-        ValueError: less than two replicas, a batch without samples, with parts of different
-            lengths, or that does not divide, a ``split`` for another batch; models, or the batches
-            of workers, that differ; a `train_step` that changes nothing.
+        ValueError: fewer than two replicas; a batch without samples, with parts of different
+            lengths, or that ``replicas`` does not divide; a ``split`` that does not fit the batch;
+            models, or batches of workers, that differ; a `train_step` that changes nothing.
         RuntimeError: TensorFlow has started with fewer devices, or this is called in the scope of a
             strategy.
     """

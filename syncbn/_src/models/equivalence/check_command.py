@@ -26,20 +26,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input-shape",
         metavar="8,8,3",
         type=_whole_numbers,
-        help="the shape of one sample: random ones are made",
+        help="the shape of one sample; the samples are random",
     )
     batch.add_argument(
         "--batch-from",
         metavar="module:function",
         help="a function that returns the batch: x, (x, y) or (x, y, sample_weight)",
     )
-    parser.add_argument("--batch", metavar="16", type=int, default=16, help="how many random ones")
-    parser.add_argument("--replicas", metavar="2", type=int, help="how many replicas")
     parser.add_argument(
-        "--split", metavar="3,1", type=_whole_numbers, help="how many samples each replica gets"
+        "--batch", metavar="16", type=int, default=16, help="the number of random samples"
+    )
+    parser.add_argument("--replicas", metavar="2", type=int, help="the number of replicas")
+    parser.add_argument(
+        "--split", metavar="3,1", type=_whole_numbers, help="the number of samples for each replica"
     )
     parser.add_argument(
-        "--loss", metavar="module:function", help="of y and the outputs, instead of a random one"
+        "--loss",
+        metavar="module:function",
+        help="a loss of y and the outputs, instead of a random projection",
     )
     parser.add_argument("--rtol", metavar="1e-4", type=float, help="the tolerance")
 
@@ -48,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the check that the arguments ask for, and prints what it finds.
 
     Returns:
-        0 if the model is equivalent, 1 if it is not, 2 if that could not be found out.
+        0 if the model is equivalent, 1 if it is not, 2 if that could not be determined.
     """
     split = arguments.split
     replicas = arguments.replicas or (len(split) if split else 2)

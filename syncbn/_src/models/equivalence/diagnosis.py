@@ -1,4 +1,4 @@
-"""What is probably the matter with a model that does something else on several replicas."""
+"""What is probably wrong with a model that computes something else on several replicas."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _PLAIN = keras_api.PLAIN_BATCH_NORMALIZATION  # not tf_keras' SyncBatchNormaliza
 def diagnose(
     rows: list[Row], model: Any, replicas: int, communicator: Communicator | None
 ) -> list[str]:
-    """Returns what is the matter, as far as the rows tell.
+    """Returns what is probably wrong, judging from the rows.
 
     Args:
-        rows: Of all quantities.
+        rows: Those of all quantities.
         model: The one on several replicas.
-        replicas: How many.
-        communicator: What joins them, where they are workers.
+        replicas: The number of replicas.
+        communicator: Their communicator, where they are workers.
     """
     if all(row.ok for row in rows):
         return []
@@ -59,8 +59,8 @@ def _of_loss(rows: list[Row], replicas: int) -> list[str]:
     if factor is not None:
         return [f"All gradients of `loss` are {_scaling(factor, replicas)}"]
     return _own_reduction(rows, replicas) or [
-        "Outputs are right, gradients are not: a layer's gradient takes sums over its own replica "
-        "where it needs those over all, or the other way round. " + _ROUNDING
+        "Outputs are right, gradients are not: a layer's gradient sums over its own replica where "
+        "it should sum over all, or the other way round. " + _ROUNDING
     ]
 
 
@@ -77,8 +77,8 @@ def _of_training(rows: list[Row], replicas: int, communicator: Communicator | No
         ]
     return [
         "The gradients of train_step are not those of the whole batch, while the model's are: its "
-        "loss is no mean or sum over samples, or something is done to the gradients of each "
-        "replica (clipping) before they are added up. " + _ROUNDING
+        "loss is not a mean or sum over samples, or the gradients of each replica are changed "
+        "(clipped, say) before they are summed. " + _ROUNDING
     ]
 
 
@@ -86,26 +86,26 @@ def _scaling(factor: float, replicas: int) -> str:
     text = f"{factor:.3g} times those of one replica: "
     if np.isclose(factor, replicas, rtol=0.05):
         return (
-            text + "the loss is not divided by the number of replicas, whose gradients are added "
-            "up. Divide its sum over samples by the size of the whole batch."
+            text + "the loss is not divided by the number of replicas, whose gradients are summed. "
+            "Divide its sum over samples by the size of the whole batch."
         )
     if np.isclose(factor, 1 / replicas, rtol=0.05):
         return (
             text + "the loss is divided by the number of replicas twice, or gradients are averaged "
             "over replicas after the loss was divided."
         )
-    return text + "the loss is scaled otherwise on several replicas than on one."
+    return text + "the loss is scaled differently on several replicas than on one."
 
 
 def _own_reduction(rows: list[Row], replicas: int) -> list[str]:
-    """Returns advice for parameters whose gradients alone are off by a factor."""
+    """Returns advice for those parameters whose gradients are off by a factor."""
     double = [r.name for r in rows if r.factor and np.isclose(r.factor, replicas, rtol=0.05)]
     means = [r.name for r in rows if r.factor and np.isclose(r.factor, 1 / replicas, rtol=0.05)]
     found = []
     if double:
         found.append(
             f"Double reduction: the gradients of {_listed(double)} are {replicas} times too large. "
-            "They are added up over the replicas in the model, and again by the training loop. A "
+            "They are summed over the replicas in the model, and again by the training loop. A "
             "layer must return the gradient of its own replica."
         )
     if means:
@@ -148,23 +148,23 @@ def unsynchronized(model: Any) -> list[str]:
             "They are compared with the whole batch."
         )
     return found or [
-        "A layer takes something of its own replica where it needs that of the whole batch, such "
+        "A layer uses a quantity of its own replica where it needs that of the whole batch, such "
         "as a mean over samples. " + _ROUNDING
     ]
 
 
 def randomness(rows: list[Row], model: Any, what: str) -> str:
-    """Returns advice where ``what`` is not the same twice, as the rows say."""
+    """Returns advice where ``what`` differs between two calls, as the rows show."""
     if broken := _not_finite(rows):
-        return f"Not finite, on one replica already: {_listed(broken)}."
+        return f"Not finite, even on one replica: {_listed(broken)}."
     layers = named_layers(model)
     suspects = [
         f"{n} ({type(v).__name__})" for n, v in layers.items() if keras_api.draws_numbers(v)
     ]
     named = f"Random layers: {_listed(suspects)}. " if suspects else ""
     return (
-        f"Nothing can be compared, since {what} gives something else at each call, on one replica "
-        f"already. {named}Build the model without randomness for this check (dropout with rate 0)."
+        f"Nothing can be compared, since {what} gives different results at each call, even on one "
+        f"replica. {named}Build the model without randomness for this check (dropout with rate 0)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Arrays side by side: how far they are apart, and whether by a common factor."""
+"""Comparison of arrays: how far they are apart, and whether by a common factor."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Row:
     quantity: str
     name: str
     difference: float
-    """The largest of its elements' differences."""
+    """The largest difference between elements."""
     relative: float
-    """The same, relative to the magnitude of the array, as `compare` says."""
+    """The same, relative to the magnitude that `compare` was given."""
     tolerance: float
-    """What ``relative`` may be."""
+    """The largest ``relative`` that is ok."""
     ok: bool
     factor: float | None
-    """By what the array on one replica was multiplied; ``None`` where that cannot be said."""
+    """The ratio to the array on one replica; ``None`` if there is no single ratio."""
 
 
 def compare(
@@ -36,12 +36,12 @@ def compare(
     """Returns a row for each array.
 
     Args:
-        quantity: What they are.
-        names: Of the arrays.
-        actual: Arrays on several replicas, in float64. One dimension more than expected stands for
-            the replicas, of which the farthest counts.
+        quantity: What the arrays are.
+        names: The names of the arrays.
+        actual: Arrays on several replicas, in float64. A dimension more than in ``expected`` is
+            that of the replicas, of which the farthest counts.
         expected: Arrays on one replica, in float64.
-        tolerance: Of the relative difference.
+        tolerance: The largest relative difference that is ok.
         magnitudes: What differences are relative to.
     """
     rows = []
@@ -49,9 +49,9 @@ def compare(
         with np.errstate(invalid="ignore", divide="ignore"):
             difference = magnitude(value - reference)
             relative = float(np.float64(difference) / size) if difference else 0.0
-        # Not so what is not finite.
+        # False if not finite.
         ok = relative <= tolerance
-        # What is nearly zero can be anything times anything.
+        # A factor between arrays that are nearly zero means nothing.
         significant = magnitude(reference) > tolerance * size
         factor = _factor(value, reference, max(tolerance, 0.01)) if significant else None
         rows.append(Row(quantity, name, difference, relative, tolerance, ok, factor))
@@ -64,7 +64,7 @@ def magnitude(array: np.ndarray) -> float:
 
 
 def common_factor(rows: Sequence[Row]) -> float | None:
-    """Returns the factor of all rows, where all that differ have one, and it is the same."""
+    """Returns the factor of all rows, if all that differ have one, and it is the same."""
     factors = [row.factor for row in rows if row.factor is not None]
     if not factors or any(row.factor is None for row in rows if not row.ok):
         return None
@@ -73,7 +73,7 @@ def common_factor(rows: Sequence[Row]) -> float | None:
 
 
 def _factor(actual: np.ndarray, expected: np.ndarray, slack: float) -> float | None:
-    """Returns the factor of least squares, if it leaves no more than ``slack``."""
+    """Returns the least-squares factor, if its residual is within ``slack``."""
     actual = actual.reshape(-1, *expected.shape)
     factor = float(np.sum(actual * expected) / (np.sum(expected * expected) * len(actual)))
     rest = magnitude(actual - factor * expected)
@@ -81,7 +81,7 @@ def _factor(actual: np.ndarray, expected: np.ndarray, slack: float) -> float | N
 
 
 def table(rows: Sequence[Row], limit: int = 10) -> str:
-    """Returns the rows as text, the worst first in each quantity, and so many of each at most."""
+    """Returns the rows as text, the worst first in each quantity, at most ``limit`` of each."""
     lines: list[tuple[str, ...]] = [("", "largest difference", "relative", "tolerance", "")]
     for quantity in dict.fromkeys(row.quantity for row in rows):
         own = [row for row in rows if row.quantity == quantity]

@@ -22,7 +22,7 @@ from syncbn._src.models.equivalence.model_steps import (
 
 
 class Names(NamedTuple):
-    """Those of the arrays, which Keras numbers otherwise in a second model."""
+    """The names of the arrays; Keras numbers those of a second model differently."""
 
     inputs: list[str]
     parameters: list[str]
@@ -48,7 +48,7 @@ class Measured(NamedTuple):
     statistics: list[np.ndarray]
     """On each replica, ``(replicas, ...)``."""
     changes: list[np.ndarray]
-    """Of the statistics."""
+    """The changes of the statistics."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Comparison:
     """Trains models from the same weights on the same batch, and compares.
 
     Args:
-        names: Of the arrays.
-        weights: To start from, each time.
+        names: The names of the arrays.
+        weights: The weights to start from, each time.
         data: ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)``, arrays of the whole batch.
         loss: As for `forward_backward`.
-        tolerance: Of relative differences.
+        tolerance: The largest relative difference that is ok.
     """
 
     names: Names
@@ -95,7 +95,7 @@ class Comparison:
         )
 
     def train(self, replicas: BatchReplicas, model: Any, steps: int) -> list[list[np.ndarray]]:
-        """Returns the gradients of `train_step`, each ``(replicas, ...)``, of so many equal steps.
+        """Returns the gradients of `train_step`, ``(replicas, ...)`` each, of some equal steps.
 
         Raises:
             ValueError: a step does not change any parameter.
@@ -120,7 +120,7 @@ class Comparison:
     ) -> list[Row]:
         """Returns how far gradients are off, relative to the magnitude of all.
 
-        That of a bias in front of a normalization is zero, up to rounding.
+        Not to its own: that of a bias before a normalization is zero, up to rounding.
         """
         inputs = quantity == diagnosis.INPUT_GRADIENTS
         names = self.names.inputs if inputs else self.names.parameters
@@ -143,10 +143,10 @@ class Comparison:
         ]
 
     def _statistic_rows(self, actual: Measured, expected: Measured) -> list[Row]:
-        # Changes are rounded as the values are, and a mean may be zero, up to rounding, which
+        # A change has the rounding error of the values, and a mean that is zero, up to rounding,
         # changes little.
         floor = 0.01 * max(map(magnitude, expected.statistics), default=0.0)
-        # What moves nowhere, frozen weights, is left out.
+        # Statistics that do not move at all, such as frozen ones, are left out.
         moving = [
             (name, there, here[0])
             for name, there, here in zip(
@@ -166,9 +166,9 @@ class Comparison:
 
 
 def random_projections(outputs: list[np.ndarray], samples: int) -> list[np.ndarray]:
-    """Returns factors for the outputs, whose products add up to a loss.
+    """Returns factors for the outputs; the sum of the products is a loss.
 
-    Each sample has its own: their sum would not see what normalizations make of it.
+    Each sample has its own: in a plain sum, what normalizations do would cancel.
 
     Raises:
         ValueError: no outputs, or no batch of them.

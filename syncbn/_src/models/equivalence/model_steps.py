@@ -13,7 +13,7 @@ from syncbn._src.keras_compat import keras_api
 from syncbn._src.models.equivalence.batch_replicas import BatchReplicas
 
 _STEPS = 32
-"""After so many an optimizer must have changed something: dynamic loss scaling skips steps until
+"""After this many an optimizer must have changed something: dynamic loss scaling skips steps until
 its scale fits."""
 
 
@@ -35,11 +35,11 @@ def forward_backward(model: Any, loss: Any, samples: int) -> Callable[[Any], Any
     """Returns a step that gives outputs, input gradients and parameter gradients.
 
     Args:
-        model: Is trained on ``data["x"]``.
-        loss: Of ``data["y"]`` and the outputs, or ``None`` for that of their products with
-            ``data["projections"]``. What it gives for each sample is averaged over all replicas; a
+        model: The model, which is trained on ``data["x"]``.
+        loss: A function of ``data["y"]`` and the outputs, or ``None`` for the sum of the outputs
+            times ``data["projections"]``. A loss for each sample is averaged over all replicas; a
             scalar is a replica's share of the sum.
-        samples: Of all replicas together.
+        samples: The number of samples on all replicas together.
     """
 
     def step(data: dict[str, Any]) -> Any:
@@ -59,7 +59,7 @@ def forward_backward(model: Any, loss: Any, samples: int) -> Callable[[Any], Any
         gradients = tape.gradient(
             value, [*inputs, *model.trainable_variables], unconnected_gradients="zero"
         )
-        # What replicas return is told apart by identity: a sum over them may be one tensor.
+        # Strategies tell the results of replicas apart by identity, but a sum may be one tensor.
         gradients = [tf.identity(gradient) for gradient in gradients]
         outputs = [tf.identity(output) for output in outputs]
         return outputs, gradients[: len(inputs)], gradients[len(inputs) :]
@@ -70,13 +70,13 @@ def forward_backward(model: Any, loss: Any, samples: int) -> Callable[[Any], Any
 def applied_gradients(
     replicas: BatchReplicas, model: Any, data: tuple[Any, ...]
 ) -> Callable[[], list[np.ndarray]]:
-    """Returns what gives the gradients that a model's own training applies to its parameters.
+    """Returns a function for the gradients that a model's own training applies to its parameters.
 
-    That is a step of `Model.train_step`, as in `fit`, with the compiled loss and optimizer.
+    It runs `Model.train_step`, as in `fit`, with the compiled loss and optimizer.
 
     Args:
         replicas: Where the model has been built.
-        model: Compiled. Its optimizers leave gradients in the place of weights from now on.
+        model: Compiled. From now on, its optimizers put gradients in the place of weights.
         data: ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)``, arrays of the whole batch.
 
     Returns:
@@ -115,10 +115,10 @@ def _optimizers(model: Any) -> list[Any]:
 
 
 def _leave_gradients(optimizer: Any) -> None:
-    """Makes an optimizer assign gradients to weights, as it would apply them.
+    """Makes an optimizer assign gradients to weights where it would apply them.
 
-    All around that stays its own: reduction, clipping, accumulation, loss scaling. A step with a
-    learning rate of one instead would leave of a small gradient but a few digits.
+    Everything around that stays its own: reduction, clipping, accumulation, loss scaling. A step
+    with learning rate 1 would keep only a few digits of a small gradient.
     """
 
     @unconverted

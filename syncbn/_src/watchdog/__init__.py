@@ -1,0 +1,1 @@
+"""What each rank is at, and what happens when one does not come."""

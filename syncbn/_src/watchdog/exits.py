@@ -1,0 +1,52 @@
+"""The ways out of a process: the other ranks are told, and wait no longer."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from types import TracebackType
+
+from syncbn._src.watchdog.watchdog import current
+
+
+def install() -> None:
+    """Makes an exception that ends this process, and a plain end, known to the other ranks.
+
+    Under MPI an exception also ends the job, as ``python -m mpi4py`` would: MPI itself would wait
+    at this rank's end for the others, and these in a collective for this one.
+    """
+    before, process = sys.excepthook, os.getpid()
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)
+        if os.getpid() == process:
+            _tell(f"has failed: {kind.__name__}: {str(error)[:500]}")
+            watchdog = current()
+            if watchdog is not None:
+                watchdog.say_who_is_gone()
+            _abort_mpi()
+
+    sys.excepthook = hook
+
+    def at_exit() -> None:
+        if os.getpid() == process:
+            _tell("has ended")
+
+    atexit.register(at_exit)
+
+
+def _tell(status: str) -> None:
+    watchdog = current()
+    if watchdog is not None and watchdog.is_running():
+        watchdog.tell(status)
+
+
+def _abort_mpi() -> None:
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+        return
+    if mpi.COMM_WORLD.size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        mpi.COMM_WORLD.Abort(1)

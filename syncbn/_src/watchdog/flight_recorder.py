@@ -1,0 +1,191 @@
+"""The collectives of this process: which it has entered, and which it has left."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+LENGTH = 200
+"""How many of the latest collectives are kept."""
+
+_numbers = itertools.count()
+
+
+class Collective:
+    """A collective that Python runs.
+
+    Args:
+        number: Of the process's collectives, from 1.
+        name: The operation's.
+        members: The ranks that take part; ``None`` for all of the job.
+    """
+
+    __slots__ = ("entered", "left", "members", "name", "number")
+
+    def __init__(self, number: int, name: str, members: Sequence[int] | None):
+        self.number, self.name, self.members = number, name, members
+        self.entered = time.time()
+        self.left: float | None = None
+
+    def leave(self) -> None:
+        """Says that it is done."""
+        self.left = time.time()
+
+
+class Site:
+    """A collective of a graph, which runs without Python: two counters that the graph adds to.
+
+    Args:
+        name: The operation's.
+        members: As in `Collective`.
+    """
+
+    def __init__(self, name: str, members: Sequence[int] | None):
+        self.name, self.members = name, members
+        self._entered, self._left = (f"syncbn/site/{next(_numbers)}" for _ in range(2))
+        with tf.init_scope(), tf.device("CPU:0"):
+            for counter in self._entered, self._left:
+                tf.raw_ops.AssignVariableOp(resource=_handle(counter), value=tf.zeros([], tf.int64))
+        self.since: float | None = None
+        """When it was seen first that it had been entered, and not left."""
+        self._seen = (0, 0)
+
+    def enter(self) -> tf.Operation:
+        """Returns the operation, of the graph that is being made, that counts an entry."""
+        return _count(self._entered)
+
+    def leave(self) -> tf.Operation:
+        """Likewise, for a leave."""
+        return _count(self._left)
+
+    def poll(self) -> tuple[int, int]:
+        """Returns how often it was entered and left."""
+        # In this order: what is left was entered before.
+        left, entered = _value(self._left), _value(self._entered)
+        counts = entered, left
+        if counts[0] == counts[1]:
+            self.since = None
+        elif counts != self._seen:
+            self.since = time.time()
+        self._seen = counts
+        return counts
+
+
+def _handle(counter: str) -> tf.Tensor:
+    # By its name, so that no graph captures it: the gradient of a branch takes nothing else in.
+    return tf.raw_ops.VarHandleOp(dtype=tf.int64, shape=[], shared_name=counter)
+
+
+def _value(counter: str) -> int:
+    with tf.device("CPU:0"):
+        return int(tf.raw_ops.ReadVariableOp(resource=_handle(counter), dtype=tf.int64))
+
+
+def _count(counter: str) -> tf.Operation:
+    with tf.device("CPU:0"):
+        operation = tf.raw_ops.AssignAddVariableOp(
+            resource=_handle(counter), value=tf.ones([], tf.int64)
+        )
+    # A vectorized loop makes one collective of all iterations.
+    operation.pfor_converter = lambda loop: _count(counter)
+    return operation
+
+
+class Waiting(NamedTuple):
+    """A collective that was entered, and not left."""
+
+    name: str
+    call: int
+    """The number of the collective, or how often its operation has run: its step."""
+    since: float
+    members: Sequence[int] | None
+
+
+class FlightRecorder:
+    """The latest collectives of this process."""
+
+    def __init__(self) -> None:
+        self._latest: deque[Collective] = deque(maxlen=LENGTH)
+        self._sites: list[Site] = []
+        self._count = 0
+
+    def enter(self, name: str, members: Sequence[int] | None) -> Collective:
+        """Makes a record of a collective that Python is about to run."""
+        self._count += 1
+        record = Collective(self._count, name, members)
+        self._latest.append(record)
+        return record
+
+    def watch(
+        self,
+        name: str,
+        members: Sequence[int] | None,
+        tensors: Any,
+        collective: Callable[[Any], Any],
+    ) -> Any:
+        """Returns ``collective(tensors)``, and keeps a record of it, eagerly and in graphs."""
+        if tf.executing_eagerly():
+            record = self.enter(name, members)
+            totals = collective(tensors)
+            record.leave()  # not where it has failed: that is what this process has done last
+            return totals
+        if not tf.compat.v1.executing_eagerly_outside_functions():  # nor is a session's watched
+            return collective(tensors)
+        site = Site(name, members)
+        self._sites.append(site)
+        # Automatic clustering would count when a cluster begins, and not when it comes here.
+        with tf.xla.experimental.jit_scope(compile_ops=False):
+            with tf.control_dependencies(tf.nest.flatten(tensors)):
+                entered = site.enter()
+            with tf.control_dependencies([entered]):
+                totals = collective(tensors)
+            with tf.control_dependencies(tf.nest.flatten(totals)):
+                left = site.leave()
+            with tf.control_dependencies([left]):
+                return tf.nest.map_structure(tf.identity, totals)
+
+    def waiting(self) -> Waiting | None:
+        """Returns the collective that this process has waited in longest."""
+        found = []
+        for one in list(self._latest):
+            if one.left is None:
+                found.append(Waiting(one.name, one.number, one.entered, one.members))
+        for site in list(self._sites):
+            entered, _ = site.poll()
+            if site.since is not None:
+                found.append(Waiting(site.name, entered, site.since, site.members))
+        return min(found, key=lambda one: one.since, default=None)
+
+    def counts(self) -> dict[str, int]:
+        """Returns how often each operation of a graph has been done."""
+        return {site.name: site.poll()[1] for site in list(self._sites)}
+
+    def last(self) -> dict[str, object] | None:
+        """Returns the collective that Python has run last, if any."""
+        return _fields(self._latest[-1]) if self._latest else None
+
+    def as_json(self) -> dict[str, object]:
+        """Returns all that is known."""
+        sites = [(site.name, *site.poll()) for site in list(self._sites)]
+        return {
+            "collectives": [_fields(one) for one in list(self._latest)],
+            "sites": [{"name": name, "entered": n, "left": m} for name, n, m in sites],
+        }
+
+
+def _fields(record: Collective) -> dict[str, object]:
+    return {
+        "number": record.number,
+        "name": record.name,
+        "entered": record.entered,
+        "left": record.left,
+    }
+
+
+RECORDER = FlightRecorder()
+"""That of this process."""

@@ -1,0 +1,183 @@
+"""What each rank says of itself, kept on the host of rank 0.
+
+Messages are JSON, each with an HMAC (RFC 2104) under a key that the ranks have got from each other
+through their engine. A connection begins with a nonce of the store's, and both sides count their
+messages, so that nothing can be said twice, or by anybody else. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from typing import Any
+
+KEY_LENGTH, _NONCE_LENGTH, _MAC_LENGTH = 32, 16, 32
+_LONGEST = 1 << 20
+"""Bytes of a message."""
+TIMEOUT = 5.0
+"""Seconds that a rank waits for an answer of the store."""
+
+
+class _Codec:
+    """One direction of a connection."""
+
+    def __init__(self, key: bytes, nonce: bytes, direction: bytes):
+        self._key, self._context, self._number = key, nonce + direction, 0
+
+    def seal(self, message: dict[str, Any]) -> bytes:
+        body = json.dumps(message).encode()
+        return struct.pack("!I", len(body)) + self._mac(body) + body
+
+    def open(self, mac: bytes, body: bytes) -> dict[str, Any]:
+        if not hmac.compare_digest(mac, self._mac(body)):
+            raise ConnectionError("a message of somebody else")
+        return json.loads(body)
+
+    def _mac(self, body: bytes) -> bytes:
+        self._number += 1
+        counted = self._context + struct.pack("!Q", self._number) + body
+        return hmac.digest(self._key, counted, hashlib.sha256)
+
+
+def _length(header: bytes) -> int:
+    (length,) = struct.unpack("!I", header)
+    if length > _LONGEST:
+        raise ConnectionError("a message that is too long")
+    return length
+
+
+class Store:
+    """What the ranks have said last. It answers each message with what the sender asks for.
+
+    Args:
+        key: What the ranks know, and nobody else.
+        loopback: Whether all ranks are on this machine.
+    """
+
+    def __init__(self, key: bytes, loopback: bool):
+        self._key = key
+        self._states: dict[int, dict[str, Any]] = {}
+        self._heard: dict[int, float] = {}
+        self._connections: dict[int, asyncio.StreamWriter] = {}
+        self._asked = float("-inf")
+        self._end: dict[str, Any] | None = None
+        listening = socket.create_server(("127.0.0.1" if loopback else "", 0))
+        self.port: int = listening.getsockname()[1]
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(asyncio.start_server(self._serve, sock=listening))
+        threading.Thread(target=loop.run_forever, name="syncbn-store", daemon=True).start()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonce, rank = os.urandom(_NONCE_LENGTH), -1
+        incoming, outgoing = (_Codec(self._key, nonce, way) for way in (b"to", b"from"))
+        try:
+            writer.write(nonce)
+            while True:
+                length = _length(await reader.readexactly(4))
+                mac = await reader.readexactly(_MAC_LENGTH)
+                state = incoming.open(mac, await reader.readexactly(length))
+                rank = state["rank"]
+                self._connections[rank] = writer
+                writer.write(outgoing.seal(self._answer(rank, state)))
+                await writer.drain()
+        except (OSError, EOFError, ValueError, KeyError):
+            pass  # gone, or somebody else
+        finally:
+            writer.close()
+            # A rank that has come back has another connection.
+            newest = self._connections.get(rank) is writer
+            if newest and self._states[rank]["status"] == "running":
+                self._states[rank]["status"] = "lost"
+
+    def _answer(self, rank: int, state: dict[str, Any]) -> dict[str, Any]:
+        now = time.monotonic()
+        # What is told only when somebody asks is kept.
+        self._states[rank] = {**self._states.get(rank, {}), **state}
+        self._heard[rank] = now
+        if state["asks"]:
+            self._asked = now
+        self._end = self._end or state.get("end")
+        answer: dict[str, Any] = {"asked": now - self._asked < TIMEOUT, "end": self._end}
+        if state["waits"]:
+            answer["ranks"] = [
+                {**one, "silent": now - self._heard[number]}
+                for number, one in self._states.items()
+                if number != rank
+            ]
+        return answer
+
+
+class StoreClient:
+    """A rank's connection to the store.
+
+    Args:
+        addresses: Where the store may be reached, the likeliest first.
+        port: Its port.
+        key: The key of the job.
+
+    Raises:
+        OSError: at none of them.
+    """
+
+    def __init__(self, addresses: list[str], port: int, key: bytes):
+        self._socket = _connected(addresses, port)
+        try:
+            nonce = self._read(_NONCE_LENGTH)
+        except OSError:
+            self.close()
+            raise
+        self._outgoing, self._incoming = (_Codec(key, nonce, way) for way in (b"to", b"from"))
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._socket.close()
+
+    def say(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Says what this rank is at, and returns the answer.
+
+        Raises:
+            OSError: the store is gone, or (TimeoutError) does not answer.
+        """
+        with self._lock:
+            self._socket.sendall(self._outgoing.seal(state))
+            length = _length(self._read(4))
+            mac = self._read(_MAC_LENGTH)
+            return self._incoming.open(mac, self._read(length))
+
+    def _read(self, length: int) -> bytes:
+        parts = b""
+        while len(parts) < length:
+            part = self._socket.recv(length - len(parts))
+            if not part:
+                raise ConnectionError("the store is gone")
+            parts += part
+        return parts
+
+
+def _connected(addresses: list[str], port: int) -> socket.socket:
+    for address in addresses[:-1]:
+        try:
+            return socket.create_connection((address, port), TIMEOUT)
+        except OSError:
+            continue
+    return socket.create_connection((addresses[-1], port), TIMEOUT)
+
+
+def own_addresses() -> list[str]:
+    """Returns addresses under which other machines may reach this one."""
+    found = [socket.gethostname()]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing; TEST-NET-1 of RFC 5737
+            found.insert(0, probe.getsockname()[0])
+        except OSError:
+            pass  # no route
+    return found
