@@ -14,6 +14,7 @@ FLOORS = {
     "syncbn._src.autograph": 0,
     "syncbn._src.call_stack": 0,
     "syncbn._src.ops": 0,
+    "syncbn._src.watchdog": 0,
     "syncbn._src.communicators.base": 0,
     "syncbn._src.communicators": 1,
     "syncbn._src.keras_compat": 1,

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from syncbn._src import cli
-from syncbn._src.watchdog import settings
+from syncbn._src.watchdog import waiting_limits
 from syncbn._src.watchdog.flight_recorder import FlightRecorder
 from syncbn._src.watchdog.rank_store import Store, StoreClient, _Codec
 
@@ -124,14 +124,14 @@ def test_a_message_that_is_too_long_is_not_read(store):
 def test_limits_that_are_none_are_refused(given, monkeypatch):
     monkeypatch.setenv("SYNCBN_TIMEOUT_SECONDS", given)
     with pytest.raises(ValueError, match=f"SYNCBN_TIMEOUT_SECONDS must be .* Received: {given}"):
-        settings.limits()
+        waiting_limits.limits()
 
 
 def test_limits(monkeypatch):
-    assert settings.limits() == (30, 600)
+    assert waiting_limits.limits() == (30, 600)
     monkeypatch.setenv("SYNCBN_WARN_SECONDS", "2.5")
     monkeypatch.setenv("SYNCBN_TIMEOUT_SECONDS", "0")
-    assert settings.limits() == (2.5, float("inf"))
+    assert waiting_limits.limits() == (2.5, float("inf"))
 
 
 def doubled(tensor):

@@ -9,7 +9,7 @@ import tensorflow as tf
 # holds it.
 from tensorflow.python.eager import context
 
-from syncbn._src.watchdog.watchdog import WatchedJob, start
+from syncbn._src.watchdog.watchdog import WatchedJob, watch_job
 
 _KEY = "syncbn/watchdog"
 
@@ -28,4 +28,4 @@ def watch_cluster() -> None:
         return coordinator.get_config_key_value(_KEY).encode()
 
     rank = tasks.index((resolver.task_type, resolver.task_id))
-    start(WatchedJob("tf.distribute", rank, len(tasks), len(hosts) == 1, share))
+    watch_job(WatchedJob("tf.distribute", rank, len(tasks), len(hosts) == 1, share))

@@ -15,7 +15,7 @@ from syncbn._src.communicators.launcher import require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
 from syncbn._src.watchdog.flight_recorder import RECORDER
-from syncbn._src.watchdog.watchdog import WatchedJob, start, to_array, to_bytes
+from syncbn._src.watchdog.watchdog import WatchedJob, to_array, to_bytes, watch_job
 
 
 class HorovodCommunicator:
@@ -164,7 +164,7 @@ def _watch(hvd: Any) -> None:
             return to_bytes(hvd.broadcast(message, 0, name="syncbn/watchdog").numpy())
 
     one_host = hvd.local_size() == hvd.size()
-    start(WatchedJob("horovod", hvd.rank(), hvd.size(), one_host, share))
+    watch_job(WatchedJob("horovod", hvd.rank(), hvd.size(), one_host, share))
 
 
 def import_horovod() -> Any:

@@ -15,7 +15,7 @@ from syncbn._src.communicators.launcher import require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
 from syncbn._src.watchdog.flight_recorder import RECORDER
-from syncbn._src.watchdog.watchdog import WatchedJob, start, to_array, to_bytes
+from syncbn._src.watchdog.watchdog import WatchedJob, to_array, to_bytes, watch_job
 
 
 class MPICommunicator:
@@ -250,7 +250,7 @@ def _watch(comm: Any) -> None:
         return to_bytes(message)
 
     rank, size, abort = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, MPI.COMM_WORLD.Abort
-    start(WatchedJob("mpi", rank, size, one_host, share, share_in_thread=False, end=abort))
+    watch_job(WatchedJob("mpi", rank, size, one_host, share, share_in_thread=False, end=abort))
 
 
 def _shared(comm: Any) -> _Shared:

@@ -6,6 +6,7 @@ there which others are not in it, what they are at instead, and whether they hav
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
@@ -27,7 +28,7 @@ from syncbn._src.watchdog.rank_store import (
     StoreClient,
     own_addresses,
 )
-from syncbn._src.watchdog.settings import is_on, limits
+from syncbn._src.watchdog.waiting_limits import is_on, limits
 
 EXIT_CODE = 70
 """That of a process that the watchdog ends: EX_SOFTWARE of sysexits.h."""
@@ -57,7 +58,7 @@ class WatchedJob(NamedTuple):
 
 
 class Watchdog(threading.Thread):
-    """Watches one process of a job; see `start`."""
+    """Watches one process of a job; see `watch_job`."""
 
     def __init__(self, job: WatchedJob):
         super().__init__(name="syncbn-watchdog", daemon=True)
@@ -67,6 +68,7 @@ class Watchdog(threading.Thread):
         self._client: StoreClient | None = None
         self._where: dict[str, Any] = {}
         self._status = "running"
+        self._stopped = threading.Event()
         self._asked = False
         self._store_status = "silent"
         """Why the store has not answered: ``"silent"``, or ``"lost"``."""
@@ -81,9 +83,9 @@ class Watchdog(threading.Thread):
                 self._where = self._shared_address()
             except Exception as error:  # of an engine that is going down, anything
                 _say(f"rank {self.job.rank} does not learn what the others are at: {error}")
-        while True:
+        while not self._stopped.is_set():
             self._look()
-            time.sleep(PERIOD)
+            self._stopped.wait(PERIOD)
 
     def _shared_address(self) -> dict[str, Any]:
         own = None
@@ -172,6 +174,11 @@ class Watchdog(threading.Thread):
             return {}
         self._asked = answer["asked"]
         return answer
+
+    def stop(self) -> None:
+        """Ends the thread: one that runs TensorFlow while Python ends may never come back."""
+        self._stopped.set()
+        self.join(TIMEOUT)
 
     def is_running(self) -> bool:
         """Says whether nothing has been told of an end yet."""
@@ -296,12 +303,13 @@ def _say(text: str) -> None:
 _watchdog: Watchdog | None = None
 
 
-def start(job: WatchedJob) -> None:
+def watch_job(job: WatchedJob) -> None:
     """Watches this process from now on, where its job has several; once."""
     global _watchdog
     if _watchdog is None and job.size > 1 and is_on():
         _watchdog = Watchdog(job)
         _watchdog.start()
+        atexit.register(_watchdog.stop)
 
 
 def described(several: bool) -> str:
