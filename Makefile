@@ -1,6 +1,7 @@
 # make demo   train a real model on several replicas, with and without synchronized statistics
 # make test   lint, type-check and test, in real processes under every engine
 # make quick  lint, type-check and test in one process, on Keras 3, without the slowest; some minutes
+# make test-control-flow  test every cell of docs/control-flow.md on every engine, and write it (hours)
 # make bench  time the layers and their peers under every engine (may take hours; BENCH=--quick: minutes)
 # make docker-test  build the CPU image and train across two containers (docker or podman)
 # make test-clients  test with models of other packages (from PyPI; no weights)
@@ -39,7 +40,7 @@ quick_parts := lint lint-scripts types test-quickly
 # What `make quick` leaves out of the tests of one process.
 slow := clustering control_flow converted_files recalibrate saving
 
-.PHONY: demo test quick test-clients test-matrix bench docker-test clean
+.PHONY: demo test quick test-clients test-control-flow test-faults test-matrix bench docker-test clean
 .PHONY: lint lint-scripts types test-keras-3 test-keras-2 test-launchers test-quickly
 
 demo: $(VENV)/.demo
@@ -81,6 +82,12 @@ test-clients: $(VENV)/.clients
 test-matrix:
 	TF_USE_LEGACY_KERAS=0 .ci/matrix $(BUILD)/matrix -n $(JOBS) --dist loadfile tests/single \
 	  $(slow:%=--ignore=tests/single/test_%.py)
+
+test-control-flow: $(VENV)/.test
+	PYTHONPATH=launch $(python) -m tests.control_flow_runs $(ENGINES)
+
+test-faults: $(VENV)/.test
+	$(python) -m pytest tests/faults
 
 bench: $(VENV)/.test
 	$(python) -m benchmarks --out $(BUILD)/benchmarks $(BENCH)
