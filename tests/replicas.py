@@ -17,6 +17,7 @@ import tensorflow as tf
 
 import syncbn
 from tests import patience
+from tests.keras import KERAS_3
 
 
 class Threads:
@@ -42,6 +43,8 @@ class Threads:
     def build(self, make, shape):
         layers = [make(rank) for rank in range(self.size)]
         for layer in layers:
+            # Processes would each count their layers from one.
+            setattr(layer, "name" if KERAS_3 else "_name", "layer")
             layer.build(shape)
         return layers
 
