@@ -5,6 +5,8 @@
 # make bench  time the layers and their peers under every engine (may take hours; BENCH=--quick: minutes)
 # make docker-test  build the CPU image and train across two containers (docker or podman)
 # make test-clients  test with models of other packages (from PyPI; no weights)
+# make test-faults  make one rank of a job go wrong in every way, under every launcher (half an hour)
+# make test-matrix  test with other versions of Python, TensorFlow and Keras
 # make clean  remove what the others made
 #
 # Each needs Python 3.10 or later with venv, and make; what tests or measures also a C++ compiler, for Horovod.
