@@ -125,6 +125,7 @@ def _is_compiled(replicas, modules, expected):
     assert "all-reduce" not in text
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("rows", [6, 4096])  # the latter for the fused kernels
 @pytest.mark.parametrize("mean", [60.0, 1e6])
 def test_statistics_are_as_accurate_as_without(mean, rows, replicas, compiled):

@@ -1,5 +1,7 @@
 """`fit` in separate processes: equal starts, metrics of all samples."""
 
+import importlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -8,6 +10,7 @@ import syncbn
 from syncbn import training
 from tests.keras import KERAS_3, keras
 from tests.parallel import workers
+from tests.parallel.conftest import ENGINE
 from tests.parallel.workers import LossScaleOptimizer, compiled, same_on_all_ranks, samples
 
 pytestmark = workers.in_separate_processes
@@ -157,3 +160,101 @@ def test_callbacks_see_validation_that_only_some_workers_have_data_for(replicas)
     )
     assert len(history.history["val_loss"]) == 2
     same_on_all_ranks(history.history["val_loss"])
+
+
+def test_weights_that_gradients_leave_different_are_an_error_in_that_step(replicas):
+    x, y = samples(8 * replicas.size)
+    own = slice(8 * replicas.rank, 8 * replicas.rank + 8)
+    model = compiled(optimizer=keras.optimizers.SGD(0.1))
+    last = replicas.size - 1
+    with pytest.raises(
+        RuntimeError, match=rf"at the end of step 1: .*{last} than on rank 0, .*SGD"
+    ):
+        model.fit(
+            x[own], y[own], batch_size=4, verbose=0, callbacks=[training.BroadcastVariables()]
+        )
+    # Who averages otherwise, or not yet, says so.
+    different = training.BroadcastVariables(same_weights=False)
+    model.fit(x[own], y[own], batch_size=4, verbose=0, callbacks=[different])
+
+
+@pytest.mark.skipif(ENGINE != "horovod" or not KERAS_3, reason="Keras 2 has what Horovod changes")
+@pytest.mark.parametrize("package", ["horovod.tensorflow", "horovod.tensorflow.keras"])
+def test_optimizers_of_horovod_average_nothing_under_keras_3_and_are_found_out(package, replicas):
+    wrap = importlib.import_module(package).DistributedOptimizer
+    model = compiled(optimizer=wrap(keras.optimizers.SGD(0.1)))
+    x, y = samples(4 * replicas.size)
+    own = slice(4 * replicas.rank, 4 * replicas.rank + 4)
+    with pytest.raises(RuntimeError, match=r"averages nothing under Keras 3"):
+        model.fit(
+            x[own], y[own], batch_size=2, verbose=0, callbacks=[training.BroadcastVariables()]
+        )
+
+
+def test_gradients_that_a_train_step_averages_are_averaged(replicas):
+    class Own(keras.Model):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+            tape = training.DistributedGradientTape(tape)
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+            return {"loss": loss}
+
+    inputs = keras.Input((3,))
+    model = Own(inputs, keras.layers.Dense(1)(syncbn.SyncBatchNormalization()(inputs)))
+    model.compile(keras.optimizers.SGD(0.1), jit_compile=False)
+    x, y = samples(8 * replicas.size)
+    own = slice(8 * replicas.rank, 8 * replicas.rank + 8)
+    model.fit(x[own], y[own], batch_size=4, verbose=0, callbacks=[training.BroadcastVariables()])
+
+
+class AtTheEnd(keras.callbacks.Callback):
+    """Does something on the last worker, at the end of a batch or of an epoch, and counts."""
+
+    def __init__(self, replicas, does, epoch=1, batch=None):
+        super().__init__()
+        self.last, self.does = replicas.rank == replicas.size - 1, does
+        self.at, self.epoch, self.batches = (epoch, batch), 0, 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches += 1
+        if self.last and self.at == (self.epoch, batch):
+            self.does(self.model)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.last and self.at == (epoch, None):
+            self.does(self.model)
+
+
+def stop(model):
+    model.stop_training = True
+
+
+@pytest.mark.parametrize(
+    "batch", [None, pytest.param(2, marks=pytest.mark.skipif(ENGINE != "mpi", reason="see docs"))]
+)
+@pytest.mark.parametrize("callback", [training.BroadcastVariables, training.AverageMetrics])
+def test_all_workers_stop_where_one_does_wherever_the_callback_stands(callback, batch, replicas):
+    at_the_end = AtTheEnd(replicas, stop, batch=batch)
+    keras.utils.set_random_seed(0)
+    for callbacks in [callback(), at_the_end], [at_the_end, callback()]:
+        at_the_end.batches = 0
+        history = compiled().fit(*samples(16), 4, epochs=3, verbose=0, callbacks=callbacks)
+        assert at_the_end.batches == (8 if batch is None else 4 + batch + 1)
+        assert type(history) is keras.callbacks.History
+
+
+def test_other_learning_rates_are_an_error_in_that_epoch(replicas):
+    def other(model):
+        model.optimizer.learning_rate = 0.01
+
+    at_the_end = AtTheEnd(replicas, other)
+    callbacks = [training.BroadcastVariables(), at_the_end]
+    with pytest.raises(RuntimeError, match=r"the same learning rate.* epoch 2: 0\.1.*, 0\.0"):
+        compiled().fit(*samples(16), 4, epochs=3, verbose=0, callbacks=callbacks)
+    assert at_the_end.batches == 8

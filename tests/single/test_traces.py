@@ -15,6 +15,7 @@ class Another(syncbn.LocalCommunicator):
     """Joins a second replica, which has the batch `OTHER`."""
 
     size = 2
+    finds_mixups = True  # there is no other side
 
     def __init__(self):
         self.calls = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import tensorflow as tf
@@ -21,6 +20,9 @@ class Communicator(Protocol):
     One that keeps its calls in order itself may have ``for_call(scope)``. It returns an
     ``all_reduce_sum`` for the calls of one layer that belong together: those of its forward pass,
     and those of the gradient, which may be in another graph. Their names begin with ``scope``.
+
+    Layers give it vectors with a few more numbers at the end, by which replicas find out that they
+    make different calls. One that finds that out itself may say so: ``finds_mixups = True``.
     """
 
     name: str
@@ -61,15 +63,3 @@ def wire_dtype(dtype: tf.DType) -> tf.DType:
     """Returns the dtype in which tensors of ``dtype`` are summed over processes."""
     # A sum over many overflows in 16 bits where their mean does not, and MPI has no such floats.
     return tf.float32 if dtype.size < 4 else dtype
-
-
-def sums_for_call(communicator: Communicator, scope: str) -> Callable[[tf.Tensor, str], tf.Tensor]:
-    """Returns `Communicator.all_reduce_sum` for one call of a layer and for its gradient.
-
-    Args:
-        communicator: The communicator of the replicas.
-        scope: The first part of the names.
-    """
-    if hasattr(communicator, "for_call"):
-        return communicator.for_call(scope)
-    return lambda tensor, name: communicator.all_reduce_sum(tensor, f"{scope}/{name}")

@@ -37,6 +37,7 @@ class HorovodCommunicator:
 
     name = "horovod"
     supports_jit = False
+    finds_mixups = True  # as calls meet by their names
 
     def __init__(self, process_set: Any = None):
         hvd = import_horovod()

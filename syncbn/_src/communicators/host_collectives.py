@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.fingerprints import sums
 
 DIGEST_PARTS = 16
 """The length of a `digest`."""
@@ -28,7 +29,7 @@ def sum_arrays(
     for dtype in sorted({array.dtype.name for array in arrays}):
         chosen = [index for index, array in enumerate(arrays) if array.dtype.name == dtype]
         flat = np.concatenate([arrays[index].ravel() for index in chosen])
-        total = communicator.all_reduce_sum(tf.constant(flat), f"{name}/{dtype}").numpy()
+        total = sums(communicator)(tf.constant(flat), f"{name}/{dtype}").numpy()
         ends = np.cumsum([arrays[index].size for index in chosen])
         for index, part in zip(chosen, np.split(total, ends[:-1]), strict=True):
             totals[index] = part.reshape(arrays[index].shape)
@@ -42,7 +43,7 @@ def all_gather(communicator: Communicator, vector: np.ndarray, name: str) -> np.
     """
     rows = np.zeros((communicator.size, len(vector)))
     rows[communicator.rank] = vector
-    return communicator.all_reduce_sum(tf.constant(rows), name).numpy()
+    return sums(communicator)(tf.constant(rows), name).numpy()
 
 
 def require_agreement(

@@ -36,6 +36,7 @@ class MPICommunicator:
 
     name = "mpi"
     supports_jit = False
+    finds_mixups = True
 
     def __init__(self, comm: Any = None):
         try:

@@ -14,6 +14,7 @@ from syncbn._src.communicators.strategy import (
     local_replicas,
     replica_context,
     replica_number,
+    require_same_calls,
 )
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
 from syncbn._src.communicators.vectorization import refused
@@ -30,6 +31,7 @@ class NestedCommunicator:
     """
 
     supports_jit = False
+    finds_mixups = True
 
     def __init__(self, across: Communicator):
         self.across = across
@@ -84,9 +86,9 @@ class NestedCommunicator:
         refuse_xla(engines)
         refuse_forward_mode(engines, tensor)
 
-        def add_up(strategy: tf.distribute.Strategy, tensors: Any) -> tf.Tensor:
+        def add_up(strategy: tf.distribute.Strategy, tensors: Any, names: Any) -> tf.Tensor:
             with tf.device(strategy.extended.worker_devices[0]):
-                own = tf.add_n(strategy.experimental_local_results(tensors))
+                own = tf.add_n(require_same_calls(strategy, tensors, names))
             # The gradient stops here: that of the sum over all replicas is below.
             return tf.stop_gradient(self.across.all_reduce_sum(own, name))
 
@@ -95,6 +97,6 @@ class NestedCommunicator:
             def gradient(upstream: tf.Tensor) -> tf.Tensor:
                 return self.all_reduce_sum(upstream, f"{name}/gradient")
 
-            return context.merge_call(add_up, args=[refused(tensor, engines)]), gradient
+            return context.merge_call(add_up, args=[refused(tensor, engines), name]), gradient
 
         return reduce(tensor)

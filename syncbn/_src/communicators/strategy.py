@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -47,6 +48,31 @@ def local_replicas() -> int:
 def joined_processes() -> int:
     """Returns the number of processes that the strategy joins; 1 if only this one."""
     return tf.distribute.get_strategy().num_replicas_in_sync // local_replicas()
+
+
+def require_same_calls(strategy: tf.distribute.Strategy, tensors: Any, names: Any) -> Any:
+    """Returns the tensors of the replicas, in a merge call to which each has given a name too.
+
+    Raises:
+        RuntimeError: the replicas make different calls, and have come to the same place.
+    """
+    parts = strategy.experimental_local_results(tensors)
+    names = strategy.experimental_local_results(names)
+    if len(names) == 1:  # which is the same on all of them
+        names = names * len(parts)
+    calls = [
+        f"{name}, {part.dtype.name} {part.shape}" for name, part in zip(names, parts, strict=True)
+    ]
+    first = parts[0]
+    if len(set(names)) > 1 or not all(
+        part.dtype == first.dtype and part.shape.is_compatible_with(first.shape) for part in parts
+    ):
+        raise RuntimeError(
+            "All replicas must make the same calls in the same order. Received: "
+            + "; ".join(f"on replica {number} {call}" for number, call in enumerate(calls))
+            + ". Make the same training calls on every replica, whatever its number is."
+        )
+    return parts
 
 
 class GroupRows:

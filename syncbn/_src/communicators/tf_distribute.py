@@ -7,12 +7,15 @@ from typing import Any
 
 import tensorflow as tf
 
+from syncbn._src.communicators.base import wire_dtype
 from syncbn._src.communicators.cluster_watch import watch_cluster
+from syncbn._src.communicators.fingerprints import fingerprinted
 from syncbn._src.communicators.strategy import (
     GroupRows,
     joined_processes,
     replica_context,
     replica_number,
+    require_same_calls,
 )
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
 from syncbn._src.communicators.vectorization import refused, vectorized
@@ -24,6 +27,7 @@ class DistributeCommunicator:
 
     name = "tf.distribute"
     supports_jit = False
+    finds_mixups = True
 
     def split(self, groups: Sequence[Sequence[int]]) -> GroupRows:
         """Returns the groups, with all-reduces within each."""
@@ -64,9 +68,9 @@ class DistributeCommunicator:
         if joined_processes() > 1:
             watch_cluster()
             with tf.name_scope(name):
-                return RECORDER.watch(name, None, tensor, _all_reduce_sum)
+                return RECORDER.watch(name, None, tensor, lambda one: _all_reduce_sum(one, name))
         with tf.name_scope(name):
-            return _all_reduce_sum(tensor)
+            return _all_reduce_sum(tensor, name)
 
 
 def _shares_one_memory(strategy: tf.distribute.Strategy) -> bool:
@@ -81,27 +85,54 @@ def _shares_one_memory(strategy: tf.distribute.Strategy) -> bool:
     )
 
 
-@tf.custom_gradient
-def _all_reduce_sum(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
-    # What comes back has a custom gradient already. The custom gradient of a layer, which walks the
-    # graph from its results to its inputs, must not walk on into the other replicas from here.
-    if _shares_one_memory(replica_context().strategy):
-        total = tf.stop_gradient(_add_up(tensor))
-        if not tf.executing_eagerly():
-            # A vectorized loop drops custom gradients; this caller gives its result one again.
-            total.op.pfor_converter = lambda loop: [loop.inputs[0]]
-        return total, _all_reduce_sum
-    # An argument of a function has no device, without which TensorFlow finds no destination; a copy
-    # made here has the replica's.
-    own = refused(tensor, "tf.distribute")
-    total = replica_context().all_reduce(tf.distribute.ReduceOp.SUM, own)
-    return tf.stop_gradient(total), _all_reduce_sum
+def _all_reduce_sum(tensor: tf.Tensor, name: str) -> tf.Tensor:
+    def again(tensor: tf.Tensor) -> tf.Tensor:
+        return _all_reduce_sum(tensor, name)
+
+    @tf.custom_gradient
+    def reduce(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        def gradient(upstream: tf.Tensor) -> tf.Tensor:
+            return _all_reduce_sum(upstream, f"{name}/gradient")
+
+        # What comes back has a custom gradient already. The custom gradient of a layer, which walks
+        # the graph from its results to its inputs, must not walk on into the other replicas.
+        if _shares_one_memory(replica_context().strategy):
+            total = tf.stop_gradient(_add_up(tensor, name, again))
+            if not tf.executing_eagerly():
+                # A vectorized loop drops custom gradients; this caller gives its result one again.
+                total.op.pfor_converter = lambda loop: [loop.inputs[0]]
+            return total, gradient
+        # An argument of a function has no device, without which TensorFlow finds no destination; a
+        # copy made here has the replica's.
+        own = refused(tensor, "tf.distribute")
+        if joined_processes() == 1:
+            _compare(own, name)
+            return tf.stop_gradient(_collective(own)), gradient
+        wire = tf.cast(own, wire_dtype(own.dtype))
+        total = tf.cast(fingerprinted(_collective, wire, name), own.dtype)
+        return tf.stop_gradient(total), gradient
+
+    return reduce(tensor)
 
 
-def _add_up(tensor: tf.Tensor) -> tf.Tensor:
-    def add(strategy: tf.distribute.Strategy, tensors: Any) -> tf.Tensor:
-        return tf.add_n(strategy.experimental_local_results(tensors), name="all_reduce_sum")
+def _collective(tensor: tf.Tensor) -> tf.Tensor:
+    return replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tensor)
 
-    total = replica_context().merge_call(add, args=[tensor])
+
+def _compare(tensor: tf.Tensor, name: str) -> None:
+    """Raises where replicas of this process make different calls."""
+
+    def compare(strategy: tf.distribute.Strategy, tensors: Any, names: Any) -> None:
+        require_same_calls(strategy, tensors, names)
+
+    replica_context().merge_call(compare, args=[tensor, name])
+
+
+def _add_up(tensor: tf.Tensor, name: str, again: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    def add(strategy: tf.distribute.Strategy, tensors: Any, names: Any) -> tf.Tensor:
+        parts = require_same_calls(strategy, tensors, names)
+        return tf.add_n(parts, name="all_reduce_sum")
+
+    total = replica_context().merge_call(add, args=[tensor, name])
     # One operation for all replicas, each of which vectorizes its own loop.
-    return total if tf.executing_eagerly() else vectorized(total, _all_reduce_sum, replica_number)
+    return total if tf.executing_eagerly() else vectorized(total, again, replica_number)

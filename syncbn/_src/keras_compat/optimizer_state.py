@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from syncbn._src.keras_compat.keras_api import KERAS_3, keras
+from syncbn._src.keras_compat.keras_api import KERAS_3, keras, variable
 
 _INDICES = "_trainable_variables_indices" if KERAS_3 else "_index_dict"
 """The attribute of a built optimizer that has the index of each variable."""
@@ -39,6 +39,14 @@ def optimizer_variables(optimizer: Any) -> list[Any]:
     """Returns the state of an optimizer, as far as it has been created."""
     variables = optimizer.variables
     return list(variables() if callable(variables) else variables)
+
+
+def current_rate(optimizer: Any) -> float:
+    """Returns the learning rate of the next step, or zero where an optimizer has none."""
+    rate = getattr(optimizer, "learning_rate", 0.0)
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        rate = rate(optimizer.iterations)
+    return float(tf.convert_to_tensor(variable(rate)))
 
 
 def state_of(optimizer: Any, variables: Sequence[Any]) -> list[Any]:

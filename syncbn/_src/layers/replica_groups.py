@@ -8,7 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator, sums_for_call
+from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.fingerprints import sums_for_call
 from syncbn._src.communicators.groups import Grouping, Groups
 from syncbn._src.communicators.strategy import GroupRows
 from syncbn._src.ops.moments import Moments, Sums, average, pack, unbiased, unpack, weigh

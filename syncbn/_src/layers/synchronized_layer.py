@@ -11,6 +11,7 @@ import tensorflow as tf
 from syncbn._src.autograph import unconverted
 from syncbn._src.call_stack import loses_gradients, repeats_forward
 from syncbn._src.communicators.base import Communicator, process_communicator
+from syncbn._src.communicators.fingerprints import numbered
 from syncbn._src.communicators.groups import Grouping
 from syncbn._src.communicators.local import LocalCommunicator
 from syncbn._src.communicators.resolution import check_communicator, resolve, supports_jit
@@ -248,7 +249,7 @@ class SynchronizedLayer(StatisticsLayer):
             if tf.distribute.in_cross_replica_context():
                 communicator = self._given_once(communicator)
         path = re.sub(r"[^\w.\-/]", "_", layer_path(self))
-        return self._groups.replicas(communicator, batch, f"syncbn/{path}")
+        return self._groups.replicas(communicator, batch, numbered(f"syncbn/{path}"))
 
     def _given_once(self, communicator: Communicator) -> Communicator:
         """Returns the communicator for a call in a cross-replica context, one batch per process.

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from syncbn._src.communicators import fingerprints
 from syncbn._src.communicators.groups import Grouping
-from syncbn._src.communicators.strategy import GroupRows
+from syncbn._src.communicators.strategy import GroupRows, joined_processes
+from syncbn._src.communicators.tf_distribute import DistributeCommunicator
 from syncbn._src.models.training_job import TrainingJob
 
 
@@ -46,7 +48,8 @@ def trace_payloads(
     # Two at least: a single replica runs other kernels, and sends nothing.
     recorder = _Recorder(size=2)
     if job is not None and job.size > 1:
-        recorder = _Recorder(job.size, job.ranks[0], of_strategy=job.strategy is not None)
+        more = fingerprints.LENGTH if _sends_fingerprints(job) else 0
+        recorder = _Recorder(job.size, job.ranks[0], job.strategy is not None, more)
     # Any name will do; that of the layer may not be valid in a graph.
     config.update(communicator=recorder, name="twin", **Grouping(groups=groups)._asdict())
     # In a thread of its own, which is outside of any strategy and graph.
@@ -57,18 +60,27 @@ def trace_payloads(
     return forward, backward, note
 
 
+def _sends_fingerprints(job: TrainingJob) -> bool:
+    if isinstance(job.communicator, DistributeCommunicator):
+        with job.scope():
+            return joined_processes() > 1
+    return not getattr(job.communicator, "finds_mixups", False)
+
+
 class _Recorder:
     """Records what a layer sends, in the place of a communicator."""
 
     name = "local"
     supports_jit = False
+    finds_mixups = True
 
-    def __init__(self, size: int, rank: int = 0, of_strategy: bool = False):
-        self.size, self.rank, self._of_strategy = size, rank, of_strategy
+    def __init__(self, size: int, rank: int = 0, of_strategy: bool = False, more: int = 0):
+        self.size, self.rank, self._of_strategy, self._more = size, rank, of_strategy, more
         self.payloads: list[Payload] = []
 
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        self.payloads.append(Payload(tensor.shape.num_elements(), tensor.dtype.name))
+        elements = tensor.shape.num_elements() + self._more
+        self.payloads.append(Payload(elements, tensor.dtype.name))
         return tensor
 
     def split(self, groups: Sequence[Sequence[int]]) -> Any:

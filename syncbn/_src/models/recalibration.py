@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.fingerprints import sums
 from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.models.activation_statistics import Observer
@@ -246,7 +247,7 @@ def _measure(observer: Observer, batches: _Batches, workers: Communicator) -> di
     # Workers without a batch do not know the order, and add nothing to it.
     order = np.array([observer.order.get(name, 0.0) for name in seen])
     parts = [failed, np.array([started]), order, *packed]
-    total = workers.all_reduce_sum(tf.constant(np.concatenate(parts)), "syncbn/recalibrate").numpy()
+    total = sums(workers)(tf.constant(np.concatenate(parts)), "syncbn/recalibrate").numpy()
     ends = np.cumsum([len(part) for part in parts])
     failed, (started,), order, *packed = np.split(total, ends[:-1])
     if error is not None:

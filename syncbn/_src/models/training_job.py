@@ -142,6 +142,7 @@ class _Workers:
 
     name = "tf.distribute"
     supports_jit = False
+    finds_mixups = True
 
     def __init__(self, job: TrainingJob):
         self._job = job

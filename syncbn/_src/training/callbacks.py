@@ -14,6 +14,7 @@ from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.layer_names import named_layers
 from syncbn._src.keras_compat.optimizer_state import optimizer_variables
 from syncbn._src.layers.synchronized_layer import SynchronizedLayer
+from syncbn._src.training.joint_history import train_jointly
 from syncbn._src.training.kept_local import shared_variables
 from syncbn._src.training.optimizer import averages_only_inside
 from syncbn._src.training.variable_broadcast import broadcast
@@ -25,6 +26,9 @@ class WorkerCallback(keras_api.keras.callbacks.Callback):
     def __init__(self, communicator: str | Communicator) -> None:
         super().__init__()
         self._communicator = check_communicator(communicator)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Is there so that Keras calls callbacks one after the other, in this thread."""
 
     def _resolve(self) -> Communicator:
         # A model that was created under a strategy is trained under it, wherever `fit` is called.
@@ -45,21 +49,37 @@ class BroadcastVariables(WorkerCallback):
     Variables that the optimizer keeps local (see `distribute`) are left unchanged, as is the
     optimizer's state for them.
 
+    What starts equal stays equal where gradients are averaged. So the weights that are trained are
+    compared, bit for bit, after the first two batches and at the end of each epoch, however the
+    gradients were averaged. At the end of an epoch the workers stop if one of them would (over MPI
+    after each batch), and compare their learning rates.
+
     Args:
         root: The rank of the worker that has the values.
         communicator: As for `syncbn.SyncBatchNormalization`.
+        same_weights: Whether weights are compared. False where workers are meant to differ within
+            an epoch.
 
     Raises:
         ValueError: when training begins: workers have different models, or numbers of replicas, or
             ``root`` is not a rank. Or there are local variables, and the optimizer was loaded and
             has not been told them again, or has state that cannot be attributed to variables.
         RuntimeError: when training begins: Keras has wrapped a distributed optimizer in one that
-            scales the loss (see `distribute`).
+            scales the loss (see `distribute`), or the optimizer is Horovod's own, which averages
+            nothing under Keras 3. In training: workers have other weights, or learning rates, than
+            others.
     """
 
-    def __init__(self, root: int = 0, communicator: str | Communicator = "auto") -> None:
+    def __init__(
+        self,
+        root: int = 0,
+        communicator: str | Communicator = "auto",
+        *,
+        same_weights: bool = True,
+    ) -> None:
         super().__init__(communicator)
         self.root = root
+        self.same_weights = same_weights
 
     def on_train_begin(self, logs: Any = None) -> None:
         communicator, optimizer = self._resolve(), self.model.optimizer
@@ -70,15 +90,23 @@ class BroadcastVariables(WorkerCallback):
                 f"Received: {type(optimizer).__name__} around a distributed optimizer, with which "
                 "workers would skip different steps."
             )
+        horovods = type(optimizer).__module__.partition(".")[0] == "horovod"
+        if keras_api.KERAS_3 and horovods and communicator.size > 1:
+            raise RuntimeError(
+                "Gradients must be averaged over the workers. Received: Horovod's "
+                "DistributedOptimizer, which averages nothing under Keras 3. Use "
+                "compile(syncbn.training.distribute(optimizer)), with the optimizer itself."
+            )
         self._require_same_layers(communicator)
-        self._pending = not (self.model.built and getattr(optimizer, "built", False))
-        if self.model.built:
-            self._broadcast(communicator, with_optimizer=not self._pending)
+        train_jointly(self.model, communicator, self.same_weights)
+        weights, state = self.model.built, self.model.built and getattr(optimizer, "built", False)
+        self._pending = {"weights": not weights, "state": not state}
+        self._broadcast(communicator, weights=weights, state=state)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if self._pending:
-            self._pending = False
-            self._broadcast(self._resolve(), with_optimizer=True)
+        if any(self._pending.values()):
+            self._broadcast(self._resolve(), **self._pending)
+            self._pending = {}
 
     def _require_same_layers(self, communicator: Communicator) -> None:
         """Raises where workers would wait for layers that others do not have."""
@@ -98,12 +126,12 @@ class BroadcastVariables(WorkerCallback):
         names.append("of a process")
         require_agreement(communicator, descriptions, names, "synchronized layers", self.root)
 
-    def _broadcast(self, communicator: Communicator, with_optimizer: bool) -> None:
+    def _broadcast(self, communicator: Communicator, weights: bool, state: bool) -> None:
         if communicator.name == "tf.distribute":
             return  # and outside of the strategy's scope it has no replicas
         # In Keras 3 `variables` has the states of random generators too, which stay different.
-        variables, optimizer = list(self.model.weights), self.model.optimizer
-        if with_optimizer:
+        optimizer, variables = self.model.optimizer, list(self.model.weights) if weights else []
+        if state:
             variables += optimizer_variables(optimizer)
         broadcast(shared_variables(variables, optimizer), self.root, communicator)
 
@@ -116,7 +144,8 @@ class AverageMetrics(WorkerCallback):
     logs besides metrics is averaged. Put it before the callbacks that read the logs, such as
     `EarlyStopping`. Either all workers validate or none does. It is for `fit`: what `evaluate`
     returns stays each worker's own. Under tf.distribute it does nothing, as Keras does this there;
-    where each process of a job has a strategy, it sums over the processes.
+    where each process of a job has a strategy, it sums over the processes. As with
+    `BroadcastVariables`, workers stop together and compare their learning rates.
 
     Args:
         communicator: As for `syncbn.SyncBatchNormalization`.
@@ -126,6 +155,9 @@ class AverageMetrics(WorkerCallback):
         super().__init__(communicator)
         self._training: dict[str, Any] | None = None
         self._validation: dict[str, Any] = {}
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        train_jointly(self.model, self._resolve(), same_weights=False)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._training, self._validation = None, {}

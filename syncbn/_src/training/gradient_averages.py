@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator, wire_dtype
+from syncbn._src.communicators.fingerprints import sums
 from syncbn._src.communicators.horovod import HorovodCommunicator
 from syncbn._src.communicators.tracing import in_branch_or_loop
 
@@ -66,7 +67,7 @@ def _sum(tensors: list[tf.Tensor], communicator: Communicator, name: str) -> lis
     if communicator.name != "horovod":
         shapes = ", ".join(str(tensor.shape) for tensor in tensors)
         name = f"{name}/{zlib.crc32(shapes.encode()):08x}"
-    total = communicator.all_reduce_sum(flat, name)
+    total = sums(communicator)(flat, name)
     parts = tf.split(total, [tf.size(tensor) for tensor in tensors])
     return [
         tf.ensure_shape(tf.reshape(part, tf.shape(tensor)), tensor.shape)
@@ -82,15 +83,14 @@ def _gather(
     size, rank = communicator.size, communicator.rank
     own = tf.stack([tf.shape(gradient.indices, tf.int64)[0] for gradient in gradients])
     rows = tf.pad(own[tf.newaxis], [[rank, size - 1 - rank], [0, 0]])
-    counts = tf.cast(
-        communicator.all_reduce_sum(tf.cast(rows, tf.float64), f"{name}/counts"), tf.int64
-    )
+    add_up = sums(communicator)
+    counts = tf.cast(add_up(tf.cast(rows, tf.float64), f"{name}/counts"), tf.int64)
     gathered = []
     for number, gradient in enumerate(gradients):
         padding = [tf.reduce_sum(counts[:rank, number]), tf.reduce_sum(counts[rank + 1 :, number])]
         # float64 represents every index of a table that fits into memory.
         indices, values = (
-            communicator.all_reduce_sum(
+            add_up(
                 tf.pad(tensor, [padding, *[[0, 0]] * (tensor.shape.rank - 1)]),
                 f"{name}/{number}/{part}",
             )

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator, process_communicator
+from syncbn._src.communicators.fingerprints import sums
 from syncbn._src.communicators.host_collectives import all_gather
 from syncbn._src.communicators.mpi import MPICommunicator
 from syncbn._src.communicators.resolution import resolve
@@ -124,7 +125,7 @@ def _with_exchange(
 
     def exchange(present: tf.Tensor, element: Any) -> tuple[tf.Tensor, tf.Tensor, Any]:
         samples = tf.cast(_batch_size(element), tf.float64)
-        totals = communicator.all_reduce_sum(tf.stack([present, samples]), name)
+        totals = sums(communicator)(tf.stack([present, samples]), name)
         weight = tf.math.divide_no_nan(size * samples, totals[1])
         return totals[0] > 0, weight, element
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import tensorflow as tf
-
 from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.resolution import resolve
 from syncbn._src.keras_compat.keras_api import keras, variable
-from syncbn._src.keras_compat.optimizer_state import velocities
+from syncbn._src.keras_compat.optimizer_state import current_rate, velocities
 from syncbn._src.training.callbacks import WorkerCallback
 
 
@@ -111,16 +109,10 @@ class LearningRateSchedule(WorkerCallback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:
-            logs["learning_rate"] = self._rate()
+            logs["learning_rate"] = current_rate(self.model.optimizer)
 
     def _multiplier(self, epoch: float) -> float:
         return self.multiplier(epoch) if callable(self.multiplier) else self.multiplier
-
-    def _rate(self) -> float:
-        rate = self.model.optimizer.learning_rate
-        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-            rate = rate(self.model.optimizer.iterations)
-        return float(tf.convert_to_tensor(variable(rate)))
 
     def _set(self, multiplier: float) -> None:
         optimizer = self.model.optimizer
@@ -130,9 +122,9 @@ class LearningRateSchedule(WorkerCallback):
                 f"{type(self).__name__} sets the learning rate, so it must be a number. Received: "
                 f"an optimizer with learning_rate={optimizer.learning_rate!r}."
             )
-        rate, before = self.base_rate * self._replicas * multiplier, self._rate()
+        rate, before = self.base_rate * self._replicas * multiplier, current_rate(optimizer)
         optimizer.learning_rate = rate
-        if self.momentum_correction and before > 0 and before != self._rate():
+        if self.momentum_correction and before > 0 and before != current_rate(optimizer):
             for velocity in map(variable, velocities(optimizer, self.model.trainable_variables)):
                 velocity.assign(velocity * (rate / before))
 

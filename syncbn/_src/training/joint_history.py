@@ -1,0 +1,127 @@
+"""What the workers of a `fit` agree on while it runs: when to stop, and that they are alike."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.host_collectives import all_gather
+from syncbn._src.communicators.mpi import MPICommunicator
+from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.optimizer_state import current_rate
+from syncbn._src.training.kept_local import shared_variables
+
+
+def train_jointly(model: Any, communicator: Communicator, same_weights: bool) -> None:
+    """Makes the workers of the `fit` that begins agree, see `_JointHistory`.
+
+    Args:
+        model: What is fitted.
+        communicator: What joins the workers.
+        same_weights: Whether gradients must leave all workers with the same weights.
+    """
+    # Keras puts it behind the callbacks that it is given, so it is the one that has seen what all
+    # of them did. There is none where callbacks are called by hand.
+    history = getattr(model, "history", None)
+    if (
+        communicator.name == "tf.distribute"
+        or communicator.size == 1
+        or not isinstance(history, keras_api.keras.callbacks.History)
+    ):
+        return
+    changed: Any = history
+    if not isinstance(history, _JointHistory):
+        plain: Any = type(history)
+        changed.__class__ = _joint_class(plain)
+        changed._syncbn_communicator = communicator
+        changed._syncbn_same_weights = False
+        changed._syncbn_batches = 0
+    changed._syncbn_same_weights |= same_weights
+
+
+class _JointHistory:
+    """The history of a `fit` whose workers stop together.
+
+    At the end of each epoch all workers stop if one of them would. Over MPI, where that takes
+    microseconds, it is so after each batch. Learning rates and, if they must be, weights are
+    compared at the end of each epoch; weights also after the first two batches, of which the first
+    may be that which makes the optimizer's state.
+    """
+
+    _plain_class: type
+    _syncbn_communicator: Communicator
+    _syncbn_same_weights: bool
+    _syncbn_batches: int
+    model: Any
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        super().on_train_batch_end(batch, logs)  # type: ignore[misc]
+        self._syncbn_batches += 1
+        if self._syncbn_same_weights and self._syncbn_batches <= 2:
+            self._agree("step", self._syncbn_batches)
+        elif isinstance(self._syncbn_communicator, MPICommunicator):
+            stop = tf.constant([float(self.model.stop_training)])
+            total = self._syncbn_communicator.all_reduce_sum(stop, "syncbn/fit/stop")
+            self.model.stop_training = bool(total.numpy()[0])
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_end(epoch, logs)  # type: ignore[misc]
+        self._agree("epoch", epoch + 1)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        super().on_train_end(logs)  # type: ignore[misc]
+        changed: Any = self
+        changed.__class__ = self._plain_class
+
+    def _agree(self, unit: str, number: int) -> None:
+        weights = self._weights() if self._syncbn_same_weights else []
+        rate = current_rate(self.model.optimizer)
+        own = [self.model.stop_training, rate, *(_checksum(weight) for weight in weights)]
+        rows = all_gather(
+            self._syncbn_communicator, np.array(own, np.float64), f"syncbn/fit/{unit}"
+        )
+        self.model.stop_training = bool(rows[:, 0].any())
+        if not np.array_equal(rows[:, 1], [rate] * len(rows), equal_nan=True):
+            raise RuntimeError(
+                "All workers must train with the same learning rate. Received, at the end of "
+                f"{unit} {number}: {', '.join(map(str, rows[:, 1]))} on ranks 0 to "
+                f"{len(rows) - 1}. Put AverageMetrics before callbacks that act on the logs, such "
+                "as ReduceLROnPlateau."
+            )
+        differing = (rows[:, 2:] != rows[0, 2:]).any(axis=0)
+        if differing.any():
+            raise RuntimeError(self._difference(unit, number, weights, rows[:, 2:], differing))
+
+    def _weights(self) -> list[Any]:
+        return shared_variables(self.model.trainable_variables, self.model.optimizer)
+
+    def _difference(
+        self, unit: str, number: int, weights: list[Any], rows: np.ndarray, differing: np.ndarray
+    ) -> str:
+        ranks = [rank for rank, row in enumerate(rows) if not np.array_equal(row, rows[0])]
+        first = weights[int(np.argmax(differing))]
+        optimizer = type(self.model.optimizer)
+        return (
+            "Training must leave all workers with the same weights. Received, at the end of "
+            f"{unit} {number}: other ones on rank {', '.join(map(str, ranks))} than on rank 0, the "
+            f"first of them {getattr(first, 'path', first.name)}, with the optimizer "
+            f"{optimizer.__module__}.{optimizer.__qualname__}. Average the gradients over the "
+            "workers: compile(syncbn.training.distribute(optimizer)), or in a train_step of your "
+            "own a syncbn.training.DistributedGradientTape. Put AverageMetrics before callbacks "
+            "that act on the logs, such as EarlyStopping. Where workers are meant to differ: "
+            "BroadcastVariables(same_weights=False)."
+        )
+
+
+def _checksum(variable: Any) -> int:
+    return zlib.crc32(np.ascontiguousarray(variable.numpy()).data)
+
+
+@functools.cache
+def _joint_class(cls: type) -> type:
+    return type(cls.__name__, (_JointHistory, cls), {"_plain_class": cls, "__doc__": cls.__doc__})
