@@ -1,9 +1,12 @@
 # make demo   train a real model on several replicas, with and without synchronized statistics
 # make test   lint, type-check and test, in real processes under every engine
 # make quick  lint, type-check and test in one process, on Keras 3, without the slowest; some minutes
+# make test-control-flow  test every cell of docs/control-flow.md on every engine, and write it (hours)
 # make bench  time the layers and their peers under every engine (may take hours; BENCH=--quick: minutes)
 # make docker-test  build the CPU image and train across two containers (docker or podman)
 # make test-clients  test with models of other packages (from PyPI; no weights)
+# make test-faults  make one rank of a job go wrong in every way, under every launcher (half an hour)
+# make test-matrix  test with other versions of Python, TensorFlow and Keras
 # make clean  remove what the others made
 #
 # Each needs Python 3.10 or later with venv, and make; what tests or measures also a C++ compiler, for Horovod.
@@ -11,6 +14,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BUILD ?= build
+# How many tests run side by side.
+JOBS ?= 2
 
 bin := $(VENV)/bin
 python := $(bin)/python
@@ -19,8 +24,16 @@ install := $(python) -m pip install -q --disable-pip-version-check
 # Also for what pip builds in environments of its own.
 export PIP_CONSTRAINT := constraints.txt
 
-# The tests in which no Keras has a part run once.
-keras_free := accuracy architecture docker_files ops oracle scaling
+pytest := $(python) -m pytest -n $(JOBS)
+# The tests of one process, by whole files, whose tests share models.
+single := $(pytest) --dist loadfile tests/single
+# Those that start processes, each as soon as there is room.
+launchers := $(pytest) --dist load --maxschedchunk 1 tests/launchers
+
+# The tests in which no Keras has a part run once; as do the contract's with threads for replicas, and
+# with what XLA compiles for GPUs, which real engines have under either Keras.
+keras_free := accuracy architecture cli clustering compiled docker_files horovod_settings ops oracle patience \
+  properties scaling shared
 
 # The parts of `make test` and `make quick`, each also a target of its own. Where one fails the others
 # are made all the same, and a table at the end says which.
@@ -29,7 +42,7 @@ quick_parts := lint lint-scripts types test-quickly
 # What `make quick` leaves out of the tests of one process.
 slow := clustering control_flow converted_files recalibrate saving
 
-.PHONY: demo test quick test-clients bench docker-test clean
+.PHONY: demo test quick test-clients test-control-flow test-faults test-matrix bench docker-test clean
 .PHONY: lint lint-scripts types test-keras-3 test-keras-2 test-launchers test-quickly
 
 demo: $(VENV)/.demo
@@ -46,27 +59,37 @@ lint: $(VENV)/.test
 	$(bin)/ruff format --check .
 
 lint-scripts: $(VENV)/.test
-	$(bin)/shellcheck launch/*.sh launch/slurm.sbatch docker/*.sh .ci/run .ci/parts
+	$(bin)/shellcheck launch/*.sh launch/slurm.sbatch docker/*.sh .ci/run .ci/parts .ci/matrix
 	$(bin)/hadolint docker/*.Dockerfile
 
 types: $(VENV)/.test
 	$(bin)/mypy
 
 test-keras-3: $(VENV)/.test
-	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/single
+	TF_USE_LEGACY_KERAS=0 $(single)
 
 test-keras-2: $(VENV)/.test
-	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/single $(keras_free:%=--ignore=tests/single/test_%.py)
+	TF_USE_LEGACY_KERAS=1 $(single) $(keras_free:%=--ignore=tests/single/test_%.py)
 
 test-launchers: $(VENV)/.test
-	$(python) -m pytest tests/launchers
+	$(launchers)
 
 test-quickly: $(VENV)/.test
-	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/single $(slow:%=--ignore=tests/single/test_%.py)
+	TF_USE_LEGACY_KERAS=0 $(single) $(slow:%=--ignore=tests/single/test_%.py)
 
 test-clients: $(VENV)/.clients
 	TF_USE_LEGACY_KERAS=0 $(python) -m pytest tests/clients
 	TF_USE_LEGACY_KERAS=1 $(python) -m pytest tests/clients
+
+test-matrix:
+	TF_USE_LEGACY_KERAS=0 .ci/matrix $(BUILD)/matrix -n $(JOBS) --dist loadfile tests/single \
+	  $(slow:%=--ignore=tests/single/test_%.py)
+
+test-control-flow: $(VENV)/.test
+	PYTHONPATH=launch $(python) -m tests.control_flow_runs $(ENGINES)
+
+test-faults: $(VENV)/.test
+	$(python) -m pytest tests/faults
 
 bench: $(VENV)/.test
 	$(python) -m benchmarks --out $(BUILD)/benchmarks $(BENCH)

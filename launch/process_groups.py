@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -64,10 +65,19 @@ def _signal(processes: Sequence[subprocess.Popen], number: int) -> None:
             os.killpg(process.pid, number)
 
 
+# Not those that the system hands out by itself (on Linux from 32768 on): a worker takes its port
+# only once it has imported TensorFlow, and another job's connection may have been given it by then.
+_PORTS = range(10000, 32768)
+
+
 def free_addresses(number: int) -> list[str]:
     """Returns ``number`` addresses of this machine with ports that are free now."""
+    addresses: list[str] = []
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+        while len(addresses) < number:
+            one = stack.enter_context(socket.socket())
+            port = secrets.choice(_PORTS)
+            with contextlib.suppress(OSError):  # somebody has it
+                one.bind(("127.0.0.1", port))
+                addresses.append(f"127.0.0.1:{port}")
+    return addresses

@@ -65,6 +65,41 @@ def paired_cases(size):
     ]
 
 
+def messages(size):
+    """The cases that differ in what is sent, and to whom; others differ in arithmetic alone.
+
+    They are among `cases` and `paired_cases`.
+    """
+    _, ragged, last_empty, _, empty = splits(size)
+    groups = (some_groups(size),)
+    center = "SyncCentering"
+    return [
+        Case(ragged),
+        Case(empty),
+        Case(empty, layer=center),
+        Case(last_empty, graph=True, steps=3),
+        Case(ragged, layer=center, graph=True, steps=3),
+        Case(ragged, masked=True, unmasked=(0,)),
+        # Counts of each channel.
+        Case(ragged, axis=1, masked=True),
+        Case(ragged, axis=1, layer=center, masked=True, unmasked=(0,)),
+        # Large enough for the fused kernels, which a branch chooses.
+        Case(ragged, sample=(48, 48, 64), graph=True),
+        Case(last_empty, dtype="bfloat16"),
+        Case(ragged, options=(("momentum", None),), steps=3),
+        # To the others of a group, and to all for the moving statistics.
+        Case(ragged, options=groups, steps=2),
+        Case(last_empty, options=groups, graph=True),
+        Case(empty, options=groups),
+        Case(ragged, options=groups, layer=center, steps=2, graph=True),
+        Case(last_empty, options=(*groups, *RENORM), masked=True, steps=2, axis=1),
+        Case(last_empty, options=RENORM, steps=2, graph=True),
+        # To nobody but for the moving statistics.
+        Case(last_empty, options=VIRTUAL, graph=True, axis=1),
+        Case(empty, options=VIRTUAL),
+    ]
+
+
 def cases(size):
     """Cases for ``size`` replicas: each option once or more, and the splits with all of them."""
     even, ragged, last_empty, one_full, empty = splits(size)

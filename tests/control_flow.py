@@ -6,6 +6,7 @@ function of the same form without TensorFlow's control flow. Constructs nest, an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +18,21 @@ from tests.keras import keras
 
 def body(call, x):
     return x + tf.sin(call(x))
+
+
+class Statistics:
+    """Whether a call moves the moving statistics, which the meaning of constructs says."""
+
+    move = True
+
+    @classmethod
+    @contextlib.contextmanager
+    def unmoved(cls):
+        before, cls.move = cls.move, False
+        try:
+            yield
+        finally:
+            cls.move = before
 
 
 # What constructs mean.
@@ -32,6 +48,14 @@ def twice(call, x):
 
 def each(call, x):
     return body(call, x) * body(call, x * x)
+
+
+def at_once(call, x):
+    # The calls of a vectorized loop all start from the same moving statistics, and the first one's
+    # stay: what TensorFlow makes of assignments there, a plain layer's too.
+    y = body(call, x)
+    with Statistics.unmoved():
+        return y * body(call, x * x)
 
 
 def steps(call, x):
@@ -135,23 +159,21 @@ def rnn(call, x):
     return keras.layers.RNN(Cell(dtype=x.dtype.name), dtype=x.dtype.name)(sequence)
 
 
+@functools.cache  # so that equal meanings are one
+def _nest(outer, inner):
+    return lambda call, x: outer(functools.partial(inner, call), x)
+
+
 class Construct(NamedTuple):
     apply: Callable
     meaning: Callable
-    at_once: bool = False
-    """Whether the moving statistics move once only, to the first call's: what TensorFlow makes of
-    assignments in a vectorized loop, a plain layer's too."""
     delayed: bool = False
     """Whether the replicas come to a call at different times."""
 
     def around(self, inner: Construct) -> Construct:
-        def nest(outer, inner):
-            return lambda call, x: outer(functools.partial(inner, call), x)
-
         return self._replace(
-            apply=nest(self.apply, inner.apply),
-            meaning=nest(self.meaning, inner.meaning),
-            at_once=self.at_once or inner.at_once,
+            apply=_nest(self.apply, inner.apply),
+            meaning=_nest(self.meaning, inner.meaning),
         )
 
 
@@ -167,21 +189,55 @@ SINGLE = {
     "tf.scan": Construct(scan, twice),
     "tf.map_fn": Construct(map_fn, each),
     "parallel tf.map_fn": Construct(parallel_map_fn, each),
-    "tf.vectorized_map": Construct(vectorized_map, each, at_once=True),
+    "tf.vectorized_map": Construct(vectorized_map, at_once),
     "tf.recompute_grad": Construct(recompute_grad, once),
     "tf.function": Construct(function, once),
     "training=tensor": Construct(training_tensor, once),
     "RNN": Construct(rnn, steps),
 }
 
+# Constructs of a family are alike; in each family's there is one of each.
+FAMILIES = {
+    "branches": ("tf.cond", "tf.switch_case", "tf.case", "if"),
+    "loops": ("for", "while", "tf.while_loop", "tf.scan"),
+    "maps": ("tf.map_fn", "parallel tf.map_fn"),
+    "vectorized": ("tf.vectorized_map",),
+    "recomputed": ("tf.recompute_grad",),
+    "functions": ("tf.function",),
+    "cells": ("RNN",),
+    "calls": ("none", "training=tensor"),
+}
+
 NESTED = """
-    tf.cond in tf.cond, tf.cond in tf.while_loop, tf.cond in tf.scan, tf.cond in tf.function,
-    tf.cond in parallel tf.map_fn, tf.cond in tf.recompute_grad, tf.cond in tf.vectorized_map,
-    tf.while_loop in tf.cond, tf.while_loop in tf.while_loop, tf.scan in tf.cond,
-    tf.map_fn in tf.function, parallel tf.map_fn in tf.cond, tf.function in tf.function,
-    tf.function in tf.cond, tf.function in tf.while_loop, if in for, for in if,
-    tf.case in tf.switch_case, training=tensor in tf.cond, training=tensor in tf.while_loop,
-    tf.recompute_grad in tf.cond, RNN in tf.function
+    tf.cond in tf.cond, tf.case in tf.switch_case, tf.while_loop in tf.cond, tf.scan in tf.cond,
+    for in if, parallel tf.map_fn in tf.cond, tf.vectorized_map in if, tf.recompute_grad in tf.cond,
+    tf.function in tf.cond, RNN in tf.case, training=tensor in tf.cond,
+
+    tf.cond in tf.while_loop, tf.cond in tf.scan, if in for, tf.switch_case in while,
+    tf.while_loop in tf.while_loop, tf.map_fn in while, tf.vectorized_map in for,
+    tf.recompute_grad in tf.scan, tf.function in tf.while_loop, RNN in for,
+    training=tensor in tf.while_loop,
+
+    tf.cond in parallel tf.map_fn, while in tf.map_fn, parallel tf.map_fn in parallel tf.map_fn,
+    tf.vectorized_map in tf.map_fn, tf.recompute_grad in parallel tf.map_fn,
+    tf.function in parallel tf.map_fn, RNN in tf.map_fn, training=tensor in tf.map_fn,
+
+    tf.cond in tf.vectorized_map, for in tf.vectorized_map, tf.map_fn in tf.vectorized_map,
+    tf.vectorized_map in tf.vectorized_map, tf.recompute_grad in tf.vectorized_map,
+    tf.function in tf.vectorized_map, RNN in tf.vectorized_map,
+    training=tensor in tf.vectorized_map,
+
+    tf.cond in tf.recompute_grad, tf.while_loop in tf.recompute_grad,
+    tf.map_fn in tf.recompute_grad, tf.vectorized_map in tf.recompute_grad,
+    tf.recompute_grad in tf.recompute_grad, tf.function in tf.recompute_grad,
+    RNN in tf.recompute_grad, training=tensor in tf.recompute_grad,
+
+    tf.cond in tf.function, tf.scan in tf.function, tf.map_fn in tf.function,
+    tf.vectorized_map in tf.function, tf.recompute_grad in tf.function,
+    tf.function in tf.function, RNN in tf.function, training=tensor in tf.function,
+
+    tf.cond in RNN, tf.while_loop in RNN, parallel tf.map_fn in RNN, tf.vectorized_map in RNN,
+    tf.recompute_grad in RNN, tf.function in RNN, RNN in RNN, training=tensor in RNN
 """
 
 DELAYED = ["none", "tf.cond", "for", "parallel tf.map_fn", "tf.vectorized_map"]
@@ -194,6 +250,6 @@ def _nested(name):
 
 CONSTRUCTS = {
     **SINGLE,
-    **{name: _nested(name) for name in " ".join(NESTED.split()).split(", ")},
     **{f"{name}, replicas delayed": SINGLE[name]._replace(delayed=True) for name in DELAYED},
+    **{name: _nested(name) for name in " ".join(NESTED.split()).split(", ")},
 }

@@ -16,8 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 import syncbn
-from tests.control_flow import CONSTRUCTS
-from tests.control_flow_table import kinds, refusal
+from tests.control_flow import CONSTRUCTS, Statistics
 from tests.keras import keras
 
 SAMPLES, CHANNELS, EPSILON, MOMENTUM = 4, 3, 1e-3, 0.5
@@ -105,19 +104,17 @@ def _named(prefix, shares):
 class Plain:
     """The mathematics on a whole batch. Each sample has parameters of its own, for their shares."""
 
-    def __init__(self, size, normalizes, at_once=False):
-        self.normalizes, self.at_once = normalizes, at_once
+    def __init__(self, size, normalizes):
+        self.normalizes = normalizes
         self.parameters = [tf.Variable(np.tile(v, (size, 1))) for v in PARAMETERS.values()]
         self.moving = {"moving_mean": np.zeros(CHANNELS), "moving_variance": np.ones(CHANNELS)}
-        self.moves = True
 
     def __call__(self, x, training=True):
         mean = tf.reduce_mean(x, 0)
         variance = tf.reduce_mean((x - mean) ** 2, 0)
         for name, value in ("moving_mean", mean), ("moving_variance", variance):
-            if self.moves:
+            if Statistics.move:
                 self.moving[name] = MOMENTUM * self.moving[name] + (1 - MOMENTUM) * value.numpy()
-        self.moves = not self.at_once
         if not self.normalizes:
             return x - mean
         gamma, beta = self.parameters
@@ -143,11 +140,12 @@ class Plain:
         return {"jacobian": tf.stack([tape.gradient(z, given.x) for z in channels], 1)}
 
 
-def truth(size, construct, kind, normalizes):
+@functools.cache
+def truth(size, meaning, kind, normalizes):
     """Returns what each of ``size`` replicas must find, and the moving statistics."""
-    plain = Plain(size * SAMPLES, normalizes, CONSTRUCTS[construct].at_once)
+    plain = Plain(size * SAMPLES, normalizes)
     given = Given(*(tf.constant(v.reshape(-1, CHANNELS)) for v in _data(size)))
-    whole = plain.derivatives(kind, CONSTRUCTS[construct].meaning, given)
+    whole = plain.derivatives(kind, meaning, given)
     replicas = [{} for _ in range(size)]
     for key, value in whole.items():
         for own, part in zip(replicas, np.split(value.numpy(), size), strict=True):
@@ -164,8 +162,9 @@ def _data(size):
     return x + np.arange(size)[:, None, None] / 2, weights, tangent
 
 
-def find(replicas, layer, construct, kind, graph, **options):
+def find(replicas, cell, **options):
     """Returns "right", or what is wrong and by how much, or the error."""
+    layer, graph, construct, kind = cell
     normalizes = layer != "SyncCentering"
     layers = replicas.build(
         lambda rank: (
@@ -187,7 +186,7 @@ def find(replicas, layer, construct, kind, graph, **options):
         with tf.compat.v1.get_default_graph().as_default():
             tf.compat.v1.get_variable_scope().set_caching_device(None)
         return _message(error)
-    expected, moving = truth(replicas.size, construct, kind, normalizes)
+    expected, moving = truth(replicas.size, CONSTRUCTS[construct].meaning, kind, normalizes)
     wrong = {}
     for rank, result in results.items():
         for key, value in result.items():
@@ -198,20 +197,10 @@ def find(replicas, layer, construct, kind, graph, **options):
     return "wrong: " + ", ".join(f"{k} {v}" for k, v in wrong.items()) if wrong else "right"
 
 
-def differences(replicas, engine, layer, construct, graph):
-    """Returns the cells of the table in which something else is found, and what."""
-    asked = kinds(construct, engine)
-    expected = {kind: refusal(engine, construct, kind, graph) for kind in asked}
-    # Each of the first three contains the one before.
-    for less, more in itertools.pairwise(asked[:3]):
-        if expected[more] is None:
-            asked = [kind for kind in asked if kind != less]
-    found = {kind: find(replicas, layer, construct, kind, graph) for kind in asked}
-    return {
-        kind: text
-        for kind, text in found.items()
-        if (text != "right" if expected[kind] is None else expected[kind].sentence not in text)
-    }
+def unlike(replicas, cell, said):
+    """Returns what is found in a cell, if that is not what is said of it: a refusal or None."""
+    found = find(replicas, cell)
+    return found if (found != "right" if said is None else said.sentence not in found) else ""
 
 
 def _step(construct, kind, layer, *given):

@@ -20,8 +20,11 @@ TERMINATE = 3  # seconds, in which a launcher passes the signal on to its ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What a launcher, or a test that was itself launched, leaves behind for its children.
-_INHERITED = ("OMPI_", "PMI", "PRTE_", "HOROVOD_", "SLURM_", "TF_CONFIG", "SYNCBN_TEST")
+# What a launcher, pytest-xdist, or a test that was itself launched, leaves behind for its children.
+_INHERITED = (
+    *("OMPI_", "PMI", "PRTE_", "HOROVOD_", "SLURM_", "TF_CONFIG"),
+    *("PYTEST_XDIST", "SYNCBN_TEST"),
+)
 
 
 class Finished(NamedTuple):
@@ -46,6 +49,8 @@ def environment(**changes):
         "TF_NUM_INTRAOP_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        # Who waits gives way to the ranks of whatever runs beside it.
+        "OMPI_MCA_mpi_yield_when_idle": "1",
         "PATH": os.pathsep.join([os.path.dirname(sys.executable), kept.get("PATH", "")]),
         "PYTHONUNBUFFERED": "1",
     }
@@ -108,6 +113,11 @@ def horovodrun(size, controller, *command):
     return ["horovodrun", f"--{controller}", "-np", str(size), *command]
 
 
+def program(name, *arguments):
+    """The command that runs a program of `tests/programs`."""
+    return [sys.executable, "-m", f"tests.programs.{name}", *arguments]
+
+
 def workers(size, *command):
     """The commands of ``size`` workers of one tf.distribute cluster on this machine."""
     hosts = process_groups.free_addresses(size)
@@ -126,7 +136,7 @@ def workers(size, *command):
 
 
 def python(code, *, takes=12, **env):
-    """Runs a piece of Python in a process of its own."""
+    """Runs a few lines of Python in a process of its own; more of them go into a `program`."""
     return run([("python", [sys.executable, "-c", code], {})], takes=takes, env=env)
 
 

@@ -2,7 +2,8 @@
 
 ``build(make, shape)`` makes the layers, ``run(step, layers, arguments, graph)`` runs one step on
 each replica and returns the results of those that live in this process, by rank, as NumPy arrays.
-After a run in a graph, ``operations`` are those of that graph, of all local replicas.
+After a run in a graph, ``operations`` are those of that graph, of all local replicas; those of a
+strategy or a process can run a graph several ``times``, and return the results of each.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class Strategy:
             layer.build(shape)
         return [layer]
 
-    def run(self, step, layers, arguments, graph=False):
+    def run(self, step, layers, arguments, graph=False, times=None):
         (layer,) = layers
 
         def distributed(index):
@@ -160,18 +161,20 @@ class Strategy:
             return self.strategy.run(replica, args=inputs)
 
         function = tf.function(run)
-        outputs = (function if graph else run)(*inputs)
+
+        def results():
+            outputs = (function if graph else run)(*inputs)
+            local = zip(
+                *(self.strategy.experimental_local_results(o) for o in tf.nest.flatten(outputs)),
+                strict=True,
+            )
+            found = (tf.nest.pack_sequence_as(outputs, flat) for flat in local)
+            return {self.first + int(rank): _to_numpy(result) for rank, result in found}
+
+        found = results() if times is None else [results() for _ in range(times)]
         if graph:
             self.operations = function.get_concrete_function(*inputs).graph.get_operations()
-        local = zip(
-            *(self.strategy.experimental_local_results(o) for o in tf.nest.flatten(outputs)),
-            strict=True,
-        )
-        results = {}
-        for flat in local:
-            rank, result = tf.nest.pack_sequence_as(outputs, flat)
-            results[self.first + int(rank)] = _to_numpy(result)
-        return results
+        return found
 
     def moving(self, layers):
         (layer,) = layers
@@ -228,14 +231,18 @@ class Process:
         layer.build(shape)
         return [layer]
 
-    def run(self, step, layers, arguments, graph=False):
-        function = tf.function(functools.partial(step, layers[0]))
+    def run(self, step, layers, arguments, graph=False, times=None):
+        step = functools.partial(step, layers[0])
+        function = tf.function(step)
         own = arguments[self.rank]
-        if not graph:
-            return {self.rank: _to_numpy(step(layers[0], *own))}
-        result = {self.rank: _to_numpy(function(*own))}
-        self.operations = function.get_concrete_function(*own).graph.get_operations()
-        return result
+
+        def results():
+            return {self.rank: _to_numpy((function if graph else step)(*own))}
+
+        found = results() if times is None else [results() for _ in range(times)]
+        if graph:
+            self.operations = function.get_concrete_function(*own).graph.get_operations()
+        return found
 
     def moving(self, layers):
         return {

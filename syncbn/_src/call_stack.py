@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -16,6 +17,25 @@ def repeats_forward() -> bool:
     TensorFlow 2.16 and 2.21; tests/single/test_recompute.py covers it.
     """
     return (tf.recompute_grad.__module__, "inner_recompute_grad") in callers()
+
+
+def loses_gradients() -> bool:
+    """Says whether `tf.recompute_grad` runs inside of a vectorized loop of a graph.
+
+    TensorFlow then takes the gradients of variables for zero: such a loop forgets the custom
+    gradient, which was to give them. (Eagerly the loop is a function, and its gradients are right.)
+    Looks among the callers too. Tried with TensorFlow 2.21; tests/single/test_recompute.py holds
+    it.
+    """
+    loops = tf.vectorized_map.__module__
+    recomputes = False
+    for function, caller in itertools.pairwise(callers()):
+        if function == (tf.recompute_grad.__module__, "inner_recompute_grad"):
+            return False  # the loop is that of a jacobian, whose gradients are right
+        recomputes = recomputes or function == (tf.recompute_grad.__module__, "inner")
+        if recomputes and (function, caller) == ((loops, "f"), (loops, "pfor")):
+            return True
+    return False
 
 
 def callers() -> Iterator[tuple[str, str]]:

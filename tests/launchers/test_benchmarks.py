@@ -83,34 +83,8 @@ def test_without_a_gpu_its_cases_are_left_out_and_say_what_they_need(tmp_path):
 
 @pytest.mark.parametrize("name", ["layer-mirrored-gpu-1", "layer-mirrored-gpu-2"])
 def test_the_cases_of_a_gpu_run_on_a_cpu_in_its_place(name):
-    code = f"""
-import tensorflow as tf
-from benchmarks.measuring import job_replicas
-from benchmarks.cases import LARGE
-from benchmarks.cases import CASES
-from benchmarks.measuring.workloads import WORKLOADS
-
-job_replicas.SHARED["mirrored-gpu"] = "CPU"
-case = CASES[{name!r}]
-job = job_replicas.JobReplicas("mirrored-gpu", case.workers)
-layers = {{name: one.layer for name, one in case.contestants.items() if one.keras == 3}}
-for point in {{point.dtype: point._replace(shape=LARGE) for point in case.points}}.values():
-    samples = WORKLOADS[case.workload].measure(job, layers, point, 1)
-    assert samples.keys() == layers.keys() and all(one[0] > 0 for one in samples.values()), samples
-
-# Each replica has its input with it, and waits for its own part of the device.
-(x,) = job.normal([(2, 3)], tf.float32, 1)
-graph = tf.function(lambda x: job.run(tf.square, x)).get_concrete_function(x).graph
-waits = [one for one in graph.get_operations() if one.type == "SyncDevice"]
-for devices in (
-    [one.device for one in job.strategy.experimental_local_results(x)],
-    [one.device for one in waits],
-):
-    indices = [tf.DeviceSpec.from_string(device).device_index for device in devices]
-    assert indices == list(range(case.workers)), devices
-assert all(one.control_inputs for one in waits)
-"""
-    finished = processes.python(code, TF_USE_LEGACY_KERAS="0")
+    command = processes.program("gpu_cases_on_a_cpu", name)
+    finished = processes.run([(name, command, {"TF_USE_LEGACY_KERAS": "0"})])
     assert finished.code == 0, finished.output
 
 

@@ -1,28 +1,10 @@
 """A job under plain `horovodrun` is told what makes small messages fast."""
 
 import re
-import sys
 
 import pytest
 
 from tests import processes
-
-JOB = """
-import sys
-import horovod.tensorflow as hvd, tensorflow as tf, syncbn
-if sys.argv[1] == "ours":
-    syncbn.training.init_horovod()
-else:
-    hvd.init()
-layer = syncbn.SyncCentering()
-for _ in range(2):
-    layer(tf.ones([2, 3]), training=True)
-syncbn.HorovodCommunicator()
-model = tf.keras.Sequential([tf.keras.Input((3,)), layer])
-report = syncbn.report(model, "auto")
-if hvd.rank() == 0:
-    print("report:", report.settings)
-"""
 
 
 @pytest.mark.parametrize(
@@ -30,7 +12,8 @@ if hvd.rank() == 0:
     [("gloo", "plain", "1", "1024"), ("gloo", "ours", "0.1", "0"), ("mpi", "ours", "0.1", "1024")],
 )
 def test_rank_0_says_it_once_where_nothing_was_set(controller, init, cycle, cache):
-    command = processes.horovodrun(2, controller, sys.executable, "-c", JOB, init)
+    program = processes.program("horovod_settings", init)
+    command = processes.horovodrun(2, controller, *program)
     finished = processes.run([(controller, command, {})])
     assert finished.code == 0, finished.output
     # Without the tags of the launcher, which come anywhere.

@@ -210,15 +210,8 @@ def test_each_mpi_gets_its_own_flags(vendor, hosts, expected, tmp_path):
 
 
 def test_mpi_ranks_that_loaded_mpi_before_tensorflow_end_well():
-    # TensorFlow's library by itself, which takes less time than all of TensorFlow.
-    code = """
-import ctypes, importlib.util
-from mpi4py import MPI
-(folder,) = importlib.util.find_spec("tensorflow").submodule_search_locations
-ctypes.CDLL(f"{folder}/libtensorflow_framework.so.2", ctypes.RTLD_GLOBAL)
-assert MPI.COMM_WORLD.allreduce(1) == 2
-"""
-    finished = launch("mpi.sh", "-np", "2", "--oversubscribe", "--", sys.executable, "-c", code)
+    program = processes.program("mpi_before_tensorflow")
+    finished = launch("mpi.sh", "-np", "2", "--oversubscribe", "--", *program)
     assert finished.code == 0, finished.output
 
 
@@ -358,20 +351,7 @@ def test_multiworker_refuses_a_tf_config_that_is_broken_or_another_one(config, m
 
 
 def test_multiworker_returns_the_code_of_the_first_that_fails_and_hears_the_others(tmp_path):
-    # They have some seconds from then on, so all of them are there before.
-    code = """
-import json, os, pathlib, sys, time
-index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
-folder = pathlib.Path(sys.argv[1])
-(folder / str(index)).touch()
-while len(list(folder.iterdir())) < 3:
-    time.sleep(0.01)
-if index == 1:
-    sys.exit(7)
-time.sleep(1)
-sys.exit("worker 1 is gone")
-"""
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    command = processes.program("first_worker_that_fails", str(tmp_path))
     finished = launch("multiworker.py", "--workers", "3", "--", *command)
     assert finished.code == 7, finished.output
     assert "worker 1 exited with code 7; ending the others" in finished.output
@@ -379,28 +359,17 @@ sys.exit("worker 1 is gone")
     assert "[2] worker 1 is gone\n" in finished.output, finished.output
 
 
-# Worker 1 does what ends the job; each worker has a process of its own, and would wait for ever.
-WAITING = """
-import json, os, signal, subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *sys.argv[1:]])
-if json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 1:
-    print("now", flush=True)
-    os.kill({target}, signal.{signal})
-time.sleep(600)
-"""
-
-
 @pytest.mark.parametrize(
     ("target", "number", "code"),
     [
-        pytest.param("os.getpid()", "SIGKILL", 128 + signal.SIGKILL, id="a worker is killed"),
-        pytest.param("os.getppid()", "SIGTERM", 128 + signal.SIGTERM, id="it is told to end"),
-        pytest.param("os.getppid()", "SIGINT", 128 + signal.SIGINT, id="it is interrupted"),
+        pytest.param("self", "SIGKILL", 128 + signal.SIGKILL, id="a worker is killed"),
+        pytest.param("parent", "SIGTERM", 128 + signal.SIGTERM, id="it is told to end"),
+        pytest.param("parent", "SIGINT", 128 + signal.SIGINT, id="it is interrupted"),
     ],
 )
 def test_multiworker_leaves_nobody_behind_when(target, number, code):
     marker = f"waiting-{uuid.uuid4().hex}"
-    command = [sys.executable, "-c", WAITING.format(target=target, signal=number), marker]
+    command = processes.program("waiting_workers", target, number, marker)
     finished = launch("multiworker.py", "--workers", "2", "--", *command)
     assert "[1] now\n" in finished.output, finished.output
     assert finished.code == code, finished.output

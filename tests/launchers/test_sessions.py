@@ -9,32 +9,6 @@ from tests import processes
 
 SUITE = [sys.executable, "-m", "pytest", "--color=no", "-q", "-p", "no:cacheprovider"]
 
-MPI = """
-import tensorflow as tf
-tf.compat.v1.disable_eager_execution()
-from mpi4py import MPI
-import syncbn
-try:
-    syncbn.SyncCentering()(tf.ones([2, 3]), training=True)
-except NotImplementedError as error:
-    assert "Use Horovod" in str(error), error
-else:
-    raise AssertionError("a collective whose order is not known")
-assert syncbn.SyncCentering()(tf.ones([2, 3]), training=False).shape == (2, 3)
-"""
-
-KERAS_3 = """
-import tensorflow as tf, syncbn
-with tf.Graph().as_default():
-    x = tf.ones([2, 3])
-    try:
-        syncbn.SyncCentering()(x, training=True)
-    except NotImplementedError as error:
-        assert "TF_USE_LEGACY_KERAS=1" in str(error), error
-    else:
-        raise AssertionError("updates that nobody runs")
-"""
-
 
 @pytest.mark.parametrize(
     ("mode", "size"),
@@ -63,11 +37,12 @@ def test_the_suite_passes_with(mode, size):
 
 
 def test_mpi_refuses_a_session():
-    command = processes.mpirun(2, sys.executable, "-c", MPI)
+    command = processes.mpirun(2, *processes.program("mpi_in_a_session"))
     finished = processes.run([("mpirun", command, {})], env={"TF_USE_LEGACY_KERAS": "1"})
     assert finished.code == 0, finished.output
 
 
 def test_keras_3_refuses_a_session():
-    finished = processes.python(KERAS_3, TF_USE_LEGACY_KERAS="0")
+    command = processes.program("keras_3_in_a_session")
+    finished = processes.run([("python", command, {"TF_USE_LEGACY_KERAS": "0"})])
     assert finished.code == 0, finished.output

@@ -7,52 +7,66 @@ import pytest
 
 from tests import processes
 
-TAKES = 180  # seconds, the longest of them
+TAKES = 120  # seconds, the longest of them
 
 PYTEST = [sys.executable, "-m", "pytest", "--color=no", "-q", "-p", "no:cacheprovider"]
-SUITE = [*PYTEST, "tests/parallel"]
-# What does not depend on the number of replicas runs with two.
-OF_TWO = [
-    "accumulation",
-    "agreement",
-    "collectives",
-    "control_flow",
-    "distribute",
-    "engines",
-    "equivalence",
-    "local_variables",
-    "mixups",
-    "second_derivatives",
-    "tape",
-    "user_reports",
-    "worker_fit",
+PARTS = sorted(
+    file.stem.removeprefix("test_")
+    for file in (processes.ROOT / "tests" / "parallel").glob("test_*.py")
+)
+# Control flow and what is sent know no Keras.
+OF_KERAS = [
+    part
+    for part in PARTS
+    if part not in ("agreement", "collectives", "control_flow", "engines", "groups", "mixups")
 ]
-# On two levels: what depends on communication, each on one of the engines.
-NESTED = {
-    "mpi+mirrored": ["nested", "agreement", "collectives", "learning_rate", "same_job", "tape"],
-    "horovod-gloo+mirrored": [
-        "nested",
-        "contract",
-        "groups",
-        "local_variables",
-        "second_derivatives",
-    ],
-}
-# Three ranks of MPI wait busily, on two cores; Horovod over Gloo runs the rest.
-FEW = ["groups", "join", "same_job"]
+# Whole models ask over every engine for the same sums and lists.
+OF_MESSAGES = [part for part in PARTS if part not in ("equivalence", "recalibrate")]
+
+# Launcher, replicas, whether with Keras 2, parts, and whether with what is marked as arithmetic.
+RUNS = [
+    # Everything where arithmetic differs: in one process and in several, with either Keras.
+    ("mpi", 2, False, PARTS, True),
+    ("mirrored", 2, False, PARTS, True),
+    ("mpi", 2, True, OF_KERAS, True),
+    ("mirrored", 2, True, OF_KERAS, True),
+    # Other engines: what is sent, and what becomes of it.
+    ("horovod-gloo", 2, False, OF_MESSAGES, False),
+    ("multiworker", 2, False, OF_MESSAGES, False),
+    # What jobs over these have of Keras: optimizers, callbacks and `fit`.
+    ("horovod-gloo", 2, True, ["distribute", "fit", "join", "same_job", "worker_fit"], False),
+    ("multiworker", 2, True, ["contract", "fit", "learning_rate", "multi_worker_fit"], False),
+    # What carries Horovod's messages is nothing to who sends them, if it carries all kinds.
+    ("horovod-mpi", 2, False, ["collectives", "contract", "engines", "groups", "join"], False),
+    # Other numbers of replicas: sums of three, uneven groups, workers with nothing at all.
+    ("mpi", 3, False, ["contract", "groups", "join", "recalibrate"], False),
+    ("horovod-gloo", 3, False, ["contract", "groups", "join", "learning_rate"], False),
+    ("multiworker", 3, False, ["contract", "fit", "groups", "multi_worker_fit"], False),
+    ("mirrored", 3, False, ["contract", "fit", "groups", "learning_rate", "same_job"], False),
+    ("mirrored", 8, False, ["contract", "groups"], False),
+    # Two replicas in each of two processes: what depends on communication, each on one of the
+    # engines. First what uneven processes are told, which groups that were made before do not ask.
+    (
+        "mpi+mirrored",
+        2,
+        False,
+        ["nested", "agreement", "collectives", "learning_rate", "same_job", "tape"],
+        False,
+    ),
+    (
+        "horovod-gloo+mirrored",
+        2,
+        True,
+        ["nested", "contract", "groups", "local_variables", "second_derivatives"],
+        False,
+    ),
+]
 
 
-def commands(launcher, size, legacy):
-    suite = SUITE
-    if launcher in NESTED:
-        suite = [*PYTEST, *(f"tests/parallel/test_{part}.py" for part in NESTED[launcher])]
-    elif (launcher, size) == ("horovod-mpi", 3):
-        suite = [*PYTEST, *(f"tests/parallel/test_{part}.py" for part in FEW)]
-    elif size != 2:
-        suite = [*SUITE, *(f"--ignore=tests/parallel/test_{part}.py" for part in OF_TWO)]
-    elif legacy or launcher == "horovod-mpi":
-        # Which knows neither Keras nor what carries Horovod's messages.
-        suite = [*SUITE, "--ignore=tests/parallel/test_control_flow.py"]
+def commands(launcher, size, parts, arithmetic):
+    suite = [*PYTEST, *(f"tests/parallel/test_{part}.py" for part in parts)]
+    if not arithmetic:
+        suite += ["-m", "not arithmetic"]
     if launcher == "mirrored":
         return [("mirrored", suite, {})]
     if launcher == "multiworker":
@@ -65,27 +79,14 @@ def commands(launcher, size, legacy):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "size", "legacy"),
-    [
-        *(("mirrored", size, False) for size in (2, 3, 8)),
-        *(("multiworker", size, False) for size in (2, 3)),
-        *(("mpi", size, False) for size in (2, 3)),
-        *(("horovod-gloo", size, False) for size in (2, 3)),
-        *(("horovod-mpi", size, False) for size in (2, 3)),
-        # The engines do not know Keras; Keras 2 is run once each in one process and in several.
-        ("mirrored", 2, True),
-        ("mpi", 2, True),
-        ("horovod-gloo", 2, True),
-        ("multiworker", 2, True),
-        # Two replicas in each of two processes.
-        ("mpi+mirrored", 2, False),
-        ("horovod-gloo+mirrored", 2, True),
-    ],
+    ("launcher", "size", "legacy", "parts", "arithmetic"),
+    RUNS,
+    ids=[f"{launcher}-{size}-keras{3 - legacy}" for launcher, size, legacy, *_ in RUNS],
 )
-def test_the_suite_passes_under(launcher, size, legacy):
+def test_the_suite_passes_under(launcher, size, legacy, parts, arithmetic):
     engine = re.sub("-(gloo|mpi)", "", launcher)
     finished = processes.run(
-        commands(launcher, size, legacy),
+        commands(launcher, size, parts, arithmetic),
         takes=TAKES,
         env={
             "SYNCBN_TEST_ENGINE": f"{engine}:{size}" if "mirrored" in engine else engine,

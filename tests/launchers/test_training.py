@@ -77,14 +77,9 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
     assert finished.output.count("synchronized, 2 replicas x 64  ") == 1, finished.output
 
 
-@pytest.mark.parametrize(
-    ("launcher", "legacy"),
-    [("mpirun", True), ("horovodrun --gloo", False), ("horovodrun", False), ("horovodrun", True)],
-)
-def test_a_job_runs_as_typed(launcher, legacy):
-    command = job(launcher, *TRAIN, "--epochs", "1")
-    env = {"TF_USE_LEGACY_KERAS": str(int(legacy))}
-    finished = processes.run([(launcher, command, {})], env=env)
+def test_a_job_runs_where_horovodrun_chooses_what_carries_messages():
+    command = job("horovodrun", *TRAIN, "--epochs", "1")
+    finished = processes.run([("horovodrun", command, {})], env={"TF_USE_LEGACY_KERAS": "0"})
     assert finished.code == 0, finished.output
     assert finished.output.count("synchronized, 2 replicas x 64  ") == 1, finished.output
 
@@ -109,41 +104,10 @@ def _workers(marker):
     return found
 
 
-WITHOUT_JOIN = """
-import os, pathlib, sys, time
-import numpy as np, tensorflow as tf, syncbn
-from syncbn import training
-if sys.argv[1] == "mpirun":
-    from mpi4py import MPI
-    rank = MPI.COMM_WORLD.rank
-else:
-    import horovod.tensorflow as hvd
-    hvd.init()
-    rank = hvd.rank()
-
-batches = [7, 4, 0][rank]
-x = np.ones((2 * batches, 3), "float32")
-model = tf.keras.Sequential([tf.keras.Input((3,)), syncbn.SyncBatchNormalization()])
-model.compile(training.distribute(tf.keras.optimizers.SGD(0.1)), "mse")
-folder = pathlib.Path(sys.argv[2])
-if batches:
-    model.fit(x, x, batch_size=2, verbose=0, callbacks=[
-        tf.keras.callbacks.LambdaCallback(on_train_begin=lambda logs: (folder / str(rank)).touch())
-    ])
-else:
-    while len(list(folder.iterdir())) < 2:
-        time.sleep(0.05)
-    time.sleep(10)  # many times what all of the others' steps would take
-    print("nobody came", flush=True)
-    os._exit(3)
-print("rank", rank, "is done", flush=True)
-"""
-
-
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
 def test_without_join_workers_with_more_batches_wait_forever(launcher, tmp_path):
     # What `join` is for; tests/parallel/test_join.py has the same job with it.
-    command = [sys.executable, "-c", WITHOUT_JOIN, launcher, str(tmp_path)]
+    command = processes.program("without_join", launcher, str(tmp_path))
     finished = processes.run([(launcher, job(launcher, *command, workers=3), {})])
     # The others' first step waits for the one that has nothing, until that one ends the job.
     assert "nobody came" in finished.output, finished.output
@@ -197,27 +161,8 @@ def test_workers_with_other_arguments_are_told():
 
 def test_workers_with_other_models_are_told():
     """The synchronized layers of one wait for nobody; the weights have the same shapes."""
-    command = [sys.executable, "-c", OTHER_MODELS]
+    command = processes.program("other_models")
     for launcher in "mpirun", "horovodrun --gloo":
         finished = processes.run([(launcher, job(launcher, *command), {})])
         assert finished.code not in (0, 124), finished.output
         assert "must have the same synchronized layers" in finished.output, finished.output
-
-
-OTHER_MODELS = """
-import os
-import numpy as np, tensorflow as tf, syncbn
-from syncbn import training
-if "HOROVOD_SIZE" in os.environ:
-    import horovod.tensorflow as hvd
-    hvd.init()
-    rank = hvd.rank()
-else:
-    from mpi4py import MPI
-    rank = MPI.COMM_WORLD.rank
-layer = tf.keras.layers.BatchNormalization() if rank else syncbn.SyncBatchNormalization()
-model = tf.keras.Sequential([tf.keras.Input((3,)), layer])
-model.compile(training.distribute(tf.keras.optimizers.SGD(0.1)), "mse")
-x = np.ones((4, 3), "float32")
-model.fit(x, x, verbose=0, callbacks=[training.BroadcastVariables()])
-"""

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 import syncbn
 from tests import clusters
+from tests.control_flow_table import Cell
 from tests.derivatives import find
 from tests.parallel.conftest import ENGINE
 from tests.replicas import Strategy
@@ -124,6 +125,7 @@ def _is_compiled(replicas, modules, expected):
     assert "all-reduce" not in text
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("rows", [6, 4096])  # the latter for the fused kernels
 @pytest.mark.parametrize("mean", [60.0, 1e6])
 def test_statistics_are_as_accurate_as_without(mean, rows, replicas, compiled):
@@ -156,7 +158,7 @@ def test_statistics_are_as_accurate_as_without(mean, rows, replicas, compiled):
 def test_branches_and_loops_have_the_gradients_that_they_have_without(layer, construct, replicas):
     if isinstance(replicas, Strategy):
         pytest.skip("TensorFlow has no collectives of a strategy in branches and loops")
-    assert find(replicas, layer, construct, "gradients", graph=True) == "right"
+    assert find(replicas, Cell(layer, True, construct, "gradients")) == "right"
 
 
 @pytest.mark.parametrize("layer", ["SyncBatchNormalization", "SyncCentering"])
@@ -164,4 +166,4 @@ def test_second_derivatives_are_those_that_there_are_without(layer, replicas):
     if ENGINE == "local":
         # Their sum over replicas is made by a collective, which one replica has no use for.
         pytest.skip("`find` adds up over an engine")
-    assert find(replicas, layer, "none", "second derivatives", graph=True) == "right"
+    assert find(replicas, Cell(layer, True, "none", "second derivatives")) == "right"

@@ -168,8 +168,7 @@ def test_parallel_branches_do_not_mix_their_messages(nested, replicas):
         y = oracle.batch_normalization(x, np.zeros_like(x), np.ones(3), np.zeros(3)).y
         truths.append(oracle.batch_normalization(x, 3 * y**2, np.ones(3), np.zeros(3)))
         dx = dx + truths[-1].dx * factor
-    for _ in range(5):
-        results = replicas.run(step, layers, inputs, graph=True)
+    for results in replicas.run(step, layers, inputs, graph=True, times=5):
         for rank, (outputs, gradient) in results.items():
             part = slice(4 * rank, 4 * rank + 4)
             for y, truth in zip(outputs, truths, strict=True):

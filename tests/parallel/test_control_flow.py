@@ -5,24 +5,14 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from tests.control_flow_table import constructs
-from tests.derivatives import differences
+from tests.control_flow_table import LAYERS, refusal, to_test
+from tests.derivatives import unlike
 from tests.parallel.conftest import ENGINE
 
-LAYERS = ["SyncBatchNormalization", "SyncCentering"]
 
-
-@pytest.mark.parametrize(
-    ("layer", "graph", "construct"),
-    [
-        (layer, graph, name)
-        for layer in LAYERS
-        for graph in (True, False)
-        for name in constructs(layer, graph)
-    ],
-)
-def test_control_flow_gives_what_the_table_says(replicas, layer, graph, construct):
-    assert not differences(replicas, ENGINE, layer, construct, graph)
+@pytest.mark.parametrize("cell", to_test(ENGINE), ids=str)
+def test_control_flow_gives_what_the_table_says(replicas, cell):
+    assert not unlike(replicas, cell, refusal(ENGINE, cell))
 
 
 @pytest.mark.parametrize("branch", [False, True], ids=["", "branch"])

@@ -8,7 +8,7 @@ from syncbn import training
 from tests.keras import KERAS_3, keras
 from tests.parallel import workers
 from tests.parallel.conftest import ENGINE
-from tests.parallel.workers import LossScaleOptimizer, same_on_all_ranks
+from tests.parallel.workers import LossScaleOptimizer, kept, same_on_all_ranks
 
 pytestmark = workers.in_separate_processes
 
@@ -30,7 +30,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", kept(OPTIONS, "plain"))
 def test_the_optimizer_acts_on_the_mean_gradient(replicas, options, graph):
     steps = 4
     gradients = np.random.default_rng(3).normal(size=(steps, replicas.size, 4, 3))

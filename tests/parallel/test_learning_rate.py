@@ -10,7 +10,7 @@ from syncbn import training
 from tests.keras import KERAS_3, keras
 from tests.parallel import workers
 from tests.parallel.conftest import ENGINE
-from tests.parallel.workers import LossScaleOptimizer
+from tests.parallel.workers import LossScaleOptimizer, kept
 from tests.replicas import Strategy
 
 STEPS, BASE = 4, 0.01  # steps in an epoch; the rate of one replica
@@ -84,7 +84,7 @@ if not KERAS_3:
     OPTIMIZERS["legacy"] = lambda: keras.optimizers.legacy.SGD(0.5, momentum=0.9)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", kept(OPTIMIZERS, "SGD"))
 def test_a_warm_up_goes_from_the_rate_of_one_replica_to_that_of_all(replicas, name):
     if name != "SGD" and isinstance(replicas, Strategy):
         pytest.skip("the optimizer is nothing to a strategy")
@@ -96,6 +96,7 @@ def test_a_warm_up_goes_from_the_rate_of_one_replica_to_that_of_all(replicas, na
     np.testing.assert_allclose(logs["learning_rate"], truth[STEPS - 1 :: STEPS], rtol=1e-5)
 
 
+@pytest.mark.arithmetic
 def test_without_correction_the_velocity_stays(replicas):
     warmup = training.LearningRateWarmup(BASE, 2, momentum_correction=False)
     _, weights, _ = fit(replicas, OPTIMIZERS["SGD"], [warmup], 2)
@@ -107,6 +108,7 @@ def test_without_correction_the_velocity_stays(replicas):
     np.testing.assert_allclose(weights, truth, rtol=1e-5)
 
 
+@pytest.mark.arithmetic
 def test_schedules_follow_one_another(replicas):
     """The example of the paper: warm-up, then a tenth each time."""
     schedules = [
@@ -124,12 +126,14 @@ def test_schedules_follow_one_another(replicas):
     np.testing.assert_allclose(weights, corrected(truth, 0.9), rtol=1e-5)
 
 
+@pytest.mark.arithmetic
 def test_a_training_that_begins_after_the_warm_up_keeps_its_rate(replicas):
     warmup = training.LearningRateWarmup(BASE, 2)
     rates, _, _ = fit(replicas, OPTIMIZERS["SGD"], [warmup], 3, initial_epoch=2)
     np.testing.assert_allclose(rates, 0.5)
 
 
+@pytest.mark.arithmetic
 def test_adam_has_nothing_to_correct(replicas):
     warmup = training.LearningRateWarmup(BASE, 1)
     _, weights, _ = fit(replicas, lambda: keras.optimizers.Adam(0.5), [warmup], 1)

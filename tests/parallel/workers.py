@@ -17,6 +17,18 @@ on_one_level = pytest.mark.skipif(
     "mirrored" in ENGINE or ENGINE == "multiworker", reason="one replica in each process"
 )
 
+
+def kept(values, *everywhere):
+    """Values of parameters, marked but for those whose messages every engine has to carry."""
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else [value]),
+            marks=[] if value in everywhere else pytest.mark.arithmetic,
+        )
+        for value in values
+    ]
+
+
 if KERAS_3:
     LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
 else:

@@ -4,15 +4,19 @@ import functools
 
 import pytest
 
-from tests import replicas
+# What imports TensorFlow, which takes seconds, is not imported where pytest-xdist only shares out.
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _logical_devices():
+    from tests import replicas
+
     replicas.use_logical_devices(8)
 
 
 @pytest.fixture(scope="session")
 def mirrored():
     """Gives the replicas of a MirroredStrategy over so many logical CPU devices."""
+    from tests import replicas
+
     return functools.cache(replicas.mirrored)

@@ -61,24 +61,9 @@ def test_a_function_traced_for_tensorflows_kernels_is_not_compiled():
         tf.function(inner, jit_compile=True)(x)
 
 
-CLUSTERED = """
-import numpy as np, tensorflow as tf
-import syncbn
-for mean, tolerance in ((60.0, 2e-6), (1e6, 2e-3)):
-    x = np.random.default_rng(0).normal(mean, 1, size=(4096, 64)).astype("float32")
-    layer = syncbn.SyncBatchNormalization(momentum=0.0)
-    y = tf.function(lambda x: tf.nn.relu(layer(tf.nn.relu(x), training=True)))(x)
-    truth = x.astype("float64")
-    np.testing.assert_allclose(layer.moving_variance, truth.var(0), rtol=tolerance)
-    truth = np.maximum((truth - truth.mean(0)) / np.sqrt(truth.var(0) + 1e-3), 0)
-    np.testing.assert_allclose(y, truth, atol=1e-3)
-"""
-
-
 def test_automatic_clustering_computes_what_is_computed_without():
-    finished = processes.python(
-        CLUSTERED, TF_XLA_FLAGS="--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
-    )
+    flags = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
+    finished = processes.run([("python", processes.program("clustered"), {"TF_XLA_FLAGS": flags})])
     assert finished.code == 0, finished.output
 
 

@@ -1,46 +1,79 @@
 """Control flow and derivatives on one replica, ours and the plain layer's."""
 
+import json
+
 import pytest
 
 from tests import replicas as kinds
-from tests.control_flow import CONSTRUCTS
-from tests.control_flow_table import PAGE, REFUSALS, constructs, page, refusal
-from tests.derivatives import KINDS, differences, find
+from tests.control_flow import CONSTRUCTS, FAMILIES, SINGLE
+from tests.control_flow_table import (
+    ASKED,
+    ENGINES,
+    KINDS,
+    LAYERS,
+    PAGE,
+    RUNS,
+    cells,
+    chosen,
+    count,
+    page,
+    plain_in_ci,
+    refusal,
+    refused_to_plain_layers,
+    to_test,
+)
+from tests.derivatives import find, unlike
 from tests.keras import KERAS_3
 
-LAYERS = ["SyncBatchNormalization", "SyncCentering"]
 # Of these constructs Keras knows something; the others are tried with Keras 3.
 OF_KERAS = ["none", "training=tensor", "RNN"]
 ONE = kinds.Process(0, 1)
 
 
 @pytest.mark.parametrize(
-    ("layer", "graph", "construct"),
-    [
-        (layer, graph, name)
-        for layer in LAYERS
-        for graph in (True, False)
-        for name in constructs(layer, graph)
-        if KERAS_3 or name in OF_KERAS
-    ],
+    "cell", [cell for cell in to_test("local") if KERAS_3 or cell.construct in OF_KERAS], ids=str
 )
-def test_control_flow_gives_what_the_table_says(layer, graph, construct):
-    assert not differences(ONE, "local", layer, construct, graph)
+def test_control_flow_gives_what_the_table_says(cell):
+    assert not unlike(ONE, cell, refusal("local", cell))
 
 
 @pytest.mark.skipif(not KERAS_3, reason="what TensorFlow refuses, it refuses under either Keras")
-@pytest.mark.parametrize("refused", [r for r in REFUSALS if r.plain], ids=lambda r: r.sentence)
-def test_where_tensorflow_is_said_to_refuse_the_plain_layer_it_does(refused):
-    cells = [
-        (name, kind)
-        for name in CONSTRUCTS
-        for kind in KINDS
-        if refusal("local", name, kind, True) is refused
-    ]
-    # Pairs where nothing else has it: those of a kind fail alike.
-    for name, kind in [cell for cell in cells if " in " not in cell[0]] or cells:
-        assert refused.sentence in find(ONE, "BatchNormalization", name, kind, True), (name, kind)
+@pytest.mark.parametrize(
+    ("cell", "sentences"), refused_to_plain_layers() if ASKED else plain_in_ci(), ids=str
+)
+def test_where_tensorflow_is_said_to_refuse_the_plain_layer_it_does(cell, sentences):
+    found = find(ONE, cell)
+    assert any(sentence in found for sentence in sentences), found
+
+
+def test_every_family_of_constructs_is_in_every_other():
+    # But nothing is in a call, to which the outer construct would have to give its `training`.
+    for outer in (names for family, names in FAMILIES.items() if family != "calls"):
+        for inner in FAMILIES.values():
+            assert CONSTRUCTS.keys() & {f"{a} in {b}" for a in inner for b in outer}, (inner, outer)
+    assert {*SINGLE} == {name for family in FAMILIES.values() for name in family}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_construct_and_each_kind_is_chosen_on_each_engine(engine):
+    few = chosen(engine)
+    assert {*few} < {*cells(engine)}
+    assert {(c.construct, c.kind) for c in few} >= {(name, k) for name in SINGLE for k in KINDS}
+    assert {(c.layer, c.kind) for c in few} == {(layer, kind) for layer in LAYERS for kind in KINDS}
+
+
+def test_each_pair_is_chosen_on_several_engines():
+    pairs = [c.construct for e in ENGINES for c in chosen(e) if " in " in c.construct]
+    assert min(pairs.count(name) for name in CONSTRUCTS if " in " in name) >= 3
 
 
 def test_the_page_is_the_table():
     assert PAGE.read_text() == page(), "run python -m tests.control_flow_table"
+
+
+def test_as_many_cells_were_tested_as_there_are():
+    for engine, families in json.loads(RUNS.read_text()).items():
+        for family, run in families.items():
+            assert run["cells"] == count(engine, family), (
+                f"run make test-control-flow ENGINES={engine}:{family}"
+            )

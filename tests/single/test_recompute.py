@@ -93,3 +93,35 @@ def test_renormalization_would_find_its_statistics_moved():
     once = step(layer, frozen)
     for gradient, truth in zip(step(layer, tf.recompute_grad(frozen)), once, strict=True):
         np.testing.assert_allclose(gradient, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_a_vectorized_loop_in_a_graph_would_lose_the_gradients_of_what_it_recomputes():
+    layer, plain = syncbn.SyncBatchNormalization(), keras.layers.BatchNormalization()
+    for one in layer, plain:
+        one.build(X.shape)
+
+    def loop(call, x):
+        return tf.vectorized_map(call, tf.stack([x, x]))[0]  # of one item there is no loop
+
+    def looped(one):
+        def recomputed(x):
+            return tf.recompute_grad(lambda x: one(x, training=True))(x)
+
+        return lambda x: loop(recomputed, x)
+
+    lost = tf.function(lambda: step(plain, looped(plain)))()
+    assert not np.any(lost[1]), "TensorFlow gives plain layers' gradients now"
+    with pytest.raises(NotImplementedError, match="loses the gradients of variables"):
+        tf.function(lambda: step(layer, looped(layer)))()
+
+    # What else is right.
+    truth = step(layer, lambda x: layer(x, training=True))
+
+    def recomputes_the_loop():
+        return step(layer, tf.recompute_grad(lambda x: loop(lambda x: layer(x, training=True), x)))
+
+    for found in step(layer, looped(layer)), tf.function(recomputes_the_loop)():
+        for gradient, whole in zip(found, truth, strict=True):
+            np.testing.assert_allclose(gradient, whole, rtol=1e-4, atol=1e-4)
+    centering = syncbn.SyncCentering()
+    tf.function(lambda: step(centering, looped(centering)))()

@@ -212,13 +212,6 @@ def test_a_job_measures_every_length():
 
 
 def test_a_job_that_takes_too_long_is_ended_and_is_an_error():
-    code = (
-        "from benchmarks.measuring import jobs\n"
-        "from benchmarks.studies import all_reduce\n"
-        "all_reduce.LIMIT = 0.1\n"
-        "try:\n    all_reduce.run('ring', 2)\n"
-        "except jobs.JobError as failure:\n    print(failure)"
-    )
-    finished = processes.python(code)
+    finished = processes.run([("python", processes.program("all_reduce_too_late"), {})])
     assert finished.code == 0, finished.output
     assert "no end within 0.1 s" in finished.output

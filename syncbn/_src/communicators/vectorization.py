@@ -20,7 +20,7 @@ def vectorized(
     """Returns ``total``, which a vectorized loop computes for all iterations at once.
 
     Args:
-        total: The output of an operation, in a graph.
+        total: The output of an operation, in a graph, or a copy of one.
         again: Computes the outputs of all iterations, given their inputs as rows.
         number: Returns the index of the operation's input that is summed.
     """
@@ -29,7 +29,10 @@ def vectorized(
         wrapped = loop.inputs[number()]
         return [wrapped._replace(t=again(wrapped.t))]
 
-    total.op.pfor_converter = convert
+    operation = total.op
+    while operation.type == "Identity":  # whose input is converted first
+        operation = operation.inputs[0].op
+    operation.pfor_converter = convert
     return total
 
 

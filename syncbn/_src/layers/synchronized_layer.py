@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._src.autograph import unconverted
-from syncbn._src.call_stack import repeats_forward
+from syncbn._src.call_stack import loses_gradients, repeats_forward
 from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.fingerprints import numbered
 from syncbn._src.communicators.groups import Grouping
@@ -116,7 +116,8 @@ class SynchronizedLayer(StatisticsLayer):
         Raises:
             TypeError: inputs that are not floats, integers or booleans.
             ValueError: a mask of more dimensions, or an axis that the inputs do not have.
-            NotImplementedError: with ``renorm``, in `tf.recompute_grad`.
+            NotImplementedError: with ``renorm``, in `tf.recompute_grad`; with gamma or beta, where
+                that is inside of a vectorized loop of a graph.
             RuntimeError: in the cross-replica context of a strategy that joins several workers,
                 each of which would give a batch of its own; over Horovod and MPI also for a layer
                 with groups, which are groups of replicas.
@@ -126,6 +127,13 @@ class SynchronizedLayer(StatisticsLayer):
         training = keras_api.training_mode(self, training)
         if training is False:
             return self._call_inference(inputs)
+        if self.trainable_weights and loses_gradients():
+            raise NotImplementedError(
+                "In a graph, tf.recompute_grad inside of a vectorized loop loses the gradients of "
+                f"variables. Received: a training call there of {self.name}, which has "
+                f"{len(self.trainable_weights)}. Use tf.map_fn, or put tf.vectorized_map inside of "
+                "tf.recompute_grad."
+            )
         # Read once, so that all uses of a statistic are of its value before the assignment.
         # (TensorFlow 2.21 orders a second read before the assignment, but loses that later.)
         before = {name: tf.convert_to_tensor(getattr(self, name)) for name in self._moving()}

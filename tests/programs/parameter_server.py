@@ -1,0 +1,29 @@
+"""A training call under ParameterServerStrategy is refused."""
+
+import json
+import os
+import socket
+
+import pytest
+import tensorflow as tf
+
+import syncbn
+
+with socket.socket() as one, socket.socket() as other:
+    one.bind(("127.0.0.1", 0))
+    other.bind(("127.0.0.1", 0))
+    worker, server = (f"127.0.0.1:{s.getsockname()[1]}" for s in (one, other))
+cluster = tf.train.ClusterSpec({"worker": [worker], "ps": [server]})
+servers = [tf.distribute.Server(cluster, job, 0, start=True) for job in ("worker", "ps")]
+resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(cluster, rpc_layer="grpc")
+strategy = tf.distribute.ParameterServerStrategy(resolver)
+with strategy.scope():
+    layer = syncbn.SyncBatchNormalization()
+    layer.build((None, 3))
+os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": [worker, worker], "ps": [server]}})
+coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
+coordinator.schedule(tf.function(lambda: layer(tf.ones([2, 3]), training=True)))
+with pytest.raises(RuntimeError, match="ParameterServerStrategy, whose workers are asynchronous"):
+    coordinator.join()
+print("refused", flush=True)
+os._exit(0)  # the servers have no end of their own
