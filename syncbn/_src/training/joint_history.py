@@ -48,7 +48,7 @@ class _JointHistory:
     """The history of a `fit` whose workers stop together.
 
     At the end of each epoch all workers stop if one of them would. Over MPI, where that takes
-    microseconds, it is so after each batch. Learning rates and, if they must be, weights are
+    a tenth of a millisecond, it is so after each batch. Learning rates and, if they must be, weights are
     compared at the end of each epoch; weights also after the first two batches, of which the first
     may be that which makes the optimizer's state.
     """
