@@ -7,6 +7,8 @@ import tensorflow as tf
 import syncbn
 from syncbn import training
 from tests import replicas as kinds
+from tests.control_flow_table import chosen, refusal
+from tests.derivatives import unlike
 from tests.keras import keras
 from tests.parallel.conftest import ENGINE
 from tests.parallel.workers import compiled, same_on_all_ranks, samples
@@ -205,3 +207,8 @@ def test_a_strategy_alone_does_not_join_the_processes(replicas):
         inputs = [(tf.ones([2, 1]),)] * replicas.size
         with pytest.raises(RuntimeError, match=rf"joins 1 of the 2 processes that {ACROSS} joins"):
             replicas.run(lambda layer, x: layer(x, training=True), layers, inputs)
+
+
+@pytest.mark.parametrize("cell", chosen(ENGINE) if "+" in ENGINE else [], ids=str)
+def test_control_flow_gives_what_the_table_says(replicas, cell):
+    assert not unlike(replicas, cell, refusal(ENGINE, cell))
