@@ -236,7 +236,16 @@ def stop(model):
 
 
 @pytest.mark.parametrize(
-    "batch", [None, pytest.param(2, marks=pytest.mark.skipif(ENGINE != "mpi", reason="see docs"))]
+    "batch",
+    [
+        None,
+        pytest.param(
+            2,
+            marks=pytest.mark.skipif(
+                ENGINE != "mpi", reason="over Horovod workers agree on epochs"
+            ),
+        ),
+    ],
 )
 @pytest.mark.parametrize("callback", [training.BroadcastVariables, training.AverageMetrics])
 def test_all_workers_stop_where_one_does_wherever_the_callback_stands(callback, batch, replicas):
