@@ -22,8 +22,14 @@ with strategy.scope():
     layer.build((None, 3))
 os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": [worker, worker], "ps": [server]}})
 coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
-coordinator.schedule(tf.function(lambda: layer(tf.ones([2, 3]), training=True)))
-with pytest.raises(RuntimeError, match="ParameterServerStrategy, whose workers are asynchronous"):
+
+
+def train():
+    coordinator.schedule(tf.function(lambda: layer(tf.ones([2, 3]), training=True)))
     coordinator.join()
+
+
+with pytest.raises(RuntimeError, match="ParameterServerStrategy, whose workers are asynchronous"):
+    train()
 print("refused", flush=True)
 os._exit(0)  # the servers have no end of their own

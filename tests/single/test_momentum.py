@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from tests.keras import KERAS_3, keras
+from tests.keras import KERAS_3, keras, with_renormalization
 from tests.replicas import _local_values
 
 BOTH = pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
@@ -82,6 +82,7 @@ def test_a_scalar_is_a_number(kind):
     assert (type(layer.momentum), layer.momentum) == (float, 0.5)
 
 
+@with_renormalization
 @VARIABLES
 def test_that_of_renorm_may_be_one_too(variable):
     momentum, data = variable(0.9), batches(len(SCHEDULE))
@@ -156,7 +157,7 @@ def test_a_callback_schedules_it_in_fit_on_replicas(mirrored, tmp_path):
 
 
 @VARIABLES
-@pytest.mark.parametrize("renorm", [False, True])
+@pytest.mark.parametrize("renorm", [False, pytest.param(True, marks=with_renormalization)])
 def test_conversion_there_and_back(variable, renorm):
     momentum = variable(0.5)
     options = {"renorm": True, "renorm_momentum": momentum} if renorm else {}

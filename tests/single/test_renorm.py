@@ -5,16 +5,22 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from tests.keras import KERAS_3, keras
+from tests.keras import KERAS_3, keras, with_renormalization
 
 CLIPPING = {"rmin": 0.6, "rmax": 1.4, "dmax": 0.5}
 OPTIONS = [
-    {"renorm": True},
-    {"renorm": True, "renorm_clipping": CLIPPING, "renorm_momentum": 0.7},
-    {"renorm": True, "momentum": 0.5, "center": False},
+    pytest.param(options, marks=with_renormalization)
+    for options in (
+        {"renorm": True},
+        {"renorm": True, "renorm_clipping": CLIPPING, "renorm_momentum": 0.7},
+        {"renorm": True, "momentum": 0.5, "center": False},
+    )
 ]
 VIRTUAL = [{"virtual_batch_size": 2}, {"virtual_batch_size": 4}, {"virtual_batch_size": 12}]
-MIXED = {"virtual_batch_size": 3, "renorm": True, "renorm_clipping": CLIPPING}
+MIXED = pytest.param(
+    {"virtual_batch_size": 3, "renorm": True, "renorm_clipping": CLIPPING},
+    marks=with_renormalization,
+)
 
 
 def run(layer, steps=4):
@@ -56,6 +62,7 @@ def test_the_options_are_part_of_the_config(options, tmp_path):
     np.testing.assert_array_equal(again(x, training=True), model(x, training=True))
 
 
+@with_renormalization
 def test_a_plain_layer_with_renorm_can_be_read():
     config = keras.layers.BatchNormalization(renorm=True, renorm_clipping=CLIPPING).get_config()
     layer = syncbn.SyncBatchNormalization.from_config(config)
@@ -84,12 +91,14 @@ def test_virtual_batches_of_a_normalized_batch():
         syncbn.SyncBatchNormalization(axis=0, virtual_batch_size=2).build((4, 3))
 
 
+@with_renormalization
 def test_constant_channels_without_epsilon_make_no_nan():
     layer = syncbn.SyncBatchNormalization(renorm=True, renorm_momentum=0.0, epsilon=0.0)
     for _ in range(3):
         assert np.isfinite(layer(tf.ones([4, 2]), training=True)).all()
 
 
+@with_renormalization
 @pytest.mark.parametrize("momentum", [None, -0.1, 1.1, float("nan")])
 def test_a_momentum_of_renorm_outside_of_its_range(momentum):
     with pytest.raises(ValueError, match=r"`renorm_momentum` must lie in \[0, 1\]"):

@@ -170,7 +170,7 @@ def _batch_size(element: Any) -> tf.Tensor:
 
 def _empty(spec: tf.TypeSpec) -> Any:
     """Returns a batch of size zero."""
-    if isinstance(spec, tf.NoneTensorSpec):
+    if spec.value_type is type(None):
         return None
     known = (tf.TensorSpec, tf.RaggedTensorSpec, tf.SparseTensorSpec)
     if not isinstance(spec, known) or not spec.shape.rank:
