@@ -47,10 +47,10 @@ def train_jointly(model: Any, communicator: Communicator, same_weights: bool) ->
 class _JointHistory:
     """The history of a `fit` whose workers stop together.
 
-    At the end of each epoch all workers stop if one of them would. Over MPI, where that takes
-    a tenth of a millisecond, it is so after each batch. Learning rates and, if they must be, weights are
-    compared at the end of each epoch; weights also after the first two batches, of which the first
-    may be that which makes the optimizer's state.
+    At the end of each epoch all workers stop if one of them would. Over MPI, where that takes a
+    tenth of a millisecond, it is so after each batch. Learning rates and, if they must be, weights
+    are compared at the end of each epoch; weights also after the first two batches, of which the
+    first may be that which makes the optimizer's state.
     """
 
     _plain_class: type
