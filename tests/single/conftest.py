@@ -20,3 +20,12 @@ def mirrored():
     from tests import replicas
 
     return functools.cache(replicas.mirrored)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unseeded():
+    """Lets no module draw the numbers that another one has asked for: they share processes."""
+    yield
+    import tensorflow as tf
+
+    tf.random.set_seed(None)
