@@ -98,7 +98,7 @@ docker-test:
 	docker/test.sh
 
 clean:
-	rm -rf $(VENV) $(BUILD) .hypothesis .mypy_cache .pytest_cache .ruff_cache syncbn.egg-info
+	rm -rf $(VENV) $(BUILD) .hypothesis .mypy_cache .pytest_cache .ruff_cache syncbn.egg-info syncbn-record-*.json
 
 $(python):
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "venv is required: apt-get install python3-venv"; exit 1; }

@@ -25,7 +25,7 @@
 #                            --mpi it is faster with the cache, 52 ms and 77.)
 #   TF_NUM_INTRAOP_THREADS, TF_NUM_INTEROP_THREADS
 #                            Each rank's share of its machine's cores (share_cores.sh).
-#   HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=600
+#   HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=600, or what --timeout says
 #                            A rank that lets the others wait this long ends the job, under --mpi.
 #                            Under --gloo Horovod 0.28 does not notice; the layers' watchdog does.
 #
@@ -79,6 +79,7 @@ fi
 export HOROVOD_CYCLE_TIME="${HOROVOD_CYCLE_TIME:-0.1}"
 [ "$controller" = --mpi ] || [ "$size" -gt 8 ] \
   || export HOROVOD_CACHE_CAPACITY="${HOROVOD_CACHE_CAPACITY:-0}"
-export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-600}"
+stall=${SYNCBN_TIMEOUT_SECONDS:-600}
+export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-${stall%.*}}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 exec horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} "$here/share_cores.sh" "$command" "$@"

@@ -53,6 +53,7 @@ def environment(**changes):
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "PATH": os.pathsep.join([os.path.dirname(sys.executable), kept.get("PATH", "")]),
         "PYTHONUNBUFFERED": "1",
+        "SYNCBN_RECORDS": tempfile.gettempdir(),
     }
     return {**kept, **shared, **changes}
 

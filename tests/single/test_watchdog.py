@@ -19,12 +19,15 @@ KEY = bytes(range(32))
 
 
 def state(rank, **more):
-    return {"rank": rank, "status": "running", "waits": True, "asks": False, **more}
+    return {
+        **{"rank": rank, "status": "running", "waiting": ["a", 1], "members": None},
+        **{"asks": True, **more},
+    }
 
 
 @pytest.fixture
 def store():
-    return Store(KEY, loopback=True)
+    return Store(KEY, 3, loopback=True)
 
 
 @pytest.fixture
@@ -48,24 +51,38 @@ def soon(condition):
         time.sleep(0.01)
 
 
-def test_ranks_learn_what_the_others_are_at(client):
+def test_ranks_learn_who_is_not_in_their_call(client):
     first, second = client(), client()
-    assert first.say(state(0))["ranks"] == []
-    (other,) = second.say(state(1, waiting=["a", 1, 0.0]))["ranks"]
-    assert (other["rank"], other["status"]) == (0, "running")
-    (other,) = first.say(state(0))["ranks"]
-    assert other["waiting"] == ["a", 1, 0.0]
-    assert other["silent"] < 60
+    assert [one["rank"] for one in first.say(state(0))["missing"]] == [1, 2]
+    assert [one["rank"] for one in second.say(state(1))["missing"]] == [2]
+    second.say(state(1, waiting=["b", 1]))
+    other, silent = first.say(state(0))["missing"]
+    assert (other["rank"], other["status"], other["waiting"]) == (1, "running", ["b", 1])
+    assert silent == {"rank": 2, "status": "silent"}
+
+
+def test_only_those_count_that_take_part(client):
+    first, second = client(), client()
+    second.say(state(1, waiting=None))
+    assert first.say(state(0, members=[0, 2]))["missing"] == [{"rank": 2, "status": "silent"}]
+
+
+def test_a_large_job_is_told_of_a_few(client):
+    store = Store(KEY, 1024, loopback=True)
+    with contextlib.closing(StoreClient(["127.0.0.1"], store.port, KEY)) as one:
+        missing = one.say(state(0))["missing"]
+    assert len(missing) == 9
+    assert missing[-1] == {"rank": None, "more": 1015}
 
 
 def test_a_stack_comes_when_somebody_asks_and_is_kept(client):
     first, second = client(), client()
-    assert not second.say(state(1))["asked"]
-    first.say(state(0, asks=True))
-    assert second.say(state(1))["asked"]
-    second.say(state(1, stack="here"))
-    second.say(state(1))
-    assert first.say(state(0))["ranks"][0]["stack"] == "here"
+    assert second.say(state(1, asks=False))["asked"] is None
+    first.say(state(0))
+    assert second.say(state(1, asks=False, waiting=None))["asked"] == "a"
+    second.say(state(1, asks=False, waiting=None, stack="here"))
+    second.say(state(1, asks=False, waiting=None))
+    assert first.say(state(0))["missing"][0]["stack"] == "here"
 
 
 def test_an_end_is_told_to_all(client):
@@ -75,38 +92,42 @@ def test_an_end_is_told_to_all(client):
     assert second.say(state(1))["end"] == {"rank": 0, "reason": "enough"}
 
 
-@pytest.mark.parametrize(
-    ("status", "known"), [("running", "lost"), ("has ended", "has ended")], ids=["lost", "ended"]
-)
-def test_a_rank_that_goes_without_a_word_is_lost(client, status, known):
+def test_who_has_ended_says_so_and_nobody_else_has(client):
     first, second = client(), client()
-    second.say(state(1, status=status))
+    second.say(state(1))
+    assert first.say(state(0))["gone"] == []
     second.close()
-    soon(lambda: first.say(state(0))["ranks"][0]["status"] == known)
+    assert first.say(state(0))["gone"] == []
+    client().say(state(1, status="has ended"))
+    (gone,) = first.say(state(0))["gone"]
+    assert (gone["rank"], gone["status"]) == (1, "has ended")
 
 
-def test_a_rank_that_comes_back_is_not_lost(client):
-    first, old = client(), client()
-    old.say(state(1))
-    new = client()
-    new.say(state(1))
-    old.close()
-    for _ in range(5):
-        assert first.say(state(0))["ranks"][0]["status"] == "running"
-        time.sleep(0.02)
+def test_a_store_that_ends_waits_until_the_others_have_heard(client, store):
+    first, second = client(), client()
+    second.say(state(1))
+    first.say(state(0, status="has ended"))
+    waits = threading.Thread(target=store.wait_until_heard, args=(60,))
+    waits.start()
+    time.sleep(0.2)
+    assert waits.is_alive()
+    assert second.say(state(1))["gone"][0]["rank"] == 0
+    waits.join(60)
+    assert not waits.is_alive()
 
 
 def test_who_has_not_the_key_neither_reads_nor_writes(client):
     stranger = client(bytes(32))
     with pytest.raises(ConnectionError):
-        stranger.say(state(7))
-    assert client().say(state(0))["ranks"] == []
+        stranger.say(state(1))
+    assert client().say(state(0))["missing"][0] == {"rank": 1, "status": "silent"}
 
 
 def test_what_was_said_once_is_not_taken_twice(store):
     with socket.create_connection(("127.0.0.1", store.port), 60) as one:
-        nonce = one.recv(16)
-        message = _Codec(KEY, nonce, b"to").seal(state(3))
+        one.sendall(bytes(16))
+        nonce = one.recv(16) + bytes(16)
+        message = _Codec(KEY, nonce, b"to").seal(state(2))
         one.sendall(message)
         assert one.recv(1 << 16)
         one.sendall(message)
@@ -116,7 +137,7 @@ def test_what_was_said_once_is_not_taken_twice(store):
 def test_a_message_that_is_too_long_is_not_read(store):
     with socket.create_connection(("127.0.0.1", store.port), 60) as one:
         one.recv(16)
-        one.sendall(b"\xff\xff\xff\xff")
+        one.sendall(bytes(16) + b"\xff\xff\xff\xff")
         assert one.recv(1 << 16) == b""
 
 
@@ -216,12 +237,29 @@ def test_the_oldest_of_what_waits_is_told():
     assert [one["name"] for one in recorder.as_json()["collectives"]] == ["done", "first", "second"]
 
 
-def test_eagerly_what_fails_is_not_left():
+def test_what_fails_eagerly_is_waited_for_no_longer():
     recorder = FlightRecorder()
     with pytest.raises(ZeroDivisionError):
         recorder.watch("bad", None, tf.ones([1]), lambda x: 1 / 0)
+    assert recorder.waiting() is None
     assert np.array_equal(recorder.watch("good", None, tf.ones([1]), doubled), [2])
     assert [one["left"] is None for one in recorder.as_json()["collectives"]] == [True, False]
+
+
+def test_a_step_that_has_failed_is_waited_for_no_longer_once_others_are_done():
+    recorder = FlightRecorder()
+
+    def checked(x):
+        tf.debugging.assert_positive(x)
+        return tf.identity(x)
+
+    step = tf.function(lambda x: recorder.watch("step", None, x, checked))
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        step(tf.constant(-1.0))
+    for _ in range(4):
+        step(tf.constant(1.0))
+        waiting = recorder.waiting()
+    assert waiting is None
 
 
 def record(rank, waiting=None, **more):

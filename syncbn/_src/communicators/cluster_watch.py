@@ -28,4 +28,5 @@ def watch_cluster() -> None:
         return coordinator.get_config_key_value(_KEY).encode()
 
     rank = tasks.index((resolver.task_type, resolver.task_id))
-    watch_job(WatchedJob("tf.distribute", rank, len(tasks), len(hosts) == 1, share))
+    own = cluster[tasks[0][0]][0].rpartition(":")[0]
+    watch_job(WatchedJob("tf.distribute", rank, len(tasks), len(hosts) == 1, share, (own,)))

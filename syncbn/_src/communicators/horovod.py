@@ -64,7 +64,6 @@ class HorovodCommunicator:
         self._members = None if ranks is None or len(ranks) == hvd.size() else tuple(ranks)
         if hvd.size() > 1 and hvd.rank() == 0:
             horovod_settings.advise_once()
-        _watch(hvd)
 
     @property
     def size(self) -> int:
@@ -120,6 +119,8 @@ class HorovodCommunicator:
     def _all_reduce_sum(self, turn: Turn, tensor: tf.Tensor, name: str) -> tf.Tensor:
         refuse_xla("Horovod")
         refuse_forward_mode("Horovod", tensor)
+        if self._members is None:  # all ranks make the call
+            _watch(self._hvd)
         tensor, dtype = tf.cast(tensor, wire_dtype(tensor.dtype)), tensor.dtype
         if tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions():
             total = turn.all_reduce_sum(self._add_up, tensor, name)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.base import Communicator, wire_dtype
 from syncbn._src.communicators.fingerprints import sums
 
 DIGEST_PARTS = 16
@@ -29,7 +29,8 @@ def sum_arrays(
     for dtype in sorted({array.dtype.name for array in arrays}):
         chosen = [index for index, array in enumerate(arrays) if array.dtype.name == dtype]
         flat = np.concatenate([arrays[index].ravel() for index in chosen])
-        total = sums(communicator)(tf.constant(flat), f"{name}/{dtype}").numpy()
+        wire = tf.cast(flat, wire_dtype(tf.as_dtype(dtype)))
+        total = sums(communicator)(wire, f"{name}/{dtype}").numpy().astype(flat.dtype)
         ends = np.cumsum([arrays[index].size for index in chosen])
         for index, part in zip(chosen, np.split(total, ends[:-1]), strict=True):
             totals[index] = part.reshape(arrays[index].shape)

@@ -142,11 +142,15 @@ class MPICommunicator:
         return total
 
     def _all_reduce(self, name: str, value: np.ndarray, *witness: np.ndarray) -> np.ndarray:
-        value = np.ascontiguousarray(value)
+        value = np.asarray(value, order="C")
         record = RECORDER.enter(name, self._members)
-        self._require_same_call(f"{name}, {value.dtype.name} {value.shape}", *witness)
-        total = np.empty_like(value)
-        self._comm.Allreduce(value, total, op=self._mpi.SUM)
+        try:
+            self._require_same_call(f"{name}, {value.dtype.name} {value.shape}", *witness)
+            total = np.empty_like(value)
+            self._comm.Allreduce(value, total, op=self._mpi.SUM)
+        except BaseException:
+            record.fail()
+            raise
         record.leave()
         return total
 

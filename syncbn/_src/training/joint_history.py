@@ -119,7 +119,7 @@ class _JointHistory:
 
 
 def _checksum(variable: Any) -> int:
-    return zlib.crc32(np.ascontiguousarray(variable.numpy()).data)
+    return zlib.crc32(variable.numpy().tobytes())
 
 
 @functools.cache

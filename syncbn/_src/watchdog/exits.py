@@ -7,6 +7,7 @@ import os
 import sys
 from types import TracebackType
 
+from syncbn._src.watchdog.waiting_limits import is_on
 from syncbn._src.watchdog.watchdog import current
 
 
@@ -21,11 +22,13 @@ def install() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)
         if os.getpid() == process:
-            _tell(f"has failed: {kind.__name__}: {str(error)[:500]}")
-            watchdog = current()
-            if watchdog is not None:
-                watchdog.say_who_is_gone()
-            _abort_mpi()
+            try:
+                _tell(f"has failed: {kind.__name__}: {str(error)[:500]}")
+                watchdog = current()
+                if watchdog is not None:
+                    watchdog.say_who_is_gone()
+            finally:
+                _abort_mpi()
 
     sys.excepthook = hook
 
@@ -46,7 +49,7 @@ def _abort_mpi() -> None:
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
         return
-    if mpi.COMM_WORLD.size > 1:
+    if mpi.COMM_WORLD.size > 1 and is_on():
         sys.stdout.flush()
         sys.stderr.flush()
         mpi.COMM_WORLD.Abort(1)

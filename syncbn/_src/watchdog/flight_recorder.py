@@ -25,12 +25,17 @@ class Collective:
         members: The ranks that take part; ``None`` for all of the job.
     """
 
-    __slots__ = ("entered", "left", "members", "name", "number")
+    __slots__ = ("entered", "failed", "left", "members", "name", "number")
 
     def __init__(self, number: int, name: str, members: Sequence[int] | None):
         self.number, self.name, self.members = number, name, members
         self.entered = time.time()
         self.left: float | None = None
+        self.failed = False
+
+    def fail(self) -> None:
+        """Says that it has raised."""
+        self.failed = True
 
     def leave(self) -> None:
         """Says that it is done."""
@@ -54,6 +59,7 @@ class Site:
         self.since: float | None = None
         """When it was seen first that it had been entered, and not left."""
         self._seen = (0, 0)
+        self._outstanding: deque[int] = deque(maxlen=3)
 
     def enter(self) -> tf.Operation:
         """Returns the operation, of the graph that is being made, that counts an entry."""
@@ -68,9 +74,13 @@ class Site:
         # In this order: what is left was entered before.
         left, entered = _value(self._left), _value(self._entered)
         counts = entered, left
-        if counts[0] == counts[1]:
+        if left != self._seen[1]:
+            self._outstanding.append(entered - left)
+        # What stays entered while it goes on is of steps that have failed.
+        several = len(self._outstanding) == self._outstanding.maxlen
+        if entered - left <= (min(self._outstanding) if several else 0):
             self.since = None
-        elif counts != self._seen:
+        elif counts != self._seen or self.since is None:
             self.since = time.time()
         self._seen = counts
         return counts
@@ -131,8 +141,12 @@ class FlightRecorder:
         """Returns ``collective(tensors)``, and keeps a record of it, eagerly and in graphs."""
         if tf.executing_eagerly():
             record = self.enter(name, members)
-            totals = collective(tensors)
-            record.leave()  # not where it has failed: that is what this process has done last
+            try:
+                totals = collective(tensors)
+            except BaseException:
+                record.fail()
+                raise
+            record.leave()
             return totals
         if not tf.compat.v1.executing_eagerly_outside_functions():  # nor is a session's watched
             return collective(tensors)
@@ -153,7 +167,7 @@ class FlightRecorder:
         """Returns the collective that this process has waited in longest."""
         found = []
         for one in list(self._latest):
-            if one.left is None:
+            if one.left is None and not one.failed:
                 found.append(Waiting(one.name, one.number, one.entered, one.members))
         for site in list(self._sites):
             entered, _ = site.poll()

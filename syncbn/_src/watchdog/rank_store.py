@@ -1,8 +1,8 @@
 """What each rank says of itself, kept on the host of rank 0.
 
-Messages are JSON, each with an HMAC (RFC 2104) under a key that the ranks have got from each other
-through their engine. A connection begins with a nonce of the store's, and both sides count their
-messages, so that nothing can be said twice, or by anybody else. Nothing is unpickled.
+Messages are JSON, each with an HMAC (RFC 2104) under a key that the ranks get from rank 0 through
+their engine. A connection begins with a nonce from each side, and both count their messages, so
+that nothing can be said twice, or by anybody else. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -53,20 +53,25 @@ def _length(header: bytes) -> int:
     return length
 
 
+_TOLD = 8
+"""Of how many ranks an answer says what they are at."""
+
+
 class Store:
     """What the ranks have said last. It answers each message with what the sender asks for.
 
     Args:
         key: What the ranks know, and nobody else.
-        loopback: Whether all ranks are on this machine.
+        size: How many ranks there are.
+        loopback: Whether all of them are on this machine.
     """
 
-    def __init__(self, key: bytes, loopback: bool):
-        self._key = key
+    def __init__(self, key: bytes, size: int, loopback: bool):
+        self._key, self._size = key, size
         self._states: dict[int, dict[str, Any]] = {}
         self._heard: dict[int, float] = {}
         self._connections: dict[int, asyncio.StreamWriter] = {}
-        self._asked = float("-inf")
+        self._asked: tuple[float, str | None] = (float("-inf"), None)
         self._end: dict[str, Any] | None = None
         listening = socket.create_server(("127.0.0.1" if loopback else "", 0))
         self.port: int = listening.getsockname()[1]
@@ -74,11 +79,21 @@ class Store:
         loop.run_until_complete(asyncio.start_server(self._serve, sock=listening))
         threading.Thread(target=loop.run_forever, name="syncbn-store", daemon=True).start()
 
+    def wait_until_heard(self, seconds: float) -> None:
+        """Waits until all ranks that have not ended have had an answer, or the time is over."""
+        begin = time.monotonic()
+        while time.monotonic() < begin + seconds and any(
+            self._heard[rank] < begin and one["status"] == "running"
+            for rank, one in list(self._states.items())
+        ):
+            time.sleep(0.05)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonce, rank = os.urandom(_NONCE_LENGTH), -1
-        incoming, outgoing = (_Codec(self._key, nonce, way) for way in (b"to", b"from"))
         try:
             writer.write(nonce)
+            nonce += await reader.readexactly(_NONCE_LENGTH)
+            incoming, outgoing = (_Codec(self._key, nonce, way) for way in (b"to", b"from"))
             while True:
                 length = _length(await reader.readexactly(4))
                 mac = await reader.readexactly(_MAC_LENGTH)
@@ -91,27 +106,50 @@ class Store:
             pass  # gone, or somebody else
         finally:
             writer.close()
-            # A rank that has come back has another connection.
-            newest = self._connections.get(rank) is writer
-            if newest and self._states[rank]["status"] == "running":
-                self._states[rank]["status"] = "lost"
+            # A rank that comes back has another connection.
+            if self._connections.get(rank) is writer:
+                del self._connections[rank]
 
     def _answer(self, rank: int, state: dict[str, Any]) -> dict[str, Any]:
         now = time.monotonic()
         # What is told only when somebody asks is kept.
         self._states[rank] = {**self._states.get(rank, {}), **state}
         self._heard[rank] = now
-        if state["asks"]:
-            self._asked = now
+        if state["asks"] and state["waiting"]:
+            self._asked = now, state["waiting"][0]
         self._end = self._end or state.get("end")
-        answer: dict[str, Any] = {"asked": now - self._asked < TIMEOUT, "end": self._end}
-        if state["waits"]:
-            answer["ranks"] = [
-                {**one, "silent": now - self._heard[number]}
-                for number, one in self._states.items()
-                if number != rank
-            ]
+        gone = [one for one in self._states.values() if one["status"] != "running"]
+        since, name = self._asked
+        answer: dict[str, Any] = {
+            "asked": name if now - since < TIMEOUT else None,
+            "end": self._end,
+            "gone": [one for one in gone if one["rank"] != rank][:_TOLD],
+        }
+        if state["asks"]:
+            answer["missing"] = self._missing(rank, state)
         return answer
+
+    def _missing(self, rank: int, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """Returns what those are at that are not in the call in which a rank waits."""
+        members = range(self._size) if state["members"] is None else state["members"]
+        found = [
+            one
+            for one in map(self._known, members)
+            if one["rank"] != rank
+            and not (one["status"] == "running" and one["waiting"] == state["waiting"])
+        ]
+        more = len(found) - _TOLD
+        return found[:_TOLD] + ([{"rank": None, "more": more}] if more > 0 else [])
+
+    def _known(self, rank: int) -> dict[str, Any]:
+        if rank not in self._states:
+            return {"rank": rank, "status": "silent"}
+        one, silent = self._states[rank], time.monotonic() - self._heard[rank]
+        if one["status"] != "running" or silent < TIMEOUT:
+            return one
+        # Without a connection for so long, a process is no longer there.
+        lost = rank not in self._connections and silent > 2 * TIMEOUT
+        return {**one, "status": "lost" if lost else "silent", "silent": silent}
 
 
 class StoreClient:
@@ -129,7 +167,9 @@ class StoreClient:
     def __init__(self, addresses: list[str], port: int, key: bytes):
         self._socket = _connected(addresses, port)
         try:
-            nonce = self._read(_NONCE_LENGTH)
+            nonce = os.urandom(_NONCE_LENGTH)
+            self._socket.sendall(nonce)
+            nonce = self._read(_NONCE_LENGTH) + nonce
         except OSError:
             self.close()
             raise

@@ -28,7 +28,7 @@ from syncbn._src.watchdog.rank_store import (
     StoreClient,
     own_addresses,
 )
-from syncbn._src.watchdog.waiting_limits import is_on, limits
+from syncbn._src.watchdog.waiting_limits import Limits, is_on, limits
 
 EXIT_CODE = 70
 """That of a process that the watchdog ends: EX_SOFTWARE of sysexits.h."""
@@ -51,8 +51,10 @@ class WatchedJob(NamedTuple):
     """Whether all ranks are on this machine."""
     share: Callable[[bytes | None], bytes]
     """Gives the bytes of rank 0 to all ranks; the others pass ``None``."""
+    addresses: tuple[str, ...] = ()
+    """Names by which the others know rank 0's machine, where the engine has some."""
     share_in_thread: bool = True
-    """Whether that may be called from the watchdog's thread, whenever ranks come to it."""
+    """Whether `share` may be called from the watchdog's thread, whenever ranks come to it."""
     end: Callable[[int], object] = os._exit
     """Ends this process, and with it the job, with a code."""
 
@@ -63,117 +65,124 @@ class Watchdog(threading.Thread):
     def __init__(self, job: WatchedJob):
         super().__init__(name="syncbn-watchdog", daemon=True)
         self.job = job
-        self.limits = limits()
+        self.limits: Limits | None = None
+        """Those of rank 0, once they are known; ``None`` where it has the watchdog turned off."""
         self._main = threading.main_thread().ident
         self._client: StoreClient | None = None
+        self._lock = threading.Lock()
         self._where: dict[str, Any] = {}
         self._status = "running"
         self._stopped = threading.Event()
-        self._asked = False
-        self._store_status = "silent"
-        """Why the store has not answered: ``"silent"``, or ``"lost"``."""
+        self._asked: str | None = None
+        self._gone: dict[int, dict[str, Any]] = {}
         self._warned: tuple[str, int] | None = None
         self._store: Store | None = None
         if not job.share_in_thread:
-            self._where = self._shared_address()
+            self._learn_address()
 
     def run(self) -> None:
-        if self.job.share_in_thread:
-            try:
-                self._where = self._shared_address()
-            except Exception as error:  # of an engine that is going down, anything
-                _say(f"rank {self.job.rank} does not learn what the others are at: {error}")
-        while not self._stopped.is_set():
-            self._look()
-            self._stopped.wait(PERIOD)
+        try:
+            if self.job.share_in_thread:
+                self._learn_address()
+            while self.limits is not None and not self._stopped.is_set():
+                begin = time.monotonic()
+                self._look(self.limits)
+                # A process with thousands of operations to look at is not held up by that.
+                self._stopped.wait(max(PERIOD, 20 * (time.monotonic() - begin)))
+        except Exception as error:  # of an engine or an interpreter that goes down, anything
+            if not self._stopped.is_set():
+                _say(f"the watchdog of rank {self.job.rank} has ended: {error!r}")
 
-    def _shared_address(self) -> dict[str, Any]:
-        own = None
-        if self.job.rank == 0:
-            key = os.urandom(KEY_LENGTH)
-            self._store = Store(key, self.job.one_host)
-            addresses = ["127.0.0.1"] if self.job.one_host else own_addresses()
-            where = {"addresses": addresses, "port": self._store.port, "key": key.hex()}
-            own = json.dumps(where).encode()
-        return json.loads(self.job.share(own))
+    def _learn_address(self) -> None:
+        """Learns from rank 0 where its store is, and the limits. All ranks take part."""
+        where = json.loads(self.job.share(self._own_address() if self.job.rank == 0 else None))
+        if "error" in where:
+            raise ValueError(where["error"])
+        if where:
+            # As infinity is no JSON.
+            self.limits = Limits(*(one or float("inf") for one in where["limits"]))
+            self._where = where
 
-    def _look(self) -> None:
+    def _own_address(self) -> bytes:
+        if not is_on():
+            return b"{}"
+        try:
+            seconds = [0 if one == float("inf") else one for one in limits()]
+        except ValueError as error:
+            return json.dumps({"error": str(error)}).encode()
+        key = os.urandom(KEY_LENGTH)
+        self._store = Store(key, self.job.size, self.job.one_host)
+        addresses = [*self.job.addresses, *own_addresses()]
+        where = {
+            "addresses": ["127.0.0.1"] if self.job.one_host else addresses,
+            "port": self._store.port,
+            "key": key.hex(),
+            "limits": seconds,
+        }
+        return json.dumps(where).encode()
+
+    def _look(self, limits: Limits) -> None:
         waiting = RECORDER.waiting()
         waited = 0.0 if waiting is None else time.time() - waiting.since
-        long = waited > min(GRACE, self.limits.warn)
         # Asked for before it is to be told.
-        asks = waited > self.limits.warn - 2 * PERIOD
-        answer = self._exchange({"waits": long, "asks": asks}, waiting)
+        asks = waited > min(GRACE, limits.warn - 2 * PERIOD)
+        answer = self._exchange(waiting, asks)
         if answer.get("end"):
             self._end(answer["end"]["reason"], told=True)
-        if waiting is None or not long:
+        if waiting is None:
             return
-        others = self._others(answer, waiting)
-        gone = [one for one in others if one["status"] not in ("running", "silent")]
+        gone = [one for rank, one in self._gone.items() if _takes_part(rank, waiting)]
         if gone and waited > GRACE:
             self._end(self._sentence(waiting, gone))
-        if waited > self.limits.end:
-            missing = [one for one in others if not _is_in(one, waiting)]
-            self._end(self._sentence(waiting, missing) + f", the limit of {self.limits.end:g} s")
+        missing = answer.get("missing", [{"rank": 0, "status": "silent"}])
+        if waited > limits.end:
+            self._end(self._sentence(waiting, missing) + f", the limit of {limits.end:g} s")
         call = (waiting.name, waiting.call)
-        if waited > self.limits.warn and self._warned != call:
+        if waited > limits.warn and self._warned != call:
             self._warned = call
-            missing = [one for one in others if not _is_in(one, waiting)]
             _say(self._sentence(waiting, missing))
             for one in missing:
                 if one.get("stack"):
                     _say(f"rank {one['rank']} is at:\n{one['stack']}")
 
-    def _others(self, answer: dict[str, Any], waiting: Waiting) -> list[dict[str, Any]]:
-        """Returns what is known of the other ranks that take part."""
-        known = {one["rank"]: one for one in answer.get("ranks", ())}
-        others = range(self.job.size) if waiting.members is None else waiting.members
-        found = []
-        for rank in others:
-            if rank == self.job.rank:
-                continue
-            one = known.get(rank, {"rank": rank, "status": "silent"})
-            if rank == 0 and not answer:
-                # The store is in its process: gone with it, or stopped with it.
-                one = {"rank": 0, "status": self._store_status}
-            elif one.get("silent", 0.0) > TIMEOUT and one["status"] == "running":
-                one = {**one, "status": "silent"}
-            found.append(one)
-        return found
-
-    def _exchange(self, more: dict[str, Any], waiting: Waiting | None = None) -> dict[str, Any]:
+    def _exchange(
+        self, waiting: Waiting | None = None, asks: bool = False, end: str | None = None
+    ) -> dict[str, Any]:
         """Tells the store what this rank is at; returns the answer, empty where there is none."""
-        if not self._where:
-            return {}
-        state = {
+        state: dict[str, Any] = {
             "rank": self.job.rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "status": self._status,
-            "waiting": None if waiting is None else [waiting.name, waiting.call, waiting.since],
+            "waiting": None if waiting is None else [waiting.name, waiting.call],
+            "members": None if waiting is None else waiting.members,
             "last": RECORDER.last(),
             "now": time.time(),
-            "waits": False,
-            "asks": False,
-            **more,
+            "asks": asks,
         }
-        if self._asked:
-            state |= {"stack": _stack(self._main), "done": RECORDER.counts()}
+        if end is not None:
+            state["end"] = {"rank": self.job.rank, "reason": end}
+        if self._asked is not None:
+            done = RECORDER.counts().get(self._asked)
+            state |= {"stack": _stack(self._main), "done": [self._asked, done]}
+        with self._lock:  # the main thread tells of its end
+            answer = self._answer(state)
+        self._asked = answer.get("asked")
+        self._gone |= {one["rank"]: one for one in answer.get("gone", ())}
+        return answer
+
+    def _answer(self, state: dict[str, Any]) -> dict[str, Any]:
         try:
-            if self._client is None:
-                where = self._where
-                key = bytes.fromhex(where["key"])
-                self._client = StoreClient(where["addresses"], where["port"], key)
-            answer = self._client.say(state)
-        except (OSError, ValueError) as error:
+            if self._client is None and self._where:
+                key = bytes.fromhex(self._where["key"])
+                self._client = StoreClient(self._where["addresses"], self._where["port"], key)
+            return self._client.say(state) if self._client else {}
+        except (OSError, ValueError):
             # Whatever of an answer still comes is of no use: the next time, another connection.
             if self._client is not None:
                 self._client.close()
             self._client = None
-            self._store_status = "silent" if isinstance(error, TimeoutError) else "lost"
             return {}
-        self._asked = answer["asked"]
-        return answer
 
     def stop(self) -> None:
         """Ends the thread: one that runs TensorFlow while Python ends may never come back."""
@@ -187,24 +196,23 @@ class Watchdog(threading.Thread):
     def tell(self, status: str) -> None:
         """Tells the others that this rank ends, and how."""
         self._status = status
-        self._exchange({})
+        self._exchange()
+        if self._store is not None:  # which ends with this process: the others learn it before
+            self._store.wait_until_heard(3 * PERIOD)
 
     def say_who_is_gone(self) -> None:
         """Says which other ranks have ended: an engine's own error seldom names them."""
         time.sleep(PERIOD)  # the last words of a process that is gone may be under way
-        answer = self._exchange({"waits": True})
-        for one in answer.get("ranks", ()):
-            if one["status"] != "running":
-                _say(_description(one))
-        if not answer and self.job.rank != 0:
-            _say("rank 0 does not answer, which may have ended first")
+        self._exchange()
+        for one in self._gone.values():
+            _say(_description(one))
 
     def _end(self, reason: str, told: bool = False) -> None:
         """Ends this process, and lets the other ranks know, unless they have told it to."""
         file = self._write_record(reason)
         _say(f"{reason}. The job ends; this rank's record is in {file}")
         if not told:
-            self._exchange({"end": {"rank": self.job.rank, "reason": reason}})
+            self._exchange(end=reason)
             time.sleep(2 * PERIOD)  # the others write their records
         sys.stdout.flush()
         self.job.end(EXIT_CODE)
@@ -238,7 +246,7 @@ class Watchdog(threading.Thread):
         own = f"rank {self.job.rank} has waited {seconds:.0f} s in {where}"
         if not missing:
             return f"{own}, in which all ranks are"
-        return f"{own}; " + "; ".join(_description(one, waiting.name) for one in missing)
+        return f"{own}; " + "; ".join(map(_description, missing))
 
 
 def to_array(message: bytes | None) -> np.ndarray:
@@ -254,29 +262,29 @@ def to_bytes(array: np.ndarray) -> bytes:
     return array.tobytes().rstrip(b"\0")
 
 
-def _is_in(one: dict[str, Any], waiting: Waiting) -> bool:
-    """Says whether a rank waits in the same collective."""
-    name, call, *_ = one.get("waiting") or (None, None)
-    return one["status"] == "running" and (name, call) == (waiting.name, waiting.call)
+def _takes_part(rank: int, waiting: Waiting) -> bool:
+    return waiting.members is None or rank in waiting.members
 
 
-def _description(one: dict[str, Any], name: str | None = None) -> str:
-    """Says what a rank is at, and how often it has done the operation ``name``."""
+def _description(one: dict[str, Any]) -> str:
+    """Says what a rank is at."""
+    if one["rank"] is None:
+        return f"{one['more']} more ranks are not in it"
     who = f"rank {one['rank']}"
     if "host" in one:
         who += f" (process {one['pid']} on {one['host']})"
     status = one["status"]
     if status == "lost":
-        return f"{who} is gone without a word"
+        return f"{who} is gone without a word{_last(one)}"
     if status == "silent":
         ago = f" for {one['silent']:.0f} s" if "silent" in one else ""
         return f"{who} has not answered{ago}{_last(one)}"
     if status != "running":
         return f"{who} {status}{_last(one)}"
     if one.get("waiting"):
-        name, call, _ = one["waiting"]
+        name, call = one["waiting"]
         return f"{who} is in {name} (call {call})"
-    done = one.get("done", {}).get(name)
+    _, done = one.get("done") or (None, None)
     times = "" if done is None else f", and has done this one {done} times"
     return f"{who} is in no collective{times}{_last(one)}"
 
@@ -304,9 +312,9 @@ _watchdog: Watchdog | None = None
 
 
 def watch_job(job: WatchedJob) -> None:
-    """Watches this process from now on, where its job has several; once."""
+    """Watches this process from now on, where its job has several; once. All ranks call it."""
     global _watchdog
-    if _watchdog is None and job.size > 1 and is_on():
+    if _watchdog is None and job.size > 1:
         _watchdog = Watchdog(job)
         _watchdog.start()
         atexit.register(_watchdog.stop)
@@ -316,7 +324,7 @@ def described(several: bool) -> str:
     """Says in words whether this process is watched; ``several``: whether its job has others."""
     if not several:
         return "not needed, since one process has all replicas"
-    if _watchdog is None:
+    if _watchdog is None or _watchdog.limits is None:
         return "off" + ("" if is_on() else " (SYNCBN_WATCHDOG=0)")
     warn, end = _watchdog.limits
     told = "never" if warn == float("inf") else f"after {warn:g} s"
