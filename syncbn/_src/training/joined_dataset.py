@@ -170,7 +170,8 @@ def _batch_size(element: Any) -> tf.Tensor:
 
 def _empty(spec: tf.TypeSpec) -> Any:
     """Returns a batch of size zero."""
-    if spec.value_type is type(None):
+    # By its name: TensorFlow 2.16 does not export it, and its values have a type of their own.
+    if type(spec).__name__ == "NoneTensorSpec":
         return None
     known = (tf.TensorSpec, tf.RaggedTensorSpec, tf.SparseTensorSpec)
     if not isinstance(spec, known) or not spec.shape.rank:
