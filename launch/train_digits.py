@@ -316,7 +316,7 @@ def run(arguments: argparse.Namespace, job: DigitsJob) -> None:
     require_same_arguments(job, {k: v for k, v in vars(arguments).items() if k not in files})
     setups, reference = setups_of(arguments, job)
     say = functools.partial(print, flush=True) if job.rank == 0 else lambda *args: None
-    say(f"DigitsJob: {job}")
+    say(f"Job: {job}")
     data = load_data()
     schedule = Schedule(
         arguments.epochs, arguments.learning_rate, arguments.checkpoint, arguments.metrics

@@ -87,7 +87,9 @@ def run(launcher, fault, folder):
         ],
         takes=60,
     )
-    return Outcome(finished.code, time.monotonic() - started, finished.output)
+    # Open MPI puts its marks into lines that Python writes in pieces.
+    output = re.sub(r"\[\d+,\d+\]<std\w+>:", "", finished.output)
+    return Outcome(finished.code, time.monotonic() - started, output)
 
 
 def wrong_with(launcher, fault, outcome):

@@ -168,7 +168,7 @@ def test_weights_that_gradients_leave_different_are_an_error_in_that_step(replic
     model = compiled(optimizer=keras.optimizers.SGD(0.1))
     last = replicas.size - 1
     with pytest.raises(
-        RuntimeError, match=rf"at the end of step 1: .*{last} than on rank 0, .*SGD"
+        RuntimeError, match=rf"at the end of step [12]: .*{last} than on rank 0, .*SGD"
     ):
         model.fit(
             x[own], y[own], batch_size=4, verbose=0, callbacks=[training.BroadcastVariables()]

@@ -100,13 +100,14 @@ class BroadcastVariables(WorkerCallback):
         self._require_same_layers(communicator)
         train_jointly(self.model, communicator, self.same_weights)
         weights, state = self.model.built, self.model.built and getattr(optimizer, "built", False)
-        self._pending = {"weights": not weights, "state": not state}
+        self._pending = not state
         self._broadcast(communicator, weights=weights, state=state)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if any(self._pending.values()):
-            self._broadcast(self._resolve(), **self._pending)
-            self._pending = {}
+        if self._pending:
+            # The weights too: the first step was made with other states of the optimizer.
+            self._broadcast(self._resolve(), weights=True, state=True)
+            self._pending = False
 
     def _require_same_layers(self, communicator: Communicator) -> None:
         """Raises where workers would wait for layers that others do not have."""

@@ -80,7 +80,8 @@ class _JointHistory:
 
     def _agree(self, unit: str, number: int) -> None:
         weights = self._weights() if self._syncbn_same_weights else []
-        rate = current_rate(self.model.optimizer)
+        # Of a step that was made before the optimizer's state was broadcast, it is not.
+        rate = current_rate(self.model.optimizer) if unit == "epoch" else 0.0
         own = [self.model.stop_training, rate, *(_checksum(weight) for weight in weights)]
         rows = all_gather(
             self._syncbn_communicator, np.array(own, np.float64), f"syncbn/fit/{unit}"
