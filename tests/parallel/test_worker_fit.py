@@ -162,7 +162,7 @@ def test_callbacks_see_validation_that_only_some_workers_have_data_for(replicas)
     same_on_all_ranks(history.history["val_loss"])
 
 
-def test_weights_that_gradients_leave_different_are_an_error_in_that_step(replicas):
+def test_weights_that_gradients_leave_different_are_an_error_in_the_first_steps(replicas):
     x, y = samples(8 * replicas.size)
     own = slice(8 * replicas.rank, 8 * replicas.rank + 8)
     model = compiled(optimizer=keras.optimizers.SGD(0.1))
