@@ -73,6 +73,8 @@ class Watchdog(threading.Thread):
         self._where: dict[str, Any] = {}
         self._status = "running"
         self._stopped = threading.Event()
+        self._polled = 0.0
+        """Seconds that the last look at the recorder took."""
         self._asked: str | None = None
         self._gone: dict[int, dict[str, Any]] = {}
         self._warned: tuple[str, int] | None = None
@@ -85,10 +87,9 @@ class Watchdog(threading.Thread):
             if self.job.share_in_thread:
                 self._learn_address()
             while self.limits is not None and not self._stopped.is_set():
-                begin = time.monotonic()
                 self._look(self.limits)
                 # A process with thousands of operations to look at is not held up by that.
-                self._stopped.wait(max(PERIOD, 20 * (time.monotonic() - begin)))
+                self._stopped.wait(max(PERIOD, 20 * self._polled))
         except Exception as error:  # of an engine or an interpreter that goes down, anything
             if not self._stopped.is_set():
                 _say(f"the watchdog of rank {self.job.rank} has ended: {error!r}")
@@ -122,7 +123,9 @@ class Watchdog(threading.Thread):
         return json.dumps(where).encode()
 
     def _look(self, limits: Limits) -> None:
+        begin = time.monotonic()
         waiting = RECORDER.waiting()
+        self._polled = time.monotonic() - begin
         waited = 0.0 if waiting is None else time.time() - waiting.since
         # Asked for before it is to be told.
         asks = waited > min(GRACE, limits.warn - 2 * PERIOD)
