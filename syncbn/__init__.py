@@ -1,54 +1,22 @@
 """Synchronized batch normalization and centering for TensorFlow, over any engine."""
 
-from importlib.metadata import version as _version
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-from syncbn import training
-from syncbn._src.communicators.base import Communicator
-from syncbn._src.communicators.horovod import HorovodCommunicator
-from syncbn._src.communicators.launcher import launched as _launched
-from syncbn._src.communicators.local import LocalCommunicator
-from syncbn._src.communicators.mpi import MPICommunicator
-from syncbn._src.communicators.resolution import resolve
-from syncbn._src.communicators.tf_distribute import DistributeCommunicator
-from syncbn._src.layers.sync_batch_normalization import SyncBatchNormalization
-from syncbn._src.layers.sync_centering import SyncCentering
-from syncbn._src.models.agreement import assert_synchronized
-from syncbn._src.models.communication_report import Report, report
-from syncbn._src.models.conversion import Conversion, convert_sync_batchnorm, revert_sync_batchnorm
-from syncbn._src.models.equivalence.check import Equivalence, check_equivalence
-from syncbn._src.models.recalibration import recalibrate
-from syncbn._src.models.statistics import (
-    MovingStatistics,
-    moving_statistics,
-    set_moving_statistics,
-)
-from syncbn._src.watchdog.exits import install as _watch_exits
+from syncbn._src.command_start import starts_a_command as _starts_a_command
+from syncbn._src.version import VERSION as _VERSION
 
-__all__ = [
-    "Communicator",
-    "Conversion",
-    "DistributeCommunicator",
-    "Equivalence",
-    "HorovodCommunicator",
-    "LocalCommunicator",
-    "MPICommunicator",
-    "MovingStatistics",
-    "Report",
-    "SyncBatchNormalization",
-    "SyncCentering",
-    "assert_synchronized",
-    "check_equivalence",
-    "convert_sync_batchnorm",
-    "moving_statistics",
-    "recalibrate",
-    "report",
-    "resolve",
-    "revert_sync_batchnorm",
-    "set_moving_statistics",
-    "training",
-]
+__version__ = _VERSION
 
-__version__ = _version("syncbn")
-
-if _launched().processes > 1:
-    _watch_exits()
+if _TYPE_CHECKING or not _starts_a_command():
+    from syncbn._src.interface import *
+    from syncbn._src.interface import __all__
+else:
+    # `syncbn --help` does not wait for TensorFlow; a user's module that a command imports has all
+    # names nevertheless (PEP 562). Elsewhere they are not lazy: a file with these layers can be
+    # loaded once `syncbn` is imported, whether or not any name of it is used.
+    def __getattr__(name: str) -> _Any:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(_import_module("syncbn._src.interface"), name)

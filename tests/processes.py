@@ -58,7 +58,7 @@ def environment(**changes):
     return {**kept, **shared, **changes}
 
 
-def run(commands, *, takes=12, env=None):
+def run(commands, *, takes=12, env=None, cwd=ROOT):
     """Runs commands in parallel, and ends all of them when one fails or they hang.
 
     A rank of `tests/parallel` or `tests/sessions` that hangs ends itself a little before that, and
@@ -68,6 +68,7 @@ def run(commands, *, takes=12, env=None):
         commands: A list of (label, argument list, environment changes).
         takes: The seconds that they take on a quiet machine, for `patience.limit`.
         env: Environment changes for all of them.
+        cwd: The folder that they run in.
     """
     limit = patience.limit(takes)
     env = {"SYNCBN_TEST_LIMIT": str(0.9 * limit), **(env or {})}
@@ -80,7 +81,7 @@ def run(commands, *, takes=12, env=None):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                cwd=ROOT,
+                cwd=cwd,
                 env=environment(**env, **changes),
                 start_new_session=True,
             )

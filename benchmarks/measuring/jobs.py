@@ -62,7 +62,7 @@ ENGINES = {
 _FOR_MEMORY = {"TF_ENABLE_ONEDNN_OPTS": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
 _OF_WORKLOAD = {"memory": _FOR_MEMORY, "resnet50-memory": _FOR_MEMORY}
 _ADVICE = {
-    "horovod": "launch/install_horovod.sh",
+    "horovod": "syncbn install-horovod",
     "mpi4py": "pip install 'syncbn[mpi]'",
     "tf_keras": "pip install tf_keras",
 }

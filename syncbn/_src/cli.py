@@ -1,22 +1,55 @@
-"""The command line: ``python -m syncbn``, or ``syncbn``."""
+"""The command line: ``python -m syncbn``, or ``syncbn``.
+
+A command's module is imported once it is asked for, and TensorFlow once it is run, so that
+``--help`` is there at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from typing import NamedTuple
 
-from syncbn._src import bench_command
-from syncbn._src.doctor import examine
-from syncbn._src.models.equivalence import check_command
-from syncbn._src.watchdog import diagnose_command
+from syncbn._src.version import VERSION
+
+
+class Command(NamedTuple):
+    """A command."""
+
+    module: str
+    """In `syncbn._src`, with the functions ``add_arguments(parser)`` and ``run(arguments)``."""
+    summary: str
+    own: int | None = None
+    """How many words it reads itself, its name included; all that follow it passes on, unread, as
+    ``arguments.passed_on``. ``None`` if it reads all."""
+    imports_package: bool = False
+    """Whether it runs a user's code, for which all of `syncbn` is to be imported first."""
+
 
 _COMMANDS = {
-    "bench": (bench_command, "time the layers and their peers (in a checkout of the repository)"),
-    "check": (check_command, "run a model on several replicas and on one, and compare"),
-    "diagnose": (diagnose_command, "say who waited for whom, of the records of a job's ranks"),
-    "doctor": (examine, "say what this machine has, and try every engine that it finds"),
+    "bench": Command(
+        "bench_command", "time the layers and their peers (in a checkout of the repository)"
+    ),
+    "check": Command(
+        "models.equivalence.check_command",
+        "run a model on several replicas and on one, and compare",
+        imports_package=True,
+    ),
+    "diagnose": Command(
+        "watchdog.diagnose_command", "say who waited for whom, of the records of a job's ranks"
+    ),
+    "doctor": Command(
+        "doctor.doctor_command", "say what this machine has, and try every engine that it finds"
+    ),
+    "install-horovod": Command(
+        "install_command", "build Horovod for the TensorFlow that is installed", own=1
+    ),
+    "launch": Command("launch_command", "start the processes of a job, under each engine", own=2),
+    "report": Command(
+        "models.report_command", "say what synchronization costs a model", imports_package=True
+    ),
 }
 
 
@@ -31,14 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         2.
     """
     parser = argparse.ArgumentParser("syncbn", description="Synchronized batch normalization.")
-    parser.add_argument("--version", action="version", version=f"syncbn {version('syncbn')}")
+    parser.add_argument("--version", action="version", version=f"syncbn {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    words = sys.argv[1:] if arguments is None else arguments
+    words = list(sys.argv[1:] if arguments is None else arguments)
     asked = next((word for word in words if not word.startswith("-")), None)
-    for name, (module, summary) in _COMMANDS.items():
+    passed_on: list[str] = []
+    for name, (module_name, summary, own, _) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
-        if name == asked:  # `bench` imports modules that the others do not need
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
+        if name != asked:  # `bench` imports modules that the others do not need
+            continue
+        module = importlib.import_module(f"syncbn._src.{module_name}")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+        if own is not None:
+            end = words.index(name) + own
+            words, passed_on = words[:end], words[end:]
     given = parser.parse_args(words)
+    given.passed_on = passed_on
+    if _COMMANDS[asked or ""].imports_package:
+        importlib.import_module("syncbn._src.interface")
     return given.run(given)

@@ -30,7 +30,7 @@ SAYS = {
     "raises": "ValueError: the fault",
     "pipeline raises": "ValueError: the fault",
     "out of memory": "(OOM|ResourceExhausted|bad_alloc|allocat)",
-    "ends": r"rank 1 \(process \d+ on \S+\) has ended",
+    "ends": r"rank 1 \(process \d+ on \S+\) has ended.*ran out of batches, syncbn\.training\.join",
     "exits with 3": r"rank 1 \(process \d+ on \S+\) has ended",
     "is killed": "(signal 9|SIGKILL|Exit code: 137|is gone without a word)",
     "is stopped": WAITS + "has not answered",

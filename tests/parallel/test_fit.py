@@ -7,7 +7,6 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn._src.training.multi_worker import mend_keras_fit
 from tests.keras import keras
 from tests.parallel.conftest import ENGINE
 from tests.replicas import Strategy
@@ -18,8 +17,6 @@ BATCH = 4  # per replica
 @pytest.fixture
 def fit(replicas):
     """Trains ``layer`` alone, and returns the model and what it has seen, batch by batch."""
-    if isinstance(replicas, Strategy):
-        mend_keras_fit()
 
     def run(make, samples, **options):
         strategy = isinstance(replicas, Strategy)

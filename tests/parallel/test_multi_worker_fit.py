@@ -5,7 +5,6 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn._src.training.multi_worker import mend_keras_fit
 from tests.keras import KERAS_3, keras
 from tests.parallel.conftest import ENGINE
 
@@ -15,11 +14,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 BATCH, STEPS, EPOCHS = 4, 10, 2  # the batch is of one worker; the steps are of one epoch
-
-
-@pytest.fixture(autouse=True)
-def mended():
-    mend_keras_fit()
 
 
 def make(communicator="auto", rate=0.1):

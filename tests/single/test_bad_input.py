@@ -1,11 +1,14 @@
 """What users get wrong: the error names the requirement, what came, and the way out."""
 
+import re
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import syncbn
 from syncbn._src.communicators.launcher import launched
+from tests import processes
 from tests.keras import KERAS_3, keras
 
 BOTH = pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
@@ -62,6 +65,80 @@ def test_a_mask_of_the_wrong_rank(make, shape):
     layer = make()
     with pytest.raises(ValueError, match=r"one dimension fewer.*mask shape.*\(4, 3, 2\)"):
         layer(np.ones((4, 3, 2), "float32"), training=True, mask=np.ones(shape, bool))
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(5, 3), (5,), (4, 2)])
+def test_a_mask_of_another_batch(make, shape):
+    layer = make()
+    message = rf"leading dimensions.*mask shape {re.escape(str(shape))} for .*\(4, 3, 2\).*Give"
+    with pytest.raises(ValueError, match=message):
+        layer(np.ones((4, 3, 2), "float32"), training=True, mask=np.ones(shape, bool))
+
+
+@BOTH
+@pytest.mark.parametrize("axis", ["channels", 1.5, ["channels"], None])
+def test_an_axis_that_is_no_number(make, axis):
+    message = rf"must be an integer.*Received: axis={re.escape(repr(axis))}.*axis=-1"
+    with pytest.raises(TypeError, match=message):
+        make(axis=axis)
+
+
+@BOTH
+@pytest.mark.skipif(not KERAS_3, reason="tf.keras is Keras 2, as is asked for")
+def test_keras_2_is_asked_for_too_late(make, monkeypatch):
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")
+    with pytest.raises(RuntimeError, match=r"before TensorFlow is imported.*Set it in the shell"):
+        make()
+
+
+def test_keras_2_is_asked_for_between_the_imports():
+    finished = processes.python(
+        "import os, tensorflow as tf\n"
+        "tf.keras.layers\n"
+        "os.environ['TF_USE_LEGACY_KERAS'] = '1'\n"
+        "import syncbn",
+        TF_USE_LEGACY_KERAS="0",
+    )
+    assert finished.code != 0
+    assert "RuntimeError: TF_USE_LEGACY_KERAS must be set before TensorFlow" in finished.output
+
+
+def test_keras_2_is_asked_for_and_missing():
+    finished = processes.python(
+        "import sys\n"
+        "sys.modules['tf_keras'] = None\n"
+        "from syncbn._src.cli import main\n"
+        "code = main(['doctor', '--engine', 'mirrored'])\n"
+        "print('the code is', code)\n"
+        "import syncbn._src.layers.sync_centering",
+        TF_USE_LEGACY_KERAS="1",
+    )
+    assert "the code is 1\n" in finished.output, finished.output
+    sentence = "`tf.keras` cannot be Keras 2 without the package tf_keras"
+    assert f"tf.keras      failed: {sentence}" in finished.output, finished.output
+    assert f"mirrored      failed: {sentence}" in finished.output, finished.output
+    assert f"ImportError: {sentence}" in finished.output, finished.output
+
+
+@pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
+def test_weights_of_a_plain_model(make, tmp_path):
+    def model(normalization):
+        return keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), normalization])
+
+    file = str(tmp_path / "plain.weights.h5")
+    plain = model(keras.layers.BatchNormalization())
+    plain.set_weights([np.full(weight.shape, 2.0) for weight in plain.get_weights()])
+    plain.save_weights(file)
+    with pytest.raises(ValueError, match=r"none for sync_\w+.*convert_sync_batchnorm\(model\)"):
+        model(make()).load_weights(file)
+    # The way out that it names.
+    again = model(keras.layers.BatchNormalization())
+    again.load_weights(file)
+    syncbn.convert_sync_batchnorm(again)
+    assert isinstance(again.layers[-1], syncbn.SyncBatchNormalization)
+    for ours, theirs in zip(again.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @BOTH
@@ -132,7 +209,7 @@ def test_an_engine_that_is_not_installed(name, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)
     layer = syncbn.SyncBatchNormalization(communicator=name)
     layer(np.ones((2, 3), "float32"))  # inference needs no engine
-    remedy = {"horovod": "install_horovod.sh", "mpi": r"pip install 'syncbn\[mpi\]'"}[name]
+    remedy = {"horovod": "syncbn install-horovod", "mpi": r"pip install 'syncbn\[mpi\]'"}[name]
     with pytest.raises(ImportError, match=remedy):
         layer(np.ones((2, 3), "float32"), training=True)
 

@@ -1,5 +1,6 @@
 """`python -m syncbn`: its arguments, its words, and what the doctor does with what it finds."""
 
+import io
 import json
 import os
 import sys
@@ -9,11 +10,11 @@ import types
 import pytest
 
 import syncbn
-from syncbn._src import bench_command, cli
+from syncbn._src import bench_command, cli, launch_command, terminal
 from syncbn._src.doctor import engines, examine, probe_processes
 from syncbn._src.doctor.examine import Result
 from syncbn._src.doctor.probe_processes import Command
-from tests import patience
+from tests import patience, processes
 from tests.launchers.test_doctor import is_alive
 
 PROBE = ["python", "probe"]
@@ -51,7 +52,7 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"syncbn {syncbn.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["bench", "check", "doctor"])
+@pytest.mark.parametrize("command", ["bench", "check", "diagnose", "doctor", "launch", "report"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
@@ -67,6 +68,13 @@ def test_every_command_has_help(command, capsys):
         (["doctor", "--engine", "nccl"], "invalid choice: 'nccl'"),
         *((["doctor", "--limit", limit], "--limit") for limit in ("0", "-1", "nan", "inf", "x")),
         (["check"], "module:function"),
+        (["check", "a:b"], "--input-shape"),
+        (["check", "a:b", "--input-shape", "8;8"], "such as 3,1. Received: 8;8"),
+        (["check", "a:b", "--input-shape", "8", "--split", "3,x"], "such as 3,1. Received: 3,x"),
+        (["check", "a:b", "--input-shape", "8", "--batch", "0"], "a positive whole number"),
+        (["launch"], "ENGINE"),
+        (["launch", "nccl", "--", "true"], "invalid choice: 'nccl'"),
+        (["report"], "module:function"),
     ],
     ids=str,
 )
@@ -148,8 +156,8 @@ def test_a_result_in_words(result, text):
     assert str(result) == text
 
 
-@pytest.mark.parametrize(("last", "code"), [("ok", 0), ("missing", 0), ("failed", 1)])
-def test_the_exit_code_says_whether_all_that_is_installed_works(last, code, capsys, monkeypatch):
+@pytest.mark.parametrize(("last", "code"), [("ok", 0), ("missing", 1), ("failed", 1)])
+def test_the_exit_code_says_whether_what_was_asked_for_works(last, code, capsys, monkeypatch):
     results = {"mpi": Result("mpi", "ok", 0.05), "mirrored": Result("mirrored", last, 1.0)}
     monkeypatch.setattr(examine, "try_out", lambda engine, limit: results[engine])
     monkeypatch.setattr(examine, "describe_machine", lambda: {"TensorFlow": "2"})
@@ -166,6 +174,42 @@ def test_the_exit_code_says_whether_all_that_is_installed_works(last, code, caps
     ]
 
 
+@pytest.mark.parametrize(("last", "code"), [("ok", 0), ("missing", 0), ("failed", 1)])
+def test_what_is_not_installed_is_no_fault_unless_asked_for(last, code, capsys, monkeypatch):
+    monkeypatch.setattr(examine, "try_out", lambda engine, limit: Result(engine, last, 1.0))
+    monkeypatch.setattr(examine, "describe_machine", lambda: {})
+    assert cli.main(["doctor"]) == code
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({}, "[a] \x1b[1;31mbad\x1b[0m 7\n"),
+        ({"NO_COLOR": "1"}, "[a] \x1b[1mbad\x1b[0m 7\n"),
+        ({"TERM": "dumb"}, "[a] bad 7\n"),
+    ],
+)
+def test_a_terminal_has_colors_unless_it_is_asked_not_to(environment, text, monkeypatch):
+    for name in "NO_COLOR", "FORCE_COLOR", "COLORTERM":
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"TERM": "xterm-256color"} | environment).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    terminal.show("[a] bad 7", {"bad": terminal.BAD})
+    assert sys.stdout.getvalue() == text
+
+
+def test_a_pipe_gets_plain_lines_of_any_length(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    terminal.show("[a] bad 7" + 300 * " long", {"bad": terminal.BAD})
+    assert capsys.readouterr().out == "[a] bad 7" + 300 * " long" + "\n"
+
+
 def test_a_launcher_must_not_start_the_doctor(capsys, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert cli.main(["doctor"]) == 2
@@ -176,8 +220,8 @@ def test_a_launcher_must_not_start_the_doctor(capsys, monkeypatch):
     ("engine", "package", "advice"),
     [
         ("mpi", "mpi4py", "pip install 'syncbn[mpi]'"),
-        ("horovod-gloo", "horovod", "launch/install_horovod.sh"),
-        ("horovod-mpi", "horovod", "launch/install_horovod.sh"),
+        ("horovod-gloo", "horovod", "syncbn install-horovod"),
+        ("horovod-mpi", "horovod", "syncbn install-horovod"),
     ],
 )
 def test_what_is_not_installed_is_missing_and_no_failure(engine, package, advice, monkeypatch):
@@ -324,3 +368,61 @@ def test_children_get_no_cluster_of_this_process_and_no_gpu(monkeypatch):
         "os.environ['CUDA_VISIBLE_DEVICES'] == '-1' and os.environ['OWN'] == '1'"
     )
     assert probe_processes.run([python(code, OWN="1")], patience.limit()) == ("", "")
+
+
+class Replaced(Exception):  # noqa: N818
+    """Instead of the end of this process."""
+
+
+@pytest.fixture
+def replaced(monkeypatch):
+    """Catches what this process would be replaced by, and its PATH."""
+
+    def execv(path, arguments):
+        raise Replaced([path, *arguments[1:]], os.environ["PATH"])
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+    def run(*words):
+        with pytest.raises(Replaced) as caught:
+            cli.main(words)
+        return caught.value.args
+
+    return run
+
+
+def test_a_launcher_gets_all_words_behind_its_name(replaced):
+    words = ["-np", "2", "--help", "--", "python", "train.py", "--", "$(id)", "a  b", ""]
+    command, path = replaced("launch", "mpi", *words)
+    assert command == ["/usr/bin/env", "bash", str(launch_command.LAUNCHERS / "mpi.sh"), *words]
+    # The programs of this environment, also where it is not activated.
+    assert path == f"{os.path.dirname(sys.executable)}:/usr/bin:/bin"
+    command, _ = replaced("launch", "multiworker", *words)
+    assert command == [sys.executable, str(launch_command.LAUNCHERS / "multiworker.py"), *words]
+
+
+def test_an_environment_that_is_activated_is_left_as_it_is(replaced, monkeypatch):
+    mine = f"/mine:{os.path.dirname(sys.executable)}:/bin"
+    monkeypatch.setenv("PATH", mine)
+    assert replaced("launch", "mirrored", "true")[1] == mine
+
+
+def test_horovod_is_installed_for_this_python(replaced):
+    command, _ = replaced("install-horovod", "--nccl", "--help")
+    script = str(launch_command.LAUNCHERS / "install_horovod.sh")
+    assert command == [
+        "/usr/bin/env",
+        "bash",
+        script,
+        "--python",
+        sys.executable,
+        "--nccl",
+        "--help",
+    ]
+
+
+def test_the_launchers_of_a_checkout_are_links():
+    for path in launch_command.LAUNCHERS.iterdir():
+        if path.suffix in (".sh", ".py") and path.stem != "__init__":
+            assert path.resolve() == processes.ROOT / "launch" / path.name

@@ -376,7 +376,7 @@ def make_batch():
 def test_the_command_line(capsys):
     assert command(f"{HERE}:RIGHT", "--batch-from", f"{HERE}:make_batch") == 0
     assert diagnosis.TRAINING in capsys.readouterr().out
-    assert command(f"{HERE}:FAULTY", "--input-shape", "4", "--batch", "6", "--split", "4,2") == 1
+    assert command(f"{HERE}:FAULTY", "--input-shape", "4", "--split", "4,2") == 1
     assert "convert_sync_batchnorm" in capsys.readouterr().out
 
 
@@ -386,13 +386,40 @@ def test_the_command_line(capsys):
         ((f"{HERE}", "--input-shape", "4"), "given as module:function. Received: tests"),
         ((f"{HERE}:nobody", "--input-shape", "4"), "has no function nobody"),
         (("no_such:build", "--input-shape", "4"), "There is no module no_such"),
-        ((f"{HERE}:RIGHT", "--input-shape", "4", "--replicas", "3"), "16 samples and replicas=3"),
+        (
+            (f"{HERE}:RIGHT", "--input-shape", "4", "--replicas", "3"),
+            "a multiple of --replicas, 3, unless --split says how many samples each replica gets. "
+            "Received: --batch 16. Use --split 6,5,5, or 15 samples.",
+        ),
+        (
+            (f"{HERE}:RIGHT", "--input-shape", "4", "--batch", "9"),
+            "Received: --batch 9. Use --split 5,4, or 8 samples.",
+        ),
+        (
+            (f"{HERE}:RIGHT", "--batch-from", f"{HERE}:make_batch", "--replicas", "5"),
+            f"Received: 8 samples of {HERE}:make_batch. Use --split 2,2,2,1,1, or 5 samples.",
+        ),
+        (
+            (f"{HERE}:RIGHT", "--input-shape", "4", "--batch", "9", "--split", "5,5"),
+            "9 in all. Received: --split 5,5 and --batch 9.",
+        ),
+        (
+            (f"{HERE}:RIGHT", "--input-shape", "4", "--split", "5,3", "--replicas", "3"),
+            "for each of 3 replicas, not negative, 8 in all. Received: --split 5,3 and --batch 8.",
+        ),
+        (
+            (f"{HERE}:RIGHT", "--input-shape", "4", "--replicas", "1"),
+            "--replicas must be 2 at least. Received: 1",
+        ),
         ((f"{HERE}:RIGHT", "--input-shape", "5"), "Error"),
     ],
 )
 def test_bad_usage_of_the_command_line(arguments, message, capsys):
     assert command(*arguments) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    # Only the user's own code needs a traceback.
+    assert ("Traceback" in error) == (message == "Error")
 
 
 def test_it_splits_the_cpu_by_itself_or_says_how():

@@ -1,12 +1,17 @@
 """What `mend_keras_fit` replaces in Keras, and what it leaves alone."""
 
 import importlib
+import inspect
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
-from syncbn._src.training.multi_worker import mend_keras_fit
+import syncbn
+from syncbn._src.keras_compat import multi_worker_fit
+from syncbn._src.keras_compat.multi_worker_fit import mend_keras_fit
 from tests import processes
-from tests.keras import KERAS_3
+from tests.keras import KERAS_3, keras
 
 BUILD, REDUCE = "TensorFlowTrainer._maybe_symbolic_build", "reduce_per_replica"
 
@@ -18,7 +23,9 @@ def trainer(monkeypatch):
         pytest.skip("the trainer of Keras 3")
     trainer = importlib.import_module("keras.src.backend.tensorflow.trainer")
     for owner, name in (trainer, REDUCE), (trainer.TensorFlowTrainer, BUILD.split(".")[1]):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
+        # Keras' own: a layer of another test may have replaced it.
+        monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
+    multi_worker_fit._mend_once.cache_clear()
     return trainer
 
 
@@ -28,6 +35,32 @@ def test_both_functions_of_this_keras_are_replaced_once(trainer):
     mended = trainer.reduce_per_replica
     assert mend_keras_fit() == ()
     assert trainer.reduce_per_replica is mended
+
+
+def fit_an_uneven_batch(strategy, make):
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((3,)), make(), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    model.fit(np.ones((3, 3)), np.ones((3, 1)), batch_size=4, verbose=0)
+
+
+def test_a_synchronized_layer_in_a_scope_replaces_them_by_itself(trainer, mirrored):
+    strategy = mirrored(2).strategy
+    with pytest.raises(tf.errors.InvalidArgumentError, match="AddN"):
+        fit_an_uneven_batch(strategy, keras.layers.BatchNormalization)
+    syncbn.SyncCentering()  # outside of any scope
+    assert inspect.unwrap(trainer.reduce_per_replica) is trainer.reduce_per_replica
+    fit_an_uneven_batch(strategy, syncbn.SyncBatchNormalization)
+    assert inspect.unwrap(trainer.reduce_per_replica) is not trainer.reduce_per_replica
+    assert mend_keras_fit() == ()
+
+
+def test_a_layer_leaves_a_trainer_that_is_not_known_alone(trainer, mirrored, monkeypatch):
+    monkeypatch.delattr(trainer.TensorFlowTrainer, "_maybe_symbolic_build")
+    reduce = trainer.reduce_per_replica
+    with mirrored(2).strategy.scope():
+        syncbn.SyncBatchNormalization()  # with no warning, of which tests make an error
+    assert trainer.reduce_per_replica is reduce
 
 
 def test_a_function_without_the_fault_stays(trainer, monkeypatch):
@@ -56,7 +89,7 @@ def test_a_strategy_can_be_made_afterwards():
     # As MultiWorkerMirroredStrategy is, devices are configured before TensorFlow's first operation.
     finished = processes.python(
         "import tensorflow as tf\n"
-        "from syncbn._src.training.multi_worker import mend_keras_fit\n"
+        "from syncbn._src.keras_compat.multi_worker_fit import mend_keras_fit\n"
         "assert len(mend_keras_fit()) == 2\n"
         "cpu = tf.config.list_physical_devices('CPU')[0]\n"
         "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()])",

@@ -519,6 +519,13 @@ class Looping(L.Layer):
         (failing, {}, OSError, "the disk is gone"),
         (np.zeros([3, 4]), {}, TypeError, r"Received: ndarray.*from_tensor_slices\(x\).batch"),
         (3, {}, TypeError, "iterable of batches.*Received: int"),
+        (list(BATCHES[0]), {}, ValueError, r"samples, of shape \(4,\), for .*dataset\.batch\(32\)"),
+        (
+            lambda: tf.data.Dataset.from_tensor_slices((BATCHES[0], BATCHES[0])),
+            {"exact": True},
+            ValueError,
+            r"must have batches. Received: single samples, of shape \(4,\)",
+        ),
         (iter(BATCHES), {"exact": True}, ValueError, "3 times. Received: an iterator"),
         (
             lambda: tf.data.Dataset.range(1).repeat(),

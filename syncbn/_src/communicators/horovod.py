@@ -180,6 +180,6 @@ def import_horovod() -> Any:
     except ImportError as error:
         raise ImportError(
             "communicator='horovod' needs Horovod with TensorFlow support. It has no wheels "
-            "and its last release does not build unpatched: run launch/install_horovod.sh."
+            "and its last release does not build unpatched: run `syncbn install-horovod`."
         ) from error
     return hvd

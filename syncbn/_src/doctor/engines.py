@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import json
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 from syncbn._src.doctor.probe_processes import Command, program_path
+from syncbn._src.launch.process_groups import free_addresses
 
-_HOROVOD = "launch/install_horovod.sh builds Horovod for this TensorFlow"
+_HOROVOD = "`syncbn install-horovod` builds Horovod for this TensorFlow"
 _MPI = "pip install 'syncbn[mpi]'"
 _ONE_MPI = f"mpirun and mpi4py must be of one MPI library; {_MPI} has both"
 
@@ -40,11 +39,7 @@ def _mirrored(probe: list[str]) -> list[Command]:
 
 
 def _multiworker(probe: list[str]) -> list[Command]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        cluster = {"worker": [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]}
+    cluster = {"worker": free_addresses(2)}
     tasks = [{"type": "worker", "index": index} for index in range(2)]
     configs = [json.dumps({"cluster": cluster, "task": task}) for task in tasks]
     return [Command(probe, {"TF_CONFIG": config}) for config in configs]

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from syncbn._src.communicators import horovod_settings
-from syncbn._src.communicators.launcher import launched
 from syncbn._src.doctor import engines, probe_processes
-from syncbn._src.keras_compat import keras_api
+from syncbn._src.version import VERSION
 
 
 class Result(NamedTuple):
@@ -44,57 +40,6 @@ class Result(NamedTuple):
         return "\n    | ".join([line, *self.output.splitlines()])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of ``doctor``."""
-    parser.add_argument(
-        "--engine",
-        action="append",
-        choices=list(engines.ENGINES),
-        help="try this one only; may be given several times",
-    )
-    parser.add_argument(
-        "--limit",
-        type=_seconds,
-        default=120.0,
-        metavar="SECONDS",
-        help="how long an engine may take before its processes are ended (default: %(default)g)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON, at the end")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Describes the machine, tries the engines, and prints both.
-
-    Returns:
-        0 where all engines that are installed work, 1 where one does not, and 2 where a launcher
-        started this process.
-    """
-    launch = launched()
-    if launch.processes > 1 and launch.variable != "TF_CONFIG":
-        print(
-            "The doctor starts processes of its own, so a launcher must not start it. Received: "
-            f"{launch.variable}={launch.processes}. Run it once, by itself.",
-            file=sys.stderr,
-        )
-        return 2
-    machine = describe_machine()
-    width = max(map(len, (*machine, *engines.ENGINES)))
-    if not arguments.json:
-        for what, text in machine.items():
-            print(f"{what:{width}}  {text}")
-        print("\nOn CPUs, between two replicas: an all-reduce, a training step, the latency")
-    results = []
-    for engine in arguments.engine or engines.ENGINES:
-        if not arguments.json:
-            print(f"{engine:{width}}  ", end="", flush=True)
-        results.append(try_out(engine, arguments.limit))
-        if not arguments.json:
-            print(results[-1], flush=True)
-    if arguments.json:
-        print(json.dumps({"machine": machine, "engines": [r._asdict() for r in results]}, indent=2))
-    return int(any(result.status == "failed" for result in results))
-
-
 def describe_machine() -> dict[str, str]:
     """Returns what this machine has, in words."""
     gpus = [
@@ -103,9 +48,9 @@ def describe_machine() -> dict[str, str]:
     ]
     return {
         "Python": f"{platform.python_version()}, {sys.executable}",
-        "syncbn": metadata.version("syncbn"),
+        "syncbn": VERSION,
         "TensorFlow": tf.__version__,
-        "tf.keras": "Keras 3" if keras_api.KERAS_3 else "tf_keras",
+        "tf.keras": _in_words(_keras_in_use),
         "Keras": engines.installed("keras"),
         "tf_keras": engines.installed("tf_keras"),
         "CPU cores": str(len(os.sched_getaffinity(0))),
@@ -117,6 +62,15 @@ def describe_machine() -> dict[str, str]:
     }
 
 
+def _keras_in_use() -> str:
+    """Says which Keras `tf.keras` is."""
+    try:
+        from syncbn._src.keras_compat import keras_api
+    except ImportError as error:  # of which each engine's layers would only fail with more words
+        raise engines.Unusable("failed", str(error), "") from error
+    return "Keras 3" if keras_api.KERAS_3 else "tf_keras"
+
+
 def try_out(engine: str, limit: float) -> Result:
     """Runs an engine, in processes that are ended after ``limit`` seconds."""
     with tempfile.TemporaryDirectory() as folder:
@@ -124,6 +78,7 @@ def try_out(engine: str, limit: float) -> Result:
         probe = [sys.executable, "-m", "syncbn._src.doctor.probe", engine, str(file)]
         commands, advice = engines.ENGINES[engine]
         try:
+            _keras_in_use()
             reason, output = probe_processes.run(commands(probe), limit)
         except engines.Unusable as unusable:
             return _unusable(engine, unusable)
@@ -158,10 +113,3 @@ def _in_words(describe: Callable[[], str]) -> str:
         return describe()
     except engines.Unusable as unusable:
         return str(_unusable("", unusable))
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive. Received: {text}")
-    return seconds

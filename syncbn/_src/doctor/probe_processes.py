@@ -13,6 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from syncbn._src.launch.process_groups import end
+
+_TERMINATE = 5.0
+"""Seconds that processes get to end when told to; launchers pass that on to others."""
+
 
 class Command(NamedTuple):
     """A process to start, and what to add to its environment."""
@@ -46,7 +51,7 @@ def run(commands: Sequence[Command], limit: float) -> tuple[str, str]:
                 env=_environment(command.environment),
                 start_new_session=True,
             )
-            stack.callback(_end, process)
+            stack.callback(end, [process], _TERMINATE)
             running.append((process, log))
         deadline = time.monotonic() + limit
         reason = ""
@@ -57,8 +62,7 @@ def run(commands: Sequence[Command], limit: float) -> tuple[str, str]:
             elif any(process.poll() for process, _ in running):
                 break
         failed = [process for process, _ in running if process.poll()]
-        for process, _ in running:
-            _end(process)
+        end([process for process, _ in running], _TERMINATE)
         lines = []
         for process, log in running:
             log.seek(0)
@@ -67,17 +71,6 @@ def run(commands: Sequence[Command], limit: float) -> tuple[str, str]:
     if failed:
         reason = _reason(lines) or f"exit code {failed[0].returncode}"
     return reason, "\n".join(lines[-20:])
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and its group; launchers first, which end what they have started elsewhere."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(5)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @contextlib.contextmanager

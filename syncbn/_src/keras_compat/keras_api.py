@@ -7,14 +7,51 @@ set before TensorFlow was imported. Tried with Keras 3.15, and tf_keras 2.16 and
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import tensorflow as tf
 
+_ASKED_FOR_KERAS_2 = ("1", "True", "true")
+"""The values of TF_USE_LEGACY_KERAS with which TensorFlow takes tf_keras."""
+
+
+def _asked_for_keras_2() -> bool:
+    return os.environ.get("TF_USE_LEGACY_KERAS") in _ASKED_FOR_KERAS_2
+
+
 keras = tf.keras
 
-KERAS_3 = hasattr(keras, "Variable")
+try:
+    KERAS_3 = hasattr(keras, "Variable")
+except ImportError as error:
+    if not _asked_for_keras_2():
+        raise
+    raise ImportError(
+        "`tf.keras` cannot be Keras 2 without the package tf_keras. Received: "
+        f"TF_USE_LEGACY_KERAS={os.environ['TF_USE_LEGACY_KERAS']}, and no tf_keras. "
+        "Install it: pip install tf_keras; or unset the variable, for Keras 3."
+    ) from error
 """Whether `tf.keras` is Keras 3; Keras 2 had no variables of its own."""
+
+
+def require_keras_asked_for() -> None:
+    """Raises where `tf.keras` is another Keras than the environment now asks for.
+
+    Raises:
+        RuntimeError: TF_USE_LEGACY_KERAS was set too late.
+    """
+    if KERAS_3 and _asked_for_keras_2():
+        raise RuntimeError(
+            "TF_USE_LEGACY_KERAS must be set before TensorFlow is imported, which then decides "
+            f"what `tf.keras` is. Received: TF_USE_LEGACY_KERAS="
+            f"{os.environ['TF_USE_LEGACY_KERAS']}, set when `tf.keras` was Keras 3 already, whose "
+            "layers no model of tf_keras takes. Set it in the shell, or above the first import of "
+            "the script; or unset it."
+        )
+
+
+require_keras_asked_for()
 
 if KERAS_3 and keras.config.backend() != "tensorflow":
     raise ImportError(

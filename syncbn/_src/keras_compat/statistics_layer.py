@@ -66,6 +66,21 @@ class StatisticsLayer(keras.layers.Layer):
             self.add_update(update)
             tf.compat.v1.add_to_collection(tf.compat.v1.GraphKeys.UPDATE_OPS, update.op)
 
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the layer's variables from a file of Keras.
+
+        Raises:
+            ValueError: the file has none for it, or others.
+        """
+        if self.weights and not len(store.keys()):
+            raise ValueError(
+                f"{type(self).__name__} needs its own weights in a file of Keras, which are found "
+                f"by the classes of layers. Received: none for {self.name}. If the file is that of "
+                "a model with plain BatchNormalization, load it into such a model, and then call "
+                "syncbn.convert_sync_batchnorm(model); tf.train.Checkpoint needs no such detour."
+            )
+        super().load_own_variables(store)
+
     if KERAS_3:
 
         def add_weight(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from syncbn._src.communicators.groups import at_least_one, check_grouping
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.layers.momentum import MomentumAttribute, momentum_of
 from syncbn._src.layers.synchronized_layer import SynchronizedLayer
-from syncbn._src.ops.channels import channel_count, normalized_axes, statistics_dtype
+from syncbn._src.ops.channels import channel_count, integer_axes, normalized_axes, statistics_dtype
 from syncbn._src.ops.normalization import Correction, batch_normalize
 from syncbn._src.ops.replicas import Replicas
 from syncbn._src.ops.virtual import virtual_batch_normalize
@@ -85,8 +84,8 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
 
     Raises:
         ValueError: an argument outside of its range, or one that is not supported.
-        TypeError: several axes in Keras 3, a ``communicator`` that is not one, a momentum that is
-            neither a number nor a scalar variable.
+        TypeError: an ``axis`` that is no integer, several in Keras 3, a ``communicator`` that is
+            not one, a momentum that is neither a number nor a scalar variable.
 
     Source: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift" (2015); synchronized: Peng et al., "MegDet" (2018); renormalization:
@@ -141,9 +140,8 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
                 renorm=True,
                 renorm_clipping=_checked_clipping(renorm_clipping or {}),
             )
-        if not isinstance(axis, Sequence):
-            axis = operator.index(axis)
-        elif keras_api.KERAS_3:
+        axis = integer_axes(axis)
+        if isinstance(axis, list) and keras_api.KERAS_3:
             raise TypeError(
                 f"Keras 3 normalizes one axis. Received: axis={axis}. Give an integer, or use "
                 "Keras 2 (TF_USE_LEGACY_KERAS=1), which takes several."

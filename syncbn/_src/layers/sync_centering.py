@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from syncbn._src.communicators.groups import check_grouping
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.ops.centering import center
-from syncbn._src.ops.channels import broadcast_channels, normalized_axes
+from syncbn._src.ops.channels import broadcast_channels, integer_axes, normalized_axes
 from syncbn._src.ops.replicas import Replicas
 
 
@@ -39,8 +38,8 @@ class SyncCentering(SynchronizedLayer):
     Raises:
         ValueError: ``momentum`` outside of [0, 1], an unknown ``communicator``, groups that no job
             could have.
-        TypeError: a ``communicator`` that is not one, a momentum that is neither a number nor a
-            scalar variable.
+        TypeError: an ``axis`` that is no integer, a ``communicator`` that is not one, a momentum
+            that is neither a number nor a scalar variable.
     """
 
     def __init__(
@@ -57,10 +56,7 @@ class SyncCentering(SynchronizedLayer):
     ) -> None:
         grouping = check_grouping(group_size, groups, target_batch)
         super().__init__(momentum, communicator, grouping, **kwargs)
-        if isinstance(axis, Sequence):
-            self.axis: int | list[int] = [operator.index(one) for one in axis]
-        else:
-            self.axis = operator.index(axis)
+        self.axis = integer_axes(axis)
         self.moving_mean_initializer = keras_api.keras.initializers.get(moving_mean_initializer)
 
     def build(self, input_shape: Any) -> None:

@@ -18,6 +18,7 @@ from syncbn._src.communicators.resolution import check_communicator, resolve, su
 from syncbn._src.communicators.strategy import joined_processes, outside_of_replicas
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.layer_names import layer_path
+from syncbn._src.keras_compat.multi_worker_fit import mend_fit_in_scope
 from syncbn._src.keras_compat.session_graphs import cond
 from syncbn._src.keras_compat.statistics_layer import StatisticsLayer
 from syncbn._src.keras_compat.untrained_traces import never_trains
@@ -45,11 +46,13 @@ class SynchronizedLayer(StatisticsLayer):
         grouping: Grouping,
         **kwargs: Any,
     ) -> None:
+        keras_api.require_keras_asked_for()
         self._communicator = check_communicator(communicator)
         self._groups = ReplicaGroups(grouping)
         super().__init__(**kwargs)
         self.momentum = momentum
         self.supports_masking = True
+        mend_fit_in_scope()
 
     _host_supports_jit = True
 

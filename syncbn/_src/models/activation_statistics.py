@@ -73,12 +73,15 @@ class Observer:
 
         Raises:
             NotImplementedError: a layer is called in a loop or branch of the model's graph.
+            ValueError: the batch is a sample.
         """
         if not self._has_own_step:  # the rest may be anything
             batch, _, _ = keras_api.keras.utils.unpack_x_y_sample_weight(batch)
         elif isinstance(batch, list):
             batch = tuple(batch)
         data = tf.nest.map_structure(_to_tensor, batch)
+        if not self._has_own_step:
+            _require_batch(self._model, data)
         return self._function(data, self._fixed, self._given, seen)
 
     def _run(
@@ -124,6 +127,27 @@ class Observer:
                 call = _intercepted(layer, functools.partial(statistics, name))
                 borrowed.enter_context(_replaced(layer, call=call))
             yield seen
+
+
+def _require_batch(model: Any, data: Any) -> None:
+    """Raises where a model that knows the shapes of its inputs gets one sample, and no batch.
+
+    Raises:
+        ValueError: so it is.
+    """
+    inputs = [tf.TensorShape(one.shape) for one in getattr(model, "inputs", None) or ()]
+    given = [tensor.shape for tensor in tf.nest.flatten(data)]
+    if not inputs or len(inputs) != len(given):
+        return
+    if all(
+        whole.rank and one.rank == whole.rank - 1 and one.is_compatible_with(whole[1:])
+        for one, whole in zip(given, inputs, strict=True)
+    ):
+        raise ValueError(
+            "`dataset` must have batches. Received: single samples, of shape "
+            f"{', '.join(map(str, given))}, for inputs of shape {', '.join(map(str, inputs))}. "
+            "Give dataset.batch(32)."
+        )
 
 
 def _has_own_predict_step(model: Any) -> bool:

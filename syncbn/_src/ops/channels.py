@@ -8,7 +8,9 @@ or last, then make no difference to the mathematics.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -17,6 +19,23 @@ from syncbn._src.ops import xla
 _BLOCK = 64  # rows that are summed in the dtype of the elements
 # Fewer elements than this are summed in float64 at once: fewer operations, and no slower.
 _FEW_ELEMENTS = 1 << 17
+
+
+def integer_axes(axis: Any) -> int | list[int]:
+    """Returns ``axis`` as an integer, or as several in a list.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    try:
+        if isinstance(axis, Sequence) and not isinstance(axis, str):
+            return [operator.index(one) for one in axis]
+        return operator.index(axis)
+    except TypeError as error:
+        raise TypeError(
+            f"`axis` must be an integer, or several of them. Received: axis={axis!r}. "
+            "Use axis=-1 for channels-last data and axis=1 for channels-first data."
+        ) from error
 
 
 def normalized_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> tuple[int, ...]:

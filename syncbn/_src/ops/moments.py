@@ -61,7 +61,7 @@ def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
             static, it must be that of ``x`` minus one.
 
     Raises:
-        ValueError: a mask of another rank.
+        ValueError: a mask of another rank, or of other sizes, where these are static.
     """
     mask, rank = tf.convert_to_tensor(mask), x.shape.rank - 1
     if mask.shape.rank is None:
@@ -70,6 +70,13 @@ def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         raise ValueError(
             "`mask` must have at least one dimension fewer than the input: it covers the leading "
             f"ones. Received: mask shape {tuple(mask.shape)} for input shape {tuple(x.shape)}."
+        )
+    pairs = zip(mask.shape.as_list(), x.shape.as_list(), strict=False)
+    if any(size not in (None, 1, whole) and whole is not None for size, whole in pairs):
+        raise ValueError(
+            "`mask` must have the sizes of the input's leading dimensions, such as batch and time. "
+            f"Received: mask shape {tuple(mask.shape)} for input shape {tuple(x.shape)}. Give the "
+            "mask of this very batch."
         )
     missing = rank - mask.shape.rank
     return tf.cast(mask, tf.bool)[(..., *[None] * (missing + 1))]

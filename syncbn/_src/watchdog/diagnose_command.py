@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from syncbn._src.terminal import HEADING, show
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``diagnose``."""
@@ -32,8 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     if len({record["rank"] for record in records}) < len(records):
         print("diagnose needs one record of each rank. Received: several of one", file=sys.stderr)
         return 2
-    print(_table(records))
-    print(f"\n{_sentence(records)}")
+    show(_table(records), {"^rank .*": HEADING})
+    show(f"\n{_sentence(records)}")
     return 0
 
 

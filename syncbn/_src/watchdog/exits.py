@@ -8,7 +8,7 @@ import sys
 from types import TracebackType
 
 from syncbn._src.watchdog.waiting_limits import is_on
-from syncbn._src.watchdog.watchdog import current
+from syncbn._src.watchdog.watchdog import ENDED, current
 
 
 def install() -> None:
@@ -34,7 +34,7 @@ def install() -> None:
 
     def at_exit() -> None:
         if os.getpid() == process:
-            _tell("has ended")
+            _tell(ENDED)
 
     atexit.register(at_exit)
 

@@ -37,6 +37,9 @@ PERIOD = 1.0
 """Seconds between two looks."""
 GRACE = 3.0
 """Seconds that a rank waits for one that has ended, whose last messages may be under way."""
+ENDED = "has ended"
+"""The status of a rank that has come to the end of its script."""
+_OUT_OF_DATA = " (if it ran out of batches, syncbn.training.join(dataset) gives it empty ones)"
 _FRAMES = 12
 """Frames of a stack that are shown."""
 
@@ -282,6 +285,8 @@ def _description(one: dict[str, Any]) -> str:
     if status == "silent":
         ago = f" for {one['silent']:.0f} s" if "silent" in one else ""
         return f"{who} has not answered{ago}{_last(one)}"
+    if status == ENDED:
+        return f"{who} {status}{_last(one)}{_OUT_OF_DATA}"
     if status != "running":
         return f"{who} {status}{_last(one)}"
     if one.get("waiting"):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from syncbn._src.communicators.launcher import launched
-from syncbn._src.models.equivalence.batch_replicas import devices
-from syncbn._src.models.equivalence.check import check_equivalence
+from syncbn._src.named_functions import UsageError, named_function
+from syncbn._src.terminal import BAD, GOOD, HEADING, show
+
+_BATCH = 16
+_STYLES = {
+    r"^On .* does not do .*": BAD,
+    r"^On .* does what .*": GOOD,
+    r"(?m)\bDIFFERS$": BAD,
+    r"(?m)^ +largest difference.*": HEADING,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a function that returns the batch: x, (x, y) or (x, y, sample_weight)",
     )
     parser.add_argument(
-        "--batch", metavar="16", type=int, default=16, help="the number of random samples"
+        "--batch",
+        metavar="16",
+        type=_positive,
+        help=f"the number of random samples (default: the sum of --split, or {_BATCH})",
     )
-    parser.add_argument("--replicas", metavar="2", type=int, help="the number of replicas")
+    parser.add_argument("--replicas", metavar="2", type=_positive, help="the number of replicas")
     parser.add_argument(
         "--split", metavar="3,1", type=_whole_numbers, help="the number of samples for each replica"
     )
@@ -54,52 +62,86 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0 if the model is equivalent, 1 if it is not, 2 if that could not be determined.
     """
-    split = arguments.split
-    replicas = arguments.replicas or (len(split) if split else 2)
     try:
-        # Before a module of the user starts TensorFlow.
-        if launched().processes == 1 and replicas > 1:
-            devices(replicas)
-        build_model = _function(arguments.build_model)
-        loss = _function(arguments.loss) if arguments.loss else None
-        if arguments.batch_from:
-            batch = _function(arguments.batch_from)()
-        else:
-            shape = (arguments.batch, *arguments.input_shape)
-            batch = np.random.default_rng(0).standard_normal(shape)
-        found = check_equivalence(
-            build_model, batch, replicas, loss=loss, split=split, rtol=arguments.rtol
-        )
-    except _UsageError as error:
-        print(error, file=sys.stderr)
+        found = _found(arguments)
+    except UsageError as error:
+        print(f"syncbn check: {error}", file=sys.stderr)
         return 2
     except Exception:
         # It may be the user's code that fails, which needs the traceback.
         traceback.print_exc()
         return 2
-    print(found)
+    show(found, _STYLES)
     return 0 if found.equivalent else 1
 
 
-class _UsageError(ValueError):
-    pass
+def _found(arguments: argparse.Namespace) -> Any:
+    """Returns what `check_equivalence` finds."""
+    import numpy as np  # these take seconds, which ``--help`` need not wait for
+
+    from syncbn._src.models.equivalence.batch import as_arrays, number_of_samples
+    from syncbn._src.models.equivalence.batch_replicas import devices
+    from syncbn._src.models.equivalence.check import check_equivalence
+
+    split = arguments.split
+    replicas = arguments.replicas or (len(split) if split else 2)
+    samples = arguments.batch or (sum(split) if split else _BATCH)
+    if not arguments.batch_from:
+        _require_shares(samples, replicas, split, f"--batch {samples}")
+    # Before a module of the user starts TensorFlow.
+    if launched().processes == 1 and replicas > 1:
+        devices(replicas)
+    build_model = named_function(arguments.build_model)
+    loss = named_function(arguments.loss) if arguments.loss else None
+    if arguments.batch_from:
+        batch = named_function(arguments.batch_from)()
+        samples = number_of_samples(as_arrays(batch))
+        _require_shares(samples, replicas, split, f"{samples} samples of {arguments.batch_from}")
+    else:
+        batch = np.random.default_rng(0).standard_normal((samples, *arguments.input_shape))
+    return check_equivalence(
+        build_model, batch, replicas, loss=loss, split=split, rtol=arguments.rtol
+    )
 
 
-def _function(name: str) -> Callable[..., Any]:
-    module_name, _, path = name.partition(":")
-    if not module_name or not path:
-        raise _UsageError(f"A function is given as module:function. Received: {name}")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise _UsageError(f"There is no module {error.name}. Received: {name}") from error
-    function = getattr(module, path, None)
-    if not callable(function):
-        raise _UsageError(f"{module_name} has no function {path}. Received: {name}")
-    return function
+def _require_shares(
+    samples: int, replicas: int, split: Sequence[int] | None, received: str
+) -> None:
+    """Refuses a batch that cannot be shared out as the arguments say.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if replicas < 2:
+        raise UsageError(f"--replicas must be 2 at least. Received: {replicas}")
+    if split is None:
+        if samples % replicas:
+            even = ",".join(
+                str(samples // replicas + (i < samples % replicas)) for i in range(replicas)
+            )
+            raise UsageError(
+                f"The batch must be a multiple of --replicas, {replicas}, unless --split says how "
+                f"many samples each replica gets. Received: {received}. Use --split {even}, or "
+                f"{samples - samples % replicas or replicas} samples."
+            )
+    elif len(split) != replicas or sum(split) != samples or min(split) < 0:
+        raise UsageError(
+            f"--split must have a number of samples for each of {replicas} replicas, not negative, "
+            f"{samples} in all. Received: --split {','.join(map(str, split))} and {received}. "
+            f"Change --split, --batch or --replicas."
+        )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number. Received: {text}")
+    return int(text)
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be whole numbers with commas between them, such as 3,1. Received: {text}"
+        ) from error

@@ -8,6 +8,8 @@ here probes the Keras that it finds, not its version. tf_keras needs nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import types
 import warnings
 from typing import Any
@@ -17,16 +19,20 @@ import tensorflow as tf
 
 from syncbn._src.keras_compat.keras_api import KERAS_3, keras
 
-__all__ = ["mend_keras_fit"]
+__all__ = ["mend_fit_in_scope", "mend_keras_fit"]
+
+_log = logging.getLogger("syncbn")
 
 
 def mend_keras_fit() -> tuple[str, ...]:
     """Makes Keras 3's `fit` and `evaluate` work where tf.distribute has several workers.
 
-    Call it once in every worker, before `fit`, and before or after the strategy is created. It
-    patches Keras for the whole process, so it is a call that a reader of the training script sees
-    and not a side effect of an import; and it patches Keras rather than a model, so that models of
-    any class, loaded ones too, need nothing.
+    A synchronized layer that is created in the scope of a `MirroredStrategy` or a
+    `MultiWorkerMirroredStrategy` does it by itself. Call it for models that have none, or whose
+    layers were created outside of a scope: once in every worker, before `fit`, and before or after
+    the strategy is created. It patches Keras for the whole process, so it is no side effect of an
+    import; and it patches Keras rather than a model, so that models of any class, loaded ones too,
+    need nothing.
 
     Each function is first tried on a stand-in for a strategy, and replaced only if it has the
     fault. So a Keras that has fixed it is left alone, as is tf_keras, and a second call does
@@ -44,6 +50,42 @@ def mend_keras_fit() -> tuple[str, ...]:
     Warns:
         If this Keras' trainer is built differently from those known here. It is left alone.
     """
+    try:
+        return _mend()
+    except _UnknownTrainerError as error:
+        warnings.warn(
+            "mend_keras_fit knows the trainer of Keras 3.10 to 3.15, and leaves others alone. "
+            f"Received: Keras {keras.__version__} ({error}). If `fit` fails under "
+            "MultiWorkerMirroredStrategy, use one of those, or TF_USE_LEGACY_KERAS=1.",
+            stacklevel=2,
+        )
+        return ()
+
+
+def mend_fit_in_scope() -> None:
+    """Does the same in the scope of a strategy whose `fit` would fail, with no warning.
+
+    That is safe there: what is replaced is what has the fault, and its replacement differs only in
+    calls that fail without it. The shapes of a batch that divides evenly are those of its mean, and
+    the logs of several workers are never averaged otherwise.
+    """
+    strategies = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
+    if isinstance(tf.distribute.get_strategy(), strategies):
+        with contextlib.suppress(_UnknownTrainerError):
+            _mend_once()
+
+
+@functools.cache
+def _mend_once() -> None:
+    if names := _mend():
+        _log.info("Keras' own fit fails under this strategy: replaced %s.", " and ".join(names))
+
+
+class _UnknownTrainerError(Exception):
+    """This Keras' trainer is built differently from those that are known here."""
+
+
+def _mend() -> tuple[str, ...]:
     if not KERAS_3:
         return ()
     try:
@@ -54,13 +96,7 @@ def mend_keras_fit() -> tuple[str, ...]:
             "reduce_per_replica": _averages_scalars_over_an_axis(trainer),
         }
     except (AttributeError, ImportError, TypeError, ValueError) as error:
-        warnings.warn(
-            "mend_keras_fit knows the trainer of Keras 3.10 to 3.15, and leaves others alone. "
-            f"Received: Keras {keras.__version__} ({error}). If `fit` fails under "
-            "MultiWorkerMirroredStrategy, use one of those, or TF_USE_LEGACY_KERAS=1.",
-            stacklevel=2,
-        )
-        return ()
+        raise _UnknownTrainerError(error) from error
     if faults["TensorFlowTrainer._maybe_symbolic_build"]:
         _mend_symbolic_build(trainer)
     if faults["reduce_per_replica"]:
@@ -71,6 +107,7 @@ def mend_keras_fit() -> tuple[str, ...]:
 def _mend_symbolic_build(trainer: Any) -> None:
     build = trainer.TensorFlowTrainer._maybe_symbolic_build
 
+    @functools.wraps(build)
     def maybe_symbolic_build(self: Any, iterator: Any = None, data_batch: Any = None) -> None:
         strategy = self._distribute_strategy
         if strategy is None or iterator is None:
@@ -87,6 +124,7 @@ def _mend_symbolic_build(trainer: Any) -> None:
 def _mend_reduce_per_replica(trainer: Any) -> None:
     reduce = trainer.reduce_per_replica
 
+    @functools.wraps(reduce)
     def reduce_per_replica(values: Any, strategy: Any, reduction: str) -> Any:
         several_workers = trainer._collective_all_reduce_multi_worker(strategy)
         if several_workers and reduction in ("auto", "mean"):

@@ -1,0 +1,1 @@
+../../../launch/process_groups.py

@@ -1,0 +1,1 @@
+../../../launch/rank_lines.py

@@ -1,0 +1,1 @@
+../../../launch/share_cores.sh
