@@ -1,4 +1,4 @@
-"""``syncbn bench``: a front end to the benchmarks, which exist in a checkout only."""
+"""``syncbn bench``: a front end to the benchmarks, which the package has with it."""
 
 from __future__ import annotations
 
@@ -8,34 +8,28 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-PACKAGE = Path(__file__).resolve().parent.parent
+BUNDLED = Path(__file__).with_name("bundled")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``bench``; exits with 2 where there are no benchmarks."""
-    checkout = PACKAGE.parent
-    # A site-packages folder may have a `benchmarks` of another project.
-    if not all(
-        (checkout / name).is_file()
-        for name in ("pyproject.toml", "benchmarks/measuring/command.py")
-    ):
+    if not (BUNDLED / "benchmarks" / "measuring" / "command.py").is_file():
         parser.error(
-            "the benchmarks are part of the repository, not of the package. "
-            f"Received: the package at {PACKAGE}. "
-            "Clone the repository and run `python -m syncbn bench` from its root."
+            f"the benchmarks were left out of this package. Received: none in {BUNDLED}. "
+            "Install the wheel, or run `python -m syncbn bench` in a checkout of the repository."
         )
-    _command(checkout).add_arguments(parser)
+    _command().add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the benchmarks; returns the exit code."""
-    return _command(PACKAGE.parent).run(arguments)
+    return _command().run(arguments)
 
 
-def _command(checkout: Path) -> ModuleType:
-    # Ahead of any other `benchmarks` on the path.
-    sys.path.insert(0, str(checkout))
+def _command() -> ModuleType:
+    # Ahead of any other `benchmarks` on the path, and only while they are imported.
+    sys.path.insert(0, str(BUNDLED))
     try:
         return importlib.import_module("benchmarks.measuring.command")
     finally:
-        sys.path.remove(str(checkout))
+        sys.path.remove(str(BUNDLED))

@@ -29,9 +29,7 @@ class Command(NamedTuple):
 
 
 _COMMANDS = {
-    "bench": Command(
-        "bench_command", "time the layers and their peers (in a checkout of the repository)"
-    ),
+    "bench": Command("bench_command", "time the layers and their peers, under every engine"),
     "check": Command(
         "models.equivalence.check_command",
         "run a model on several replicas and on one, and compare",

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-LAUNCHERS = Path(__file__).with_name("launch")
-"""The folder of the launchers: in a checkout links, in an installed package copies."""
+LAUNCHERS = Path(__file__).with_name("bundled") / "launch"
+"""The folder of the launchers: in a checkout a link, in an installed package a copy."""
 
 _SCRIPTS = {
     "horovod": "horovod.sh",

@@ -81,19 +81,29 @@ def syncbn(environment, tmp_path):
     return run
 
 
-def test_the_wheel_has_the_launchers_and_not_the_demo(environment):
+def test_the_wheel_has_launchers_and_benchmarks(environment):
     (package,) = environment.glob("lib/python*/site-packages/syncbn")
-    launchers = {path.name for path in (package / "_src" / "launch").iterdir() if path.is_file()}
-    scripts = {path.name for path in (processes.ROOT / "launch").glob("*.sh")}
-    modules = {"multiworker.py", "process_groups.py", "rank_lines.py", "__init__.py"}
-    assert launchers == scripts | modules
     assert not [path for path in package.rglob("*") if path.is_symlink()]
+    for folder, pattern in ("launch", "*.sh"), ("launch", "*.py"), ("benchmarks", "**/*.py"):
+        own = {path.name for path in (processes.ROOT / folder).glob(pattern)}
+        copies = {path.name for path in (package / "_src" / "bundled" / folder).glob(pattern)}
+        assert copies == own
+        assert copies
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        *([], ["check"], ["diagnose"], ["doctor"], ["install-horovod"], ["report"], ["launch"]),
+        *(
+            [],
+            ["bench"],
+            ["check"],
+            ["diagnose"],
+            ["doctor"],
+            ["install-horovod"],
+            ["report"],
+            ["launch"],
+        ),
         *(["launch", engine] for engine in ENGINES),
     ],
     ids=lambda words: " ".join(words) or "syncbn",
@@ -143,7 +153,8 @@ def test_a_module_of_the_working_folder_is_found(syncbn, tmp_path):
     assert found["total"]["bytes"] == [8 * (2 * 4 + 1), 8 * 2 * 4]
 
 
-def test_bench_says_where_the_benchmarks_are(syncbn):
-    finished = syncbn("bench", "--help")
-    assert finished.code == 2, finished.output
-    assert "Clone the repository" in finished.output
+def test_a_benchmark_runs(syncbn, tmp_path):
+    options = ["--case", "target-latency", "--engine", "mpi", "--quick", "--repeats", "1"]
+    finished = syncbn("bench", *options)
+    assert finished.code == 0, finished.output
+    assert (tmp_path / "build" / "benchmarks" / "benchmarks.md").is_file()

@@ -87,10 +87,10 @@ def test_wrong_arguments_exit_with_2(arguments, message, capsys):
 
 @pytest.fixture
 def no_benchmarks(tmp_path, monkeypatch):
-    """As if the package were installed, beside another one's `benchmarks`."""
+    """As if the package had none, beside another one's `benchmarks`."""
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "command.py").write_text("raise AssertionError('another one')")
-    monkeypatch.setattr(bench_command, "PACKAGE", tmp_path / "syncbn")
+    monkeypatch.setattr(bench_command, "BUNDLED", tmp_path / "syncbn")
 
 
 def test_bench_has_the_options_of_the_benchmarks(capsys):
@@ -106,8 +106,8 @@ def test_bench_without_the_benchmarks_says_where_they_are(options, no_benchmarks
         cli.main(["bench", *options])
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert "the benchmarks are part of the repository, not of the package" in error
-    assert "Clone the repository and run `python -m syncbn bench` from its root." in error
+    assert "the benchmarks were left out of this package" in error
+    assert "Install the wheel, or run `python -m syncbn bench` in a checkout" in error
 
 
 def test_bench_is_listed_without_the_benchmarks(no_benchmarks, capsys):
@@ -422,7 +422,6 @@ def test_horovod_is_installed_for_this_python(replaced):
     ]
 
 
-def test_the_launchers_of_a_checkout_are_links():
-    for path in launch_command.LAUNCHERS.iterdir():
-        if path.suffix in (".sh", ".py") and path.stem != "__init__":
-            assert path.resolve() == processes.ROOT / "launch" / path.name
+def test_launchers_and_benchmarks_of_a_checkout_are_links():
+    assert launch_command.LAUNCHERS.resolve() == processes.ROOT / "launch"
+    assert (bench_command.BUNDLED / "benchmarks").resolve() == processes.ROOT / "benchmarks"

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
+from syncbn._src.bundled.launch.process_groups import free_addresses
 from syncbn._src.doctor.probe_processes import Command, program_path
-from syncbn._src.launch.process_groups import free_addresses
 
 _HOROVOD = "`syncbn install-horovod` builds Horovod for this TensorFlow"
 _MPI = "pip install 'syncbn[mpi]'"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from syncbn._src.launch.process_groups import end
+from syncbn._src.bundled.launch.process_groups import end
 
 _TERMINATE = 5.0
 """Seconds that processes get to end when told to; launchers pass that on to others."""

@@ -1,0 +1,1 @@
+"""The launchers and the benchmarks: links to the repository's, of which a wheel has copies."""

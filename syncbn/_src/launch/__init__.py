@@ -1,1 +1,0 @@
-"""The launchers: links to the files of the repository's launch/, so that a wheel has them too."""

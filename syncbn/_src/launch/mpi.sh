@@ -1,1 +1,0 @@
-../../../launch/mpi.sh

@@ -1,1 +1,0 @@
-../../../launch/process_groups.py

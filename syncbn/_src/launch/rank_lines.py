@@ -1,1 +1,0 @@
-../../../launch/rank_lines.py

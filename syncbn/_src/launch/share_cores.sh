@@ -1,1 +1,0 @@
-../../../launch/share_cores.sh
