@@ -77,7 +77,7 @@ case "$version" in
       forwarding+=(-x LD_BIND_NOW=1)
     else
       flags+=(--output tag)
-      tag='\[[^][@ ]+@[0-9]+,([0-9]+)\]<std(?:out|err|diag)>: ?'
+      tag='\[(?:[^][@ ]+@)?[0-9]+,([0-9]+)\]<std(?:out|err|diag)>: '
       [ "$oversubscribe" = 0 ] || flags+=(--map-by :OVERSUBSCRIBE)
     fi
     flags+=(--bind-to none)
