@@ -15,7 +15,7 @@ from typing import NamedTuple
 from syncbn._src.version import VERSION
 
 
-class Command(NamedTuple):
+class CommandModule(NamedTuple):
     """A command."""
 
     module: str
@@ -29,23 +29,25 @@ class Command(NamedTuple):
 
 
 _COMMANDS = {
-    "bench": Command("bench_command", "time the layers and their peers, under every engine"),
-    "check": Command(
+    "bench": CommandModule("bench_command", "time the layers and their peers, under every engine"),
+    "check": CommandModule(
         "models.equivalence.check_command",
         "run a model on several replicas and on one, and compare",
         imports_package=True,
     ),
-    "diagnose": Command(
+    "diagnose": CommandModule(
         "watchdog.diagnose_command", "say who waited for whom, of the records of a job's ranks"
     ),
-    "doctor": Command(
+    "doctor": CommandModule(
         "doctor.doctor_command", "say what this machine has, and try every engine that it finds"
     ),
-    "install-horovod": Command(
+    "install-horovod": CommandModule(
         "install_command", "build Horovod for the TensorFlow that is installed", own=1
     ),
-    "launch": Command("launch_command", "start the processes of a job, under each engine", own=2),
-    "report": Command(
+    "launch": CommandModule(
+        "launch_command", "start the processes of a job, under each engine", own=2
+    ),
+    "report": CommandModule(
         "models.report_command", "say what synchronization costs a model", imports_package=True
     ),
 }

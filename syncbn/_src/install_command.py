@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from syncbn._src.launch_command import become
+from syncbn._src.launch_command import replace_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,4 +15,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> NoReturn:
     """Becomes the script that builds and installs Horovod, by default for this interpreter."""
-    become("install_horovod.sh", ["--python", sys.executable, *arguments.passed_on])
+    replace_process("install_horovod.sh", ["--python", sys.executable, *arguments.passed_on])

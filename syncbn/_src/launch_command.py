@@ -1,4 +1,4 @@
-"""``syncbn launch``: becomes one of the launchers, which the package has with it."""
+"""``syncbn launch``: replaces itself by one of the launchers, which the package has with it."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> NoReturn:
     """Becomes the launcher, and so passes on arguments, signals and the exit code."""
-    become(_SCRIPTS[arguments.engine], arguments.passed_on)
+    replace_process(_SCRIPTS[arguments.engine], arguments.passed_on)
 
 
-def become(script: str, arguments: list[str]) -> NoReturn:
+def replace_process(script: str, arguments: list[str]) -> NoReturn:
     """Replaces this process by a script of `LAUNCHERS`, in this Python's environment."""
     # By their interpreters: not every installer leaves files executable.
     interpreter = [sys.executable] if script.endswith(".py") else ["/usr/bin/env", "bash"]

@@ -47,8 +47,8 @@ def test_without_horovod_it_says_how_to_get_it():
         "sys.exit(main(['doctor', '--engine', 'horovod-gloo']))"
     )
     finished = processes.python(code)
-    assert finished.code == 0, finished.output
-    line = "horovod-gloo  not installed: launch/install_horovod.sh"
+    assert finished.code == 1, finished.output  # it was asked for
+    line = "horovod-gloo  not installed: `syncbn install-horovod` builds"
     assert line in finished.output
 
 

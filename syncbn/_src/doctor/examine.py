@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import sys
@@ -64,11 +65,19 @@ def describe_machine() -> dict[str, str]:
 
 def _keras_in_use() -> str:
     """Says which Keras `tf.keras` is."""
+    name, problem = _keras_and_problem()
+    if problem:  # with which each engine's layers would fail too, in more words
+        raise engines.Unusable("failed", problem, "")
+    return name
+
+
+@functools.cache  # TensorFlow does not try twice to import its Keras
+def _keras_and_problem() -> tuple[str, str]:
     try:
         from syncbn._src.keras_compat import keras_api
-    except ImportError as error:  # of which each engine's layers would only fail with more words
-        raise engines.Unusable("failed", str(error), "") from error
-    return "Keras 3" if keras_api.KERAS_3 else "tf_keras"
+    except ImportError as error:
+        return "", str(error)
+    return "Keras 3" if keras_api.KERAS_3 else "tf_keras", ""
 
 
 def try_out(engine: str, limit: float) -> Result:

@@ -6,6 +6,7 @@ set before TensorFlow was imported. Tried with Keras 3.15, and tf_keras 2.16 and
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 from typing import Any
@@ -20,18 +21,16 @@ def _asked_for_keras_2() -> bool:
     return os.environ.get("TF_USE_LEGACY_KERAS") in _ASKED_FOR_KERAS_2
 
 
-keras = tf.keras
-
-try:
-    KERAS_3 = hasattr(keras, "Variable")
-except ImportError as error:
-    if not _asked_for_keras_2():
-        raise
+if _asked_for_keras_2() and importlib.util.find_spec("tf_keras") is None:
     raise ImportError(
         "`tf.keras` cannot be Keras 2 without the package tf_keras. Received: "
         f"TF_USE_LEGACY_KERAS={os.environ['TF_USE_LEGACY_KERAS']}, and no tf_keras. "
         "Install it: pip install tf_keras; or unset the variable, for Keras 3."
-    ) from error
+    )
+
+keras = tf.keras
+
+KERAS_3 = hasattr(keras, "Variable")
 """Whether `tf.keras` is Keras 3; Keras 2 had no variables of its own."""
 
 
