@@ -47,7 +47,7 @@ def environment():
         source.mkdir()
         for file in "pyproject.toml", "README.md", "LICENSE":
             shutil.copy(processes.ROOT / file, source)
-        for files in "syncbn", "launch":
+        for files in "syncbn", "launch", "benchmarks":
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(processes.ROOT / files, source / files, symlinks=True, ignore=ignore)
         # By way of the source distribution, as packages are published. Nothing is downloaded.

@@ -114,7 +114,7 @@ def test_bench_is_listed_without_the_benchmarks(no_benchmarks, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["--help"])
     assert end.value.code == 0
-    assert "bench           time the layers" in capsys.readouterr().out
+    assert "bench          time the layers" in capsys.readouterr().out
 
 
 def test_bench_takes_the_benchmarks_of_its_checkout(tmp_path, capsys, monkeypatch):
