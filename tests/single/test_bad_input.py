@@ -170,6 +170,28 @@ def test_a_momentum_that_has_no_value_yet(make):
         tf.function(lambda momentum: make(momentum=momentum) and None)(tf.constant(0.9))
 
 
+@BOTH
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_an_empty_batch_of_a_convolution_on_cpus(make, activation):
+    layers = [keras.layers.Conv2D(4, 3, activation=activation), make()]
+    model = keras.Sequential([keras.Input((8, 8, 3)), *layers])
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 8, 8, 3])])
+    def step(x):
+        return model(x, training=True)
+
+    assert step(tf.ones([2, 8, 8, 3])).shape == (2, 6, 6, 4)
+    convolution = tf.function(layers[0], input_signature=[tf.TensorSpec([None, 8, 8, 3])])
+    try:
+        right = convolution(tf.ones([0, 8, 8, 3])).shape == (0, 6, 6, 4)
+    except tf.errors.InvalidArgumentError:
+        right = False
+    if right:
+        pytest.skip("TensorFlow's convolution is right here: no oneDNN, or a later one")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"oneDNN.*TF_ENABLE_ONEDNN_OPTS_to_0"):
+        step(tf.ones([0, 8, 8, 3]))
+
+
 @pytest.mark.parametrize("epsilon", [-0.1, float("nan")])
 def test_a_negative_epsilon(epsilon):
     with pytest.raises(ValueError, match=r"not be negative.*Received: epsilon="):
