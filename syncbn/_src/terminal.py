@@ -5,31 +5,33 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping
-from typing import Any
+
+from syncbn._src.communicators.launcher import launched
 
 BAD, DOUBTFUL, GOOD, HEADING = "bold red", "yellow", "green", "bold"
 """Styles of rich."""
 
 
-def show(thing: Any, styles: Mapping[str, str] | None = None, end: str = "\n") -> None:
-    """Prints something.
+def show(thing: object, styles: Mapping[str, str], end: str = "\n") -> None:
+    """Prints something, in the same words everywhere.
 
     Rich, which Keras 3 brings along, colors where the output is a terminal, and heeds ``NO_COLOR``
-    and ``TERM=dumb``. Pipes and files get ``str(thing)``, in lines of any length.
+    and ``TERM=dumb``.
 
     Args:
-        thing: What to print; on a terminal its ``__rich__``, if it has that.
-        styles: Of a thing without ``__rich__``: the styles of what regular expressions find in it.
+        thing: What to print.
+        styles: The styles of what regular expressions find in it.
         end: What follows it.
     """
-    if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
+    # A rank of Open MPI has a terminal of its own, wherever mpirun's output goes.
+    terminal = sys.stdout.isatty() and launched().processes == 1
+    if not terminal or importlib.util.find_spec("rich") is None:
         print(thing, end=end, flush=True)
         return
     from rich.console import Console
     from rich.text import Text
 
-    if not hasattr(thing, "__rich__"):
-        thing = Text(str(thing))  # whose brackets are no markup
-        for expression, style in (styles or {}).items():
-            thing.highlight_regex(expression, style)
-    Console(soft_wrap=True).print(thing, end=end, highlight=False)
+    text = Text(str(thing))  # whose brackets are no markup
+    for expression, style in styles.items():
+        text.highlight_regex(expression, style)
+    Console().print(text, end=end, highlight=False, soft_wrap=True)

@@ -19,6 +19,7 @@ FLOORS = {
     "syncbn._src.ops": 0,
     "syncbn._src.watchdog": 0,
     "syncbn._src.communicators.base": 0,
+    "syncbn._src.communicators.launcher": 0,
     "syncbn._src.communicators": 1,
     "syncbn._src.keras_compat": 1,
     "syncbn._src.layers": 2,

@@ -10,7 +10,7 @@ from syncbn._src.communicators.launcher import launched
 from syncbn._src.doctor import engines
 from syncbn._src.terminal import BAD, DOUBTFUL, GOOD, HEADING, show
 
-_STYLES = {r"^[\w ]+(?=  )": HEADING}
+_STYLES = {r"^\S.*?(?=  )": HEADING}
 _VERDICTS = {"^ok": GOOD, "^failed": BAD, "^not installed": DOUBTFUL}
 
 
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         for what, text in machine.items():
             show(f"{what:{width}}  {text}", _STYLES)
-        show("\nOn CPUs, between two replicas: an all-reduce, a training step, the latency")
+        show("\nOn CPUs, between two replicas: an all-reduce, a training step, the latency", {})
     results = []
     for engine in arguments.engine or engines.ENGINES:
         if not arguments.json:

@@ -9,10 +9,17 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from syncbn._src.named_functions import UsageError, named_function
-from syncbn._src.terminal import show
+from syncbn._src.terminal import DOUBTFUL, HEADING, show
 
 if TYPE_CHECKING:
     from syncbn._src.models.communication_report import LayerReport, Report
+
+_STYLES = {
+    r"^layer .*": HEADING,
+    r"(?m)^total .*": HEADING,
+    "not synchronized|not a layer of syncbn": DOUBTFUL,
+    r"(?m)^- .*": DOUBTFUL,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if first and arguments.json:
         print(json.dumps(_as_json(found), indent=2))
     elif first:
-        show(found)
+        show(found, _STYLES)
     return 0
 
 

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("diagnose needs one record of each rank. Received: several of one", file=sys.stderr)
         return 2
     show(_table(records), {"^rank .*": HEADING})
-    show(f"\n{_sentence(records)}")
+    show(f"\n{_sentence(records)}", {})
     return 0
 
 
