@@ -31,7 +31,9 @@
 #                            A rank that lets the others wait this long ends the job, under --mpi.
 #                            Under --gloo Horovod 0.28 does not notice; the layers' watchdog does.
 #
-# The exit code is horovodrun's: that of the rank that failed under --mpi, 1 under --gloo.
+# Each line of output has a mark of its rank: Horovod's under --gloo, `[0] line` under --mpi
+# (rank_lines.py). The exit code is horovodrun's: that of the rank that failed under --mpi, 1 under
+# --gloo.
 set -euo pipefail
 
 die() { echo "horovod.sh: $*" >&2; exit 1; }
@@ -84,4 +86,11 @@ export HOROVOD_CYCLE_TIME="${HOROVOD_CYCLE_TIME:-0.1}"
 stall=${SYNCBN_TIMEOUT_SECONDS:-600}
 export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-${stall%.*}}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-exec horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} "$here/share_cores.sh" "$command" "$@"
+marked=()
+if [ "$controller" = --mpi ]; then
+  # Its mpirun is Open MPI 4, which tags pieces of lines.
+  python=$(type -P python3) || die "python3 is required"
+  marked=("$python" "$here/rank_lines.py" '\[[0-9]+,([0-9]+)\]<std(?:out|err|diag)>:')
+fi
+exec "${marked[@]}" horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} \
+  "$here/share_cores.sh" "$command" "$@"

@@ -19,7 +19,7 @@ from tests import patience, processes
 
 LAUNCH = processes.ROOT / "launch"
 ARGUMENTS = ["a  b", "$(echo hi)", "`id`", '"q"', "it's", "*", "", "--help", "--"]
-# In one piece, as Horovod and its mpirun tag each piece.
+# In one piece, as Horovod over Gloo tags each piece.
 WRITE = "import sys; sys.stdout.write(f'arguments {sys.argv[1:]}\\n')"
 ECHO = [sys.executable, "-c", WRITE]
 VERSIONS = {
@@ -301,7 +301,7 @@ def test_horovod_returns_the_code_of_a_rank_under_mpi():
     )
     finished = launch("horovod.sh", "-np", "1", "--mpi", "--", "bash", "-c", show)
     assert finished.code == 7, finished.output
-    assert "[1,0]<stdout>:cycle 0.1, stall 600, cache as ever" in finished.output, finished.output
+    assert "[0] cycle 0.1, stall 600, cache as ever" in finished.output, finished.output
 
 
 def test_horovod_starts_horovodrun_with_the_users_environment_first(tmp_path):
