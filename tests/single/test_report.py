@@ -1,6 +1,7 @@
 """`syncbn.report`: what a model's layers send, and what that costs."""
 
 import io
+import json
 import math
 import time
 
@@ -10,6 +11,7 @@ import tensorflow as tf
 from rich.console import Console
 
 import syncbn
+from syncbn._src import cli
 from syncbn._src.models.communication_report import Payload, report
 from tests.keras import KERAS_3, keras
 
@@ -250,3 +252,46 @@ def test_it_is_made_between_steps():
 def test_an_unknown_engine_is_refused():
     with pytest.raises(ValueError, match="must be one of 'auto'"):
         report(sequential(syncbn.SyncBatchNormalization()), "nccl")
+
+
+HERE = "tests.single.test_report"
+
+
+def build_model():
+    return sequential(syncbn.SyncBatchNormalization(name="own"), keras.layers.BatchNormalization())
+
+
+def failing():
+    raise OSError("the disk is gone")
+
+
+def test_the_command_prints_the_report(capsys):
+    assert cli.main(["report", f"{HERE}:build_model"]) == 0
+    assert capsys.readouterr().out == f"{report(build_model())}\n"
+
+
+def test_the_command_prints_json(capsys):
+    assert cli.main(["report", f"{HERE}:build_model", "--json", "--communicator", "local"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    own, plain = found["layers"]
+    assert (own["name"], own["bytes"], own["collectives"]) == ("own", [88, 80], [1, 1])
+    assert own["forward"] == [{"elements": 11, "dtype": "float64"}]
+    assert plain["note"] == "not synchronized"
+    assert found["total"]["bytes"] == [88, 80]
+    assert (found["engine"], found["size"]) == ("local", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "traceback"),
+    [
+        (HERE, "given as module:function. Received: tests", False),
+        ("no_such:model", "There is no module no_such. Received: no_such:model, looked for", False),
+        (f"{HERE}:nobody", f"{HERE} has no function nobody", False),
+        (f"{HERE}:failing", "OSError: the disk is gone", True),
+    ],
+)
+def test_the_command_says_what_it_cannot_do(name, message, traceback, capsys):
+    assert cli.main(["report", name]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert ("Traceback" in error) == traceback
