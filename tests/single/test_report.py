@@ -258,7 +258,8 @@ HERE = "tests.single.test_report"
 
 
 def build_model():
-    return sequential(syncbn.SyncBatchNormalization(name="own"), keras.layers.BatchNormalization())
+    plain = keras.layers.BatchNormalization(name="plain")
+    return sequential(syncbn.SyncBatchNormalization(name="own"), plain)
 
 
 def failing():
