@@ -50,7 +50,8 @@ def environment():
         for files in "syncbn", "launch", "benchmarks":
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(processes.ROOT / files, source / files, symlinks=True, ignore=ignore)
-        # By way of the source distribution, as packages are published. Nothing is downloaded.
+        # By way of the source distribution, as packages are published. Nothing is downloaded: the
+        # tests' environment has setuptools, which Horovod needs.
         python("-c", "import setuptools.build_meta as b; b.build_sdist(r'..')", cwd=source)
         (archive,) = folder.glob("*.tar.gz")
         offline = ("--no-deps", "--no-index", "-q", "--disable-pip-version-check")

@@ -73,7 +73,7 @@ def test_a_mask_of_the_wrong_rank(make, shape):
 @pytest.mark.parametrize("shape", [(5, 3), (5,), (4, 2)])
 def test_a_mask_of_another_batch(make, shape):
     layer = make()
-    message = rf"leading dimensions.*mask shape {re.escape(str(shape))} for .*\(4, 3, 2\).*Give"
+    message = rf"leading dimensions.*mask shape {re.escape(str(shape))} for .*\(4, 3, 2\).*Pass"
     with pytest.raises(ValueError, match=message):
         layer(np.ones((4, 3, 2), "float32"), training=True, mask=np.ones(shape, bool))
 

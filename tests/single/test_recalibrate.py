@@ -524,7 +524,7 @@ class Looping(L.Layer):
             lambda: tf.data.Dataset.from_tensor_slices((BATCHES[0], BATCHES[0])),
             {"exact": True},
             ValueError,
-            r"must have batches. Received: single samples, of shape \(4,\)",
+            r"must consist of batches. Received: single samples, of shape \(4,\)",
         ),
         (iter(BATCHES), {"exact": True}, ValueError, "3 times. Received: an iterator"),
         (

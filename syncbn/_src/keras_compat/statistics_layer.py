@@ -74,10 +74,10 @@ class StatisticsLayer(keras.layers.Layer):
         """
         if self.weights and not len(store.keys()):
             raise ValueError(
-                f"{type(self).__name__} needs its own weights in a file of Keras, which are found "
-                f"by the classes of layers. Received: none for {self.name}. If the file is that of "
-                "a model with plain BatchNormalization, load it into such a model, and then call "
-                "syncbn.convert_sync_batchnorm(model); tf.train.Checkpoint needs no such detour."
+                "A file of Keras must have the weights of each layer, by the layer's class. "
+                f"Received: none for {self.name}, a {type(self).__name__}. If the file was saved "
+                "from a model with plain BatchNormalization, load it into such a model, and then "
+                "call syncbn.convert_sync_batchnorm(model). tf.train.Checkpoint needs no detour."
             )
         super().load_own_variables(store)
 

@@ -144,7 +144,7 @@ def _require_batch(model: Any, data: Any) -> None:
         for one, whole in zip(given, inputs, strict=True)
     ):
         raise ValueError(
-            "`dataset` must have batches. Received: single samples, of shape "
+            "`dataset` must consist of batches. Received: single samples, of shape "
             f"{', '.join(map(str, given))}, for inputs of shape {', '.join(map(str, inputs))}. "
             "Give dataset.batch(32)."
         )

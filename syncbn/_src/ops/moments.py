@@ -75,8 +75,8 @@ def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     if any(size not in (None, 1, whole) and whole is not None for size, whole in pairs):
         raise ValueError(
             "`mask` must have the sizes of the input's leading dimensions, such as batch and time. "
-            f"Received: mask shape {tuple(mask.shape)} for input shape {tuple(x.shape)}. Give the "
-            "mask of this very batch."
+            f"Received: mask shape {tuple(mask.shape)} for input shape {tuple(x.shape)}. Pass "
+            "the mask of this batch."
         )
     missing = rank - mask.shape.rank
     return tf.cast(mask, tf.bool)[(..., *[None] * (missing + 1))]
