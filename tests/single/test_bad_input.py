@@ -170,6 +170,22 @@ def test_a_momentum_that_has_no_value_yet(make):
         tf.function(lambda momentum: make(momentum=momentum) and None)(tf.constant(0.9))
 
 
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_keras_names_the_package_of_a_layer_that_it_does_not_know(tmp_path):
+    # Nothing of the package runs there, so this is all that a user is told; docs/sharp-bits.md
+    # says what to do.
+    model = keras.Sequential([keras.Input((3,)), syncbn.SyncBatchNormalization()])
+    file = str(tmp_path / ("model.keras" if KERAS_3 else "model.h5"))
+    model.save(file)
+    load = f"import tensorflow as tf; tf.keras.models.load_model({file!r})"
+    legacy = str(int(not KERAS_3))
+    finished = processes.python(load, TF_USE_LEGACY_KERAS=legacy)
+    assert finished.code != 0
+    assert "syncbn>SyncBatchNormalization" in finished.output, finished.output
+    finished = processes.python(f"import syncbn; {load}", TF_USE_LEGACY_KERAS=legacy)
+    assert finished.code == 0, finished.output
+
+
 @BOTH
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_an_empty_batch_of_a_convolution_on_cpus(make, activation):
