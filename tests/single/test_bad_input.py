@@ -79,6 +79,24 @@ def test_a_mask_of_another_batch(make, shape):
 
 
 @BOTH
+def test_a_mask_of_another_batch_where_a_graph_knows_no_sizes(make):
+    layer = make()
+    layer.build((None, None, 2))
+
+    @tf.function(
+        input_signature=[tf.TensorSpec([None, None, 2]), tf.TensorSpec([None] * 2, "bool")]
+    )
+    def step(x, mask):
+        return layer(x, training=True, mask=mask)
+
+    x = tf.ones([4, 3, 2])
+    for shape in (4, 3), (1, 3), (4, 1):  # those of one sample, or step, go for all
+        assert step(x, tf.ones(shape, "bool")).shape == x.shape
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must_have_the_sizes_of_its_input"):
+        step(x, tf.ones([5, 3], "bool"))
+
+
+@BOTH
 @pytest.mark.parametrize("axis", ["channels", 1.5, ["channels"], None])
 def test_an_axis_that_is_no_number(make, axis):
     message = rf"must be an integer.*Received: axis={re.escape(repr(axis))}.*axis=-1"

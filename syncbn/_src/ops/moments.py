@@ -61,7 +61,8 @@ def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
             static, it must be that of ``x`` minus one.
 
     Raises:
-        ValueError: a mask of another rank, or of other sizes, where these are static.
+        ValueError: a mask of another rank, or of other sizes, where these are static. Elsewhere
+            an operation fails that names the requirement.
     """
     mask, rank = tf.convert_to_tensor(mask), x.shape.rank - 1
     if mask.shape.rank is None:
@@ -71,13 +72,17 @@ def expand_mask(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
             "`mask` must have at least one dimension fewer than the input: it covers the leading "
             f"ones. Received: mask shape {tuple(mask.shape)} for input shape {tuple(x.shape)}."
         )
-    pairs = zip(mask.shape.as_list(), x.shape.as_list(), strict=False)
+    pairs = list(zip(mask.shape.as_list(), x.shape.as_list(), strict=False))
     if any(size not in (None, 1, whole) and whole is not None for size, whole in pairs):
         raise ValueError(
             "`mask` must have the sizes of the input's leading dimensions, such as batch and time. "
             f"Received: mask shape {tuple(mask.shape)} for input shape {tuple(x.shape)}. Pass "
             "the mask of this batch."
         )
+    if any(size != 1 and None in (size, whole) for size, whole in pairs):
+        # Where sizes differ, this operation fails, and says by its name what was required.
+        sizes = tf.shape(x)[: mask.shape.rank]
+        mask = tf.broadcast_to(mask, sizes, name="a_mask_must_have_the_sizes_of_its_input")
     missing = rank - mask.shape.rank
     return tf.cast(mask, tf.bool)[(..., *[None] * (missing + 1))]
 
