@@ -66,11 +66,12 @@ def test_the_gpu_image_is_the_cpu_image_but_for_what_it_says():
     assert tuple(filter(None, (as_cpu.get(word, word) for word in built))) in cpu
 
 
-def test_an_ssh_server_takes_keys_only():
+def test_an_ssh_server_takes_keys_only_and_forwards_nothing():
     lines = (ROOT / "docker/sshd.conf").read_text().splitlines()
     settings = dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
     for way in ("PasswordAuthentication", "KbdInteractiveAuthentication", "UsePAM"):
         assert settings[way] == "no"
+    assert settings["DisableForwarding"] == "yes"
     assert int(settings["Port"]) > 1024  # it does not run as root
 
 
@@ -86,3 +87,16 @@ def test_the_hosts_of_compose_share_an_image_a_key_and_a_closed_network():
     assert all(compose["networks"][name]["internal"] for name in one["networks"])
     assert one["volumes"] == [f"{volume}:ro" for volume in maker["volumes"]]
     assert maker["volumes"][0].split(":")[0] in compose["volumes"]
+
+
+def test_pods_do_not_run_as_root():
+    job = yaml.safe_load((ROOT / "launch/kubernetes-mpijob.yaml").read_text())
+    pods = job["spec"]["mpiReplicaSpecs"].values()
+    containers = [one for pod in pods for one in pod["template"]["spec"]["containers"]]
+    assert [one["name"] for one in containers] == ["launcher", "worker"]
+    for container in containers:
+        assert container["securityContext"] == {
+            "runAsUser": 1000,
+            "runAsNonRoot": True,
+            "allowPrivilegeEscalation": False,
+        }

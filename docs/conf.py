@@ -1,0 +1,102 @@
+"""The documentation site: Sphinx reads this. `make docs` builds it, offline, into build/docs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from typing import Any
+
+import latex2mathml.converter
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+import syncbn
+import syncbn.testing
+from syncbn._src import cli
+
+project = "syncbn"
+author = "the authors of syncbn"
+copyright = f"{author}; Apache 2.0"
+version = release = syncbn.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+exclude_patterns = ["migration"]
+templates_path = ["templates"]
+
+# The anchors of headings are those that forges make.
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # pages that begin with what they include
+
+# Public names are documented under the names that users import.
+for _module in syncbn, syncbn.training, syncbn.testing:
+    for _name in set(_module.__all__) - {"training"}:
+        getattr(_module, _name).__module__ = _module.__name__
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_inherit_docstrings = False
+autodoc_typehints = "none"
+autosummary_ignore_module_all = False
+default_role = "py:obj"
+# What is in this package has to be found; TensorFlow's and Keras' pages are elsewhere.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!syncbn\b).*")]
+
+html_theme = "pydata_sphinx_theme"
+html_title = "syncbn"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options = {
+    "navbar_align": "left",
+    "navigation_with_keys": False,
+    "show_prev_next": True,
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}
+html_sidebars = {"index": []}
+
+
+class CommandHelp(SphinxDirective):
+    """The help of each command of `python -m syncbn`, as it prints it."""
+
+    def run(self) -> list[nodes.Node]:
+        found: list[nodes.Node] = []
+        for command in cli._COMMANDS:
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+                cli.main([command, "--help"])
+            section = nodes.section(ids=[command])
+            section += nodes.title(text=command)
+            section += nodes.literal_block(text=printed.getvalue(), language="none")
+            found.append(section)
+        return found
+
+
+def render_math(app: Any, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
+    """Makes MathML of formulas in docstrings, which browsers show without any script."""
+
+    def displayed(match: re.Match[str]) -> str:
+        mathml = latex2mathml.converter.convert(match[1], display="block")
+        return f".. raw:: html\n\n   {mathml}"
+
+    def within(match: re.Match[str]) -> str:
+        return "``" + re.sub(r"\\mathrm{(.)}", r"\1", match[1]) + "``"
+
+    text = re.sub(r"\$\$(.+?)\$\$", displayed, "\n".join(lines))
+    lines[:] = re.sub(r"\$(.+?)\$", within, text).split("\n")
+
+
+def keep_numbered_links(app: Any, page: str, source: list[str]) -> None:
+    """Leaves links to anchors that a page makes itself, such as those of its footnotes, alone."""
+    source[0] = re.sub(r"\[(\d+)\]\(#\1\)", r'<a href="#\1">\1</a>', source[0])
+
+
+def setup(app: Any) -> None:
+    """Connects the above; Sphinx calls it."""
+    app.add_directive("commandhelp", CommandHelp)
+    app.connect("autodoc-process-docstring", render_math)
+    app.connect("source-read", keep_numbered_links)
