@@ -15,6 +15,14 @@ SCRIPTS = {script.name: script for script in documentation.scripts()}
 FIT = ["mirrored.py", "multiworker_job.py", "horovod_job.py", "mpi_job.py", "join.py", "warmup.py"]
 LOOPS = ["horovod_loop.py", "mpi_loop.py", "nested_job.py"]
 
+# Of docstrings, those that need a job.
+EXAMPLES = """
+import sys
+from tests import docstrings
+for name in docstrings.IN_A_JOB["horovod" if "horovod.tensorflow" in sys.modules else "mpi"]:
+    print(name, docstrings.run_examples(name))
+"""
+
 
 def jobs():
     """The scripts of each launch, by engine and Keras."""
@@ -24,6 +32,8 @@ def jobs():
         found.setdefault((script.engine, script.keras_2, alone), []).append(script)
     # What is to run with both.
     found["horovod", True, ""].append(SCRIPTS["horovod_after.py"])
+    for engine in "horovod", "mpi":
+        found[engine, False, ""].append(documentation.Script(f"{engine}_names.py", EXAMPLES, ""))
     return found
 
 
@@ -43,8 +53,9 @@ def command(engine, *arguments):
 @pytest.mark.parametrize(("engine", "keras_2", "alone"), JOBS)
 def test_the_scripts_of_the_pages_run(engine, keras_2, alone, tmp_path):
     scripts = JOBS[engine, keras_2, alone]
-    # A process that splits its CPU does so before it computes.
-    scripts = sorted(scripts, key=lambda one: "set_logical_device" not in one.text)
+    # A process that splits its CPU does so before it computes, and initializes Horovod once.
+    first = "set_logical_device", "init_horovod()"
+    scripts = sorted(scripts, key=lambda one: [words not in one.text for words in first])
     for script in scripts:
         (tmp_path / script.name).write_text(script.text)
     for path in documentation.SCRIPTS.glob("*.py"):
@@ -78,6 +89,9 @@ def check(name, printed, folder):
         assert "[-1.  1. -1.  1.]\n[-1.18 -0.78  0.78  1.18]" in printed[0]
     elif name == "layers_page.py":
         assert printed == [""]
+    elif name.endswith("_names.py"):
+        assert printed[0]
+        assert printed[0] == printed[1]
     else:
         assert_learned(name, printed, folder)
 

@@ -9,6 +9,7 @@ in which TensorFlow is imported and has not started: a process has one MirroredS
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import runpy
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-import syncbn  # noqa: F401  so that it is imported once for all
+import syncbn
 
 
 def rank():
@@ -60,6 +61,9 @@ def run_in_a_process_of_its_own(script, folder):
         sys.stderr.flush()
         os._exit(code)  # not what the parent has registered to be done at its end
 
+
+# Each script initializes Horovod, as it would alone; the process they share does so once.
+syncbn.training.init_horovod = functools.cache(syncbn.training.init_horovod)
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--fork", action="store_true")

@@ -51,7 +51,13 @@ class LayerReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `report` returns; printed, a table."""
+    """What `report` returns; printed, a table.
+
+    Example:
+        >>> conversion = syncbn.convert_sync_batchnorm(model)
+        >>> [(layer.name, layer.channels) for layer in syncbn.report(model).layers]
+        [('normalization', 4)]
+    """
 
     layers: tuple[LayerReport, ...]
     engine: str | None = None
@@ -131,6 +137,11 @@ def report(model: Any, communicator: str | Communicator | None = None) -> Report
 
     Raises:
         RuntimeError: with a communicator, in a graph or replica; and see `syncbn.resolve`.
+
+    Example:
+        >>> conversion = syncbn.convert_sync_batchnorm(model)
+        >>> syncbn.report(model).total.collectives  # forward, and backward
+        (1, 1)
     """
     job = None if communicator is None else job_of(model, communicator)
     rows = [_layer_report(name, layer, job) for name, layer in all_normalizations(model).items()]

@@ -61,6 +61,10 @@ def convert_sync_batchnorm(
         ValueError: the model is not built, a value that `SyncBatchNormalization` does not take.
         RuntimeError: in a graph or function, or in the scope of another strategy. After any of
             these errors the model is unchanged.
+
+    Example:
+        >>> print(syncbn.convert_sync_batchnorm(model))
+        classifier: 1 of 1 normalizations converted
     """
     taken = _arguments(SyncBatchNormalization) - _arguments(PLAIN_BATCH_NORMALIZATION)
     taken = {name for name in taken if not name.startswith("renorm")} | {"momentum"}
@@ -99,6 +103,11 @@ def revert_sync_batchnorm(model: Any) -> Conversion:
 
     Raises:
         TypeError, ValueError, RuntimeError: as for `convert_sync_batchnorm`.
+
+    Example:
+        >>> conversion = syncbn.convert_sync_batchnorm(model)
+        >>> print(syncbn.revert_sync_batchnorm(model))
+        classifier: 1 of 1 normalizations converted
     """
 
     def why_not(name: str, layer: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Exact population statistics for the normalizations of a model."""
+"""Population statistics for the normalizations of a model, exact if need be."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def recalibrate(
     steps: int | None = None,
     verbose: int | str = "auto",
 ) -> None:
-    """Sets the moving statistics of a model to those of a whole dataset ("precise BN").
+    """Sets the moving statistics of a model by a pass over a dataset ("precise BN").
 
     Moving averages remember only the last batches, as seen with older weights. After the weights
     have changed otherwise than by training (averaged as in SWA and EMA, pruned, rounded), or before
@@ -85,6 +85,13 @@ def recalibrate(
         After any of these the model is unchanged, on all workers.
 
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.
+
+    Example:
+        >>> dataset = tf.data.Dataset.from_tensor_slices(x).batch(4)
+        >>> syncbn.recalibrate(model, dataset, exact=True, verbose=0)
+        >>> mean, variance, _ = syncbn.moving_statistics(model)["normalization"]
+        >>> np.allclose(mean, x.mean(0), atol=1e-6)
+        True
     """
     workers = job_of(model, communicator).workers()
     before, layers = moving_statistics(model), normalizations(model)

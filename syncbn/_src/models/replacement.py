@@ -20,7 +20,13 @@ from syncbn._src.models.statistics import all_normalizations, uncalled
 
 
 class Conversion(NamedTuple):
-    """The result of a conversion. It prints as a short text."""
+    """The result of a conversion. It prints as a short text.
+
+    Example:
+        >>> conversion = syncbn.convert_sync_batchnorm(model)
+        >>> conversion.converted, conversion.unchanged
+        (('normalization',), {})
+    """
 
     model: Any
     """The model that was given, changed."""

@@ -62,6 +62,12 @@ def join(
             some workers give ``sample_weight`` and others do not.
         RuntimeError: the call is made in a graph; MPI is not initialized for several threads; and
             see `syncbn.resolve`.
+
+    Example:
+        >>> data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+        >>> joined = syncbn.training.join(data, sample_weight=True)
+        >>> print(*(part.shape for part in next(iter(joined))))
+        (4, 4) (4, 1) (4,)
     """
     if not isinstance(dataset, tf.data.Dataset):
         raise TypeError(f"`dataset` must be a tf.data.Dataset. Received: dataset={dataset!r}.")
