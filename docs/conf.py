@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import latex2mathml.converter
@@ -22,6 +24,19 @@ version = release = syncbn.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 exclude_patterns = ["migration"]
+
+ROOT = Path(__file__).resolve().parent.parent
+# The pages of what lies beside docs/.
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CODE_OF_CONDUCT.md": "conduct.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "docker/README.md": "containers.md",
+    "launch/README.md": "launchers.md",
+}
+
 templates_path = ["templates"]
 
 # The anchors of headings are those that forges make.
@@ -90,13 +105,33 @@ def render_math(app: Any, what: str, name: str, of: Any, options: Any, lines: li
     lines[:] = re.sub(r"\$(.+?)\$", within, text).split("\n")
 
 
-def keep_numbered_links(app: Any, page: str, source: list[str]) -> None:
-    """Leaves links to anchors that a page makes itself, such as those of its footnotes, alone."""
+def resolve_links(app: Any, page: str, source: list[str]) -> None:
+    """Puts the files that a page includes into it, and makes links lead to pages of the site.
+
+    In the repository pages link to files, such as ``../CONTRIBUTING.md``.
+    """
+    source[0] = links_of_the_site(source[0], "docs")
+    source[0] = re.sub(
+        r"```{include} \.\./(\S+)\n```",
+        lambda match: links_of_the_site((ROOT / match[1]).read_text(), str(Path(match[1]).parent)),
+        source[0],
+    )
+    # To anchors that a page makes itself, as for what its tables refer to.
     source[0] = re.sub(r"\[(\d+)\]\(#\1\)", r'<a href="#\1">\1</a>', source[0])
+
+
+def links_of_the_site(text: str, folder: str) -> str:
+    """Returns the text of a file in ``folder`` with its links as a page in docs/ has them."""
+
+    def resolved(match: re.Match[str]) -> str:
+        path = os.path.normpath(os.path.join(folder, match[1]))
+        return f"]({PAGES.get(path, os.path.relpath(path, 'docs'))}"
+
+    return re.sub(r"\]\(([\w./-]+)(?=[)#])", resolved, text)
 
 
 def setup(app: Any) -> None:
     """Connects the above; Sphinx calls it."""
     app.add_directive("commandhelp", CommandHelp)
     app.connect("autodoc-process-docstring", render_math)
-    app.connect("source-read", keep_numbered_links)
+    app.connect("source-read", resolve_links)

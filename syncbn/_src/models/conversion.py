@@ -29,9 +29,9 @@ def convert_sync_batchnorm(
     Each `BatchNormalization` of Keras, ``synchronized=True`` or not, and each
     `SyncBatchNormalization` of tf_keras and Horovod becomes a `syncbn.SyncBatchNormalization`, in
     place: it is the same object as before, with its name and weights, and references to it stay
-        valid. So this works for any kind of model, for shared, nested and wrapped layers, and a
-        compiled model continues to train with its optimizer. On one replica outputs and moving
-        statistics are those of the original layers.
+    valid. So this works for any kind of model, for shared, nested and wrapped layers, and a
+    compiled model continues to train with its optimizer. On one replica outputs and moving
+    statistics are those of the original layers.
 
     A subclass of `BatchNormalization` is converted only if it defines nothing but its constructor
     and its config. Layers that are not built are left unchanged. Only layers that Keras tracks are
