@@ -113,10 +113,9 @@ coverage: $(VENV)/.coverage
 	  $(abspath $(python)) -m coverage report --data-file=data --rcfile=$(CURDIR)/pyproject.toml
 
 dist: $(python) pyproject.toml
-	$(install) 'build>=1.2' 'twine>=6'
+	$(install) 'build>=1.2'
 	rm -rf $(BUILD)/dist
 	$(python) -m build --outdir $(BUILD)/dist
-	$(python) -m twine check --strict $(BUILD)/dist/*
 
 docker-test:
 	docker/test.sh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -46,15 +47,25 @@ suppress_warnings = ["myst.header"]  # pages that begin with what they include
 # Public names are documented under the names that users import.
 for _module in syncbn, syncbn.training, syncbn.testing:
     for _name in set(_module.__all__) - {"training"}:
-        getattr(_module, _name).__module__ = _module.__name__
+        _public = getattr(_module, _name)
+        _public.__module__ = _module.__name__
+        if "__init__" in vars(_public) and not hasattr(_public, "_fields"):
+            # What Keras' metaclass shows has no names of arguments.
+            _signature = inspect.signature(_public.__init__)
+            _public.__signature__ = _signature.replace(
+                parameters=list(_signature.parameters.values())[1:]
+            )
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False
-autodoc_typehints = "none"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
 autosummary_ignore_module_all = False
 default_role = "py:obj"
 # What is in this package has to be found; TensorFlow's and Keras' pages are elsewhere.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!syncbn\b).*")]
+nitpick_ignore_regex = [("py:.*", r"(?!syncbn\.(?!_src)).*")]
+
+toc_object_entries = False
 
 html_theme = "pydata_sphinx_theme"
 html_title = "syncbn"
@@ -79,6 +90,7 @@ class CommandHelp(SphinxDirective):
     """The help of each command of `python -m syncbn`, as it prints it."""
 
     def run(self) -> list[nodes.Node]:
+        os.environ["COLUMNS"] = "100"  # of what argparse prints
         found: list[nodes.Node] = []
         for command in cli._COMMANDS:
             printed = io.StringIO()

@@ -4,7 +4,6 @@ horovodrun -np 2 python horovod_after.py FOLDER
 """
 
 import sys
-from pathlib import Path
 
 import horovod.tensorflow as hvd
 import tensorflow as tf
@@ -49,8 +48,15 @@ callbacks = [
     tf.keras.callbacks.EarlyStopping(patience=4),
 ]
 if hvd.rank() == 0:
-    folder = Path(sys.argv[1])
-    best = tf.keras.callbacks.ModelCheckpoint(folder / "best.keras", save_best_only=True)
-    callbacks += [best, tf.keras.callbacks.TensorBoard(folder / "logs")]
+    folder = sys.argv[1]
+    best = tf.keras.callbacks.ModelCheckpoint(f"{folder}/best.keras", save_best_only=True)
+    callbacks += [best, tf.keras.callbacks.TensorBoard(f"{folder}/logs")]
 verbose = 2 if hvd.rank() == 0 else 0
-model.fit(training, validation_data=validation, epochs=4, callbacks=callbacks, verbose=verbose)
+model.fit(
+    training,
+    validation_data=validation,
+    epochs=4,
+    shuffle=False,  # the dataset does
+    callbacks=callbacks,
+    verbose=verbose,
+)

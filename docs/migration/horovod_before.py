@@ -4,7 +4,6 @@ TF_USE_LEGACY_KERAS=1 horovodrun -np 2 python horovod_before.py FOLDER
 """
 
 import sys
-from pathlib import Path
 
 import horovod.tensorflow
 import horovod.tensorflow.keras as hvd
@@ -27,7 +26,7 @@ layers = tf.keras.layers
 model = tf.keras.Sequential([tf.keras.Input((8, 8, 1))])
 for filters in 8, 16:
     model.add(layers.Conv2D(filters, 3, strides=2, padding="same", use_bias=False))
-    model.add(horovod.tensorflow.SyncBatchNormalization(momentum=0.9, dtype="float32"))
+    model.add(horovod.tensorflow.SyncBatchNormalization(momentum=0.9, name=f"bn_{filters}"))
     model.add(layers.ReLU())
 model.add(layers.Flatten())
 model.add(layers.Dense(3, dtype="float32"))
@@ -36,15 +35,24 @@ model.compile(
     tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     metrics=["accuracy"],
 )
+average_metrics = hvd.callbacks.MetricAverageCallback()
+average_metrics.backend = tf.keras.backend  # Horovod takes that of Keras 3, where there is one
 callbacks = [
     hvd.callbacks.BroadcastGlobalVariablesCallback(0),
-    hvd.callbacks.MetricAverageCallback(),
+    average_metrics,
     tf.keras.callbacks.ReduceLROnPlateau(patience=2),
     tf.keras.callbacks.EarlyStopping(patience=4),
 ]
 if hvd.rank() == 0:
-    folder = Path(sys.argv[1])
-    best = tf.keras.callbacks.ModelCheckpoint(folder / "best.keras", save_best_only=True)
-    callbacks += [best, tf.keras.callbacks.TensorBoard(folder / "logs")]
+    folder = sys.argv[1]
+    best = tf.keras.callbacks.ModelCheckpoint(f"{folder}/best.keras", save_best_only=True)
+    callbacks += [best, tf.keras.callbacks.TensorBoard(f"{folder}/logs")]
 verbose = 2 if hvd.rank() == 0 else 0
-model.fit(training, validation_data=validation, epochs=4, callbacks=callbacks, verbose=verbose)
+model.fit(
+    training,
+    validation_data=validation,
+    epochs=4,
+    shuffle=False,  # the dataset does
+    callbacks=callbacks,
+    verbose=verbose,
+)

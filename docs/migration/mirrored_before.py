@@ -1,12 +1,11 @@
 """Keras 3's own synchronized layer under MirroredStrategy: python mirrored_before.py FOLDER."""
 
 import sys
-from pathlib import Path
 
 import tensorflow as tf
 from images import load_images
 
-folder = Path(sys.argv[1])
+folder = sys.argv[1]
 gpus = tf.config.list_physical_devices("GPU")
 if not gpus:  # to try it: two CPU devices
     cpu = tf.config.list_physical_devices("CPU")[0]
@@ -37,7 +36,14 @@ with strategy.scope():
 callbacks = [
     tf.keras.callbacks.ReduceLROnPlateau(patience=2),
     tf.keras.callbacks.EarlyStopping(patience=4, restore_best_weights=True),
-    tf.keras.callbacks.ModelCheckpoint(folder / "best.keras", save_best_only=True),
-    tf.keras.callbacks.TensorBoard(folder / "logs"),
+    tf.keras.callbacks.ModelCheckpoint(f"{folder}/best.keras", save_best_only=True),
+    tf.keras.callbacks.TensorBoard(f"{folder}/logs"),
 ]
-model.fit(training, validation_data=validation, epochs=4, callbacks=callbacks, verbose=2)
+model.fit(
+    training,
+    validation_data=validation,
+    epochs=4,
+    shuffle=False,  # the dataset does
+    callbacks=callbacks,
+    verbose=2,
+)

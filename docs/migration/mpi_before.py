@@ -1,7 +1,6 @@
 """One process on one device: python mpi_before.py FOLDER."""
 
 import sys
-from pathlib import Path
 
 import tensorflow as tf
 from images import load_images
@@ -26,11 +25,18 @@ model.compile(
     tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     metrics=["accuracy"],
 )
-folder = Path(sys.argv[1])
+folder = sys.argv[1]
 callbacks = [
     tf.keras.callbacks.ReduceLROnPlateau(patience=2),
     tf.keras.callbacks.EarlyStopping(patience=4),
-    tf.keras.callbacks.ModelCheckpoint(folder / "best.keras", save_best_only=True),
-    tf.keras.callbacks.TensorBoard(folder / "logs"),
+    tf.keras.callbacks.ModelCheckpoint(f"{folder}/best.keras", save_best_only=True),
+    tf.keras.callbacks.TensorBoard(f"{folder}/logs"),
 ]
-model.fit(training, validation_data=validation, epochs=4, callbacks=callbacks, verbose=2)
+model.fit(
+    training,
+    validation_data=validation,
+    epochs=4,
+    shuffle=False,  # the dataset does
+    callbacks=callbacks,
+    verbose=2,
+)

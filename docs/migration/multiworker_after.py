@@ -5,7 +5,6 @@ launch/multiworker.py --workers 2 -- python multiworker_after.py FOLDER
 
 import sys
 import tempfile
-from pathlib import Path
 
 import tensorflow as tf
 from images import load_images
@@ -46,13 +45,20 @@ with strategy.scope():
         metrics=["accuracy"],
     )
 # Saving is collective: all workers save, and rank 0 to where it counts.
-folder = Path(sys.argv[1] if rank == 0 else tempfile.mkdtemp())
+folder = sys.argv[1] if rank == 0 else tempfile.mkdtemp()
 callbacks = [
     tf.keras.callbacks.ReduceLROnPlateau(patience=2),
     tf.keras.callbacks.EarlyStopping(patience=4),
-    tf.keras.callbacks.ModelCheckpoint(folder / "best.keras", save_best_only=True),
+    tf.keras.callbacks.ModelCheckpoint(f"{folder}/best.keras", save_best_only=True),
 ]
 if rank == 0:
-    callbacks.append(tf.keras.callbacks.TensorBoard(folder / "logs"))
+    callbacks.append(tf.keras.callbacks.TensorBoard(f"{folder}/logs"))
 verbose = 2 if rank == 0 else 0
-model.fit(training, validation_data=validation, epochs=4, callbacks=callbacks, verbose=verbose)
+model.fit(
+    training,
+    validation_data=validation,
+    epochs=4,
+    shuffle=False,  # the dataset does
+    callbacks=callbacks,
+    verbose=verbose,
+)

@@ -87,6 +87,7 @@ def check(name, printed, folder):
         assert "52 of 52 normalizations converted" in printed[0]
     elif name == "start_page.py":
         assert "[-1.  1. -1.  1.]\n[-1.18 -0.78  0.78  1.18]" in printed[0]
+        assert "1 of 1 normalizations converted" in printed[0]
     elif name == "layers_page.py":
         assert printed == [""]
     elif name.endswith("_names.py"):

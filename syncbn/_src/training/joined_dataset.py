@@ -23,7 +23,7 @@ def join(
     *,
     sample_weight: bool = False,
 ) -> tf.data.Dataset:
-    """Lets workers have different numbers of batches: one that runs out goes on with empty ones.
+    """Lets workers have different numbers of batches: one that runs out continues with empty ones.
 
     The dataset of every worker becomes as long as the longest. No worker waits for one that has
     ended, nothing is dropped, and synchronized layers see the batches that exist. All workers make
