@@ -155,6 +155,11 @@ class AverageMetrics(WorkerCallback):
     Args:
         communicator: As for `syncbn.SyncBatchNormalization`.
 
+    Raises:
+        ValueError, TypeError: no such communicator.
+        RuntimeError: in training: workers have other learning rates than others; and see
+            `syncbn.resolve`.
+
     Example:
         >>> callbacks = [syncbn.training.BroadcastVariables(), syncbn.training.AverageMetrics()]
         >>> history = model.fit(x, y, callbacks=callbacks, verbose=0)
