@@ -44,12 +44,15 @@ templates_path = ["templates"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # pages that begin with what they include
 
-# Public names are documented under the names that users import.
+# Public names by where they are defined, and so by what annotations refer to.
+PUBLIC = {}
 for _module in syncbn, syncbn.training, syncbn.testing:
     for _name in set(_module.__all__) - {"training"}:
         _public = getattr(_module, _name)
-        _public.__module__ = _module.__name__
-        if "__init__" in vars(_public) and not hasattr(_public, "_fields"):
+        PUBLIC[f"{_public.__module__}.{_name}"] = f"{_module.__name__}.{_name}"
+        if getattr(_public, "_is_protocol", False):
+            _public.__signature__ = inspect.Signature()
+        elif "__init__" in vars(_public) and not hasattr(_public, "_fields"):
             # What Keras' metaclass shows has no names of arguments.
             _signature = inspect.signature(_public.__init__)
             _public.__signature__ = _signature.replace(
@@ -117,6 +120,15 @@ def render_math(app: Any, what: str, name: str, of: Any, options: Any, lines: li
     lines[:] = re.sub(r"\$(.+?)\$", within, text).split("\n")
 
 
+def resolve_public_names(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """Links a name that is defined in a private module to its public page."""
+    public = PUBLIC.get(node["reftarget"])
+    if node["refdomain"] != "py" or public is None:
+        return None
+    python = env.get_domain("py")
+    return python.resolve_xref(env, node["refdoc"], app.builder, "obj", public, node, content)
+
+
 def resolve_links(app: Any, page: str, source: list[str]) -> None:
     """Puts the files that a page includes into it, and makes links lead to pages of the site.
 
@@ -146,4 +158,5 @@ def setup(app: Any) -> None:
     """Connects the above; Sphinx calls it."""
     app.add_directive("commandhelp", CommandHelp)
     app.connect("autodoc-process-docstring", render_math)
+    app.connect("missing-reference", resolve_public_names)
     app.connect("source-read", resolve_links)

@@ -36,7 +36,7 @@ class Communicator(Protocol):
     """
 
     name: str
-    """One of the names that ``communicator=`` takes: all that a saved or cloned layer keeps."""
+    """One of the names that ``communicator=`` takes, and all that a saved or cloned layer keeps."""
 
     supports_jit: bool
     """Whether XLA can compile a function that contains an `all_reduce_sum`."""

@@ -60,11 +60,13 @@ class Report(NamedTuple):
     """
 
     layers: tuple[LayerReport, ...]
+    """The normalizations of the model, in its order."""
     engine: str | None = None
     """The name of the communicator that was measured, if any."""
     size: int | None = None
     """The number of replicas that it joins."""
     advice: tuple[str, ...] = ()
+    """What to change, if there is something."""
     settings: str = ""
     """Horovod's settings for small messages, where it was measured."""
     watchdog: str = ""

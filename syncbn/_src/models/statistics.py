@@ -26,6 +26,7 @@ class MovingStatistics(NamedTuple):
     """
 
     mean: Any = None
+    """The moving mean."""
     variance: Any = None
     """Of a batch normalization; `SyncCentering` has none."""
     count: Any = None  # (also a method of tuples, of another type)

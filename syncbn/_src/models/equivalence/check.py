@@ -36,8 +36,8 @@ class Equivalence:
 
     replicas: int
     rows: list[Row]
-    """Each array of each quantity: how far it is from that on one replica, and whether that is
-    within the tolerance."""
+    """How far each array of each quantity is from that on one replica, and whether that is within
+    the tolerance."""
     advice: list[str]
     """What is probably wrong, and what was not checked."""
 
