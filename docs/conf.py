@@ -83,8 +83,8 @@ html_theme_options = {
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],
-    "pygments_light_style": "a11y-high-contrast-light",
-    "pygments_dark_style": "a11y-high-contrast-dark",
+    "pygments_light_style": "tango",
+    "pygments_dark_style": "github-dark",
 }
 html_sidebars = {"index": []}
 
@@ -154,9 +154,19 @@ def links_of_the_site(text: str, folder: str) -> str:
     return re.sub(r"\]\(([\w./-]+)(?=[)#])", resolved, text)
 
 
+def leave_out_paths(app: Any, document: Any) -> None:
+    """Leaves out the lines of differences in which Sphinx names files by their absolute paths."""
+    for block in document.findall(nodes.literal_block):
+        lines = block.rawsource.splitlines(keepends=True)
+        if block.get("language") == "udiff" and lines[0].startswith("--- "):
+            text = "".join(lines[2:])
+            block.replace_self(nodes.literal_block(text, text, language="diff"))
+
+
 def setup(app: Any) -> None:
     """Connects the above; Sphinx calls it."""
     app.add_directive("commandhelp", CommandHelp)
     app.connect("autodoc-process-docstring", render_math)
+    app.connect("doctree-read", leave_out_paths)
     app.connect("missing-reference", resolve_public_names)
     app.connect("source-read", resolve_links)
