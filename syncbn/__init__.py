@@ -12,6 +12,7 @@ from syncbn._src.communicators.resolution import resolve
 from syncbn._src.communicators.tf_distribute import DistributeCommunicator
 from syncbn._src.layers.sync_batch_normalization import SyncBatchNormalization
 from syncbn._src.layers.sync_centering import SyncCentering
+from syncbn._src.models.advice import Advice, advise
 from syncbn._src.models.agreement import assert_synchronized
 from syncbn._src.models.communication_report import Report, report
 from syncbn._src.models.conversion import Conversion, convert_sync_batchnorm, revert_sync_batchnorm
@@ -25,6 +26,7 @@ from syncbn._src.models.statistics import (
 from syncbn._src.watchdog.exits import install as _watch_exits
 
 __all__ = [
+    "Advice",
     "Communicator",
     "Conversion",
     "DistributeCommunicator",
@@ -36,6 +38,7 @@ __all__ = [
     "Report",
     "SyncBatchNormalization",
     "SyncCentering",
+    "advise",
     "assert_synchronized",
     "check_equivalence",
     "convert_sync_batchnorm",

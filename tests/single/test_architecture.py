@@ -45,6 +45,7 @@ def imports():
 
 def test_the_public_names():
     assert sorted(syncbn.__all__) == [
+        "Advice",
         "Communicator",
         "Conversion",
         "DistributeCommunicator",
@@ -56,6 +57,7 @@ def test_the_public_names():
         "Report",
         "SyncBatchNormalization",
         "SyncCentering",
+        "advise",
         "assert_synchronized",
         "check_equivalence",
         "convert_sync_batchnorm",
