@@ -81,7 +81,8 @@ class Observer:
 
         Raises:
             NotImplementedError: a layer is called in a loop or branch of the model's graph.
-            tf.errors.InvalidArgumentError: what a layer sees cannot be shared among the replicas.
+            ValueError, tf.errors.InvalidArgumentError: what a layer sees cannot be shared among
+                the replicas.
         """
         return self.observe(self.inputs(batch), seen)
 
@@ -221,14 +222,19 @@ def _moments(layer: Any, inputs: tf.Tensor, mask: Any, replicas: int | None) -> 
 
 def _of_replicas(batch: tf.Tensor, replicas: int, name: str) -> tf.Tensor:
     """Returns ``(replicas, rows, ...)`` of ``(replicas * rows, ...)``."""
-    shape = tf.shape(batch)
-    tf.debugging.assert_equal(
-        shape[0] % replicas,
-        0,
-        f"What {name} sees cannot be shared among replicas: its first dimension is no multiple of "
-        f"{replicas}, as that of the model's inputs is.",
+    error = (
+        f"What {name} sees cannot be shared among {replicas} replicas: its first dimension is no "
+        "multiple of that, as the first dimension of the model's inputs is."
     )
-    split = tf.concat([[replicas, shape[0] // replicas], shape[1:]], 0)
+    shape = tf.shape(batch)
+    if batch.shape[0] is not None:
+        if batch.shape[0] % replicas:
+            raise ValueError(f"{error} Received: {batch.shape[0]}.")
+        known = []
+    else:
+        known = [tf.debugging.assert_equal(shape[0] % replicas, 0, error)]
+    with tf.control_dependencies(known):
+        split = tf.concat([[replicas, shape[0] // replicas], shape[1:]], 0)
     return tf.ensure_shape(tf.reshape(batch, split), [replicas, None, *batch.shape[1:]])
 
 

@@ -1,0 +1,197 @@
+"""What becomes of models that follow `syncbn.advise`, and what the tolerance rests on.
+
+    python -m benchmarks.studies.advised_training [--seeds N] [--part replicas|sizes]
+
+Two tasks with data that scikit-learn has: the digits, and the rotation of patches of its two
+photographs (Gidaris et al., "Unsupervised representation learning by predicting image rotations",
+2018). Networks that end at one pixel, at 2 x 2 or at 4 x 4.
+
+- ``replicas``: eight replicas of two images under MirroredStrategy, with all normalizations plain,
+  all synchronized, and as advised before training.
+- ``sizes``: one replica, with as many virtual batches as there are groups of such replicas. This is
+  the same arithmetic, and faster: the accuracy over the size of groups, next to the error of the
+  worst layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+from sklearn.datasets import load_digits, load_sample_images
+from sklearn.model_selection import train_test_split
+
+import syncbn
+
+REPLICAS, SAMPLES = 8, 2
+EPOCHS = {"digits": 16, "photos": 12}
+PATCH, STRIDE = 32, 16
+
+
+def digits():
+    """Returns images, digits: those to train on, and those to test with."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
+    return _split(images, labels)
+
+
+def photos():
+    """Returns rotated patches of two photographs, and how often each was turned by 90 degrees.
+
+    The test patches come from the right of each photograph, which no other patch shows.
+    """
+    parts = []
+    for sides in (slice(0, 416), slice(432, None)):
+        patches = []
+        for photo in load_sample_images().images:
+            part = photo[:, sides].astype("float32") / 255
+            grid = np.lib.stride_tricks.sliding_window_view(part, (PATCH, PATCH), (0, 1))
+            patches.append(
+                np.moveaxis(grid[::STRIDE, ::STRIDE], 2, -1).reshape(-1, PATCH, PATCH, 3)
+            )
+        together = np.concatenate(patches)
+        turns = np.random.default_rng(0).integers(4, size=len(together))
+        turned = [np.rot90(patch, turn) for patch, turn in zip(together, turns, strict=True)]
+        parts.append((np.stack(turned), turns))
+    return parts
+
+
+def _split(images, labels):
+    x, x_test, y, y_test = train_test_split(
+        images, labels, train_size=1280, test_size=512, stratify=labels, random_state=0
+    )
+    return (x, y), (x_test, y_test)
+
+
+DATA = {"digits": digits, "photos": photos}
+
+
+def build(task, pixels, normalization):
+    """Returns a network that comes down to so many pixels a side."""
+    size = {"digits": 8, "photos": PATCH}[task]
+    halvings = (size // pixels).bit_length() - 1
+    depth = {"digits": 3, "photos": 5}[task]
+    layers = tf.keras.layers
+    model = tf.keras.Sequential([tf.keras.Input((size, size, {"digits": 1, "photos": 3}[task]))])
+    for block in range(depth):
+        filters, strides = min(16 * 2**block, 64), 2 if block < halvings else 1
+        model.add(layers.Conv2D(filters, 3, strides, padding="same", use_bias=False))
+        model.add(normalization(momentum=0.9, name=f"norm_{block}"))
+        model.add(layers.Activation("swish"))
+    model.add(layers.GlobalAveragePooling2D() if task == "photos" else layers.Flatten())
+    model.add(layers.Dense({"digits": 10, "photos": 4}[task]))
+    return model
+
+
+def trained(task, seed, model, parts, **compiled):
+    """Trains a model; returns test loss, test accuracy in percent, and the seconds of a step."""
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(tf.keras.optimizers.SGD(0.1, 0.9), loss, metrics=["accuracy"], **compiled)
+    (x, y), test = parts
+    order = np.random.default_rng(seed)
+    seconds = []
+    for epoch in range(EPOCHS[task]):
+        chosen = order.permutation(len(x))[: len(x) // 16 * 16]
+        start = time.perf_counter()
+        rate = 0.1 * (1 + np.cos(np.pi * epoch / EPOCHS[task])) / 2
+        model.optimizer.learning_rate.assign(rate)
+        model.fit(x[chosen], y[chosen], batch_size=16, shuffle=False, verbose=0)
+        seconds.append((time.perf_counter() - start) / (len(chosen) // 16))
+    left = len(test[0]) // 128 * 128
+    scores = model.evaluate(test[0][:left], test[1][:left], batch_size=128, verbose=0)
+    return scores[0], 100 * scores[1], statistics.median(seconds[1:])
+
+
+def judged(task, pixels, parts):
+    """Returns the advice for a new network."""
+    model = build(task, pixels, tf.keras.layers.BatchNormalization)
+    data = tf.data.Dataset.from_tensor_slices(parts[0]).shuffle(10**4, seed=0).batch(SAMPLES)
+    return syncbn.advise(model, data, REPLICAS, verbose=0)
+
+
+def sizes(seeds):
+    """Prints accuracy over the size of groups."""
+    print("| task | last pixels | replicas in a group | error | test loss | test accuracy, % |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for task, make in DATA.items():
+        parts = make()
+        for pixels in 1, 2, 4:
+            tf.keras.utils.set_random_seed(0)
+            worst = max(judged(task, pixels, parts).layers, key=lambda one: one.errors[0].output)
+            for error in worst.errors:
+
+                def ghosts(group=error.replicas, **kwargs):
+                    size = SAMPLES * group
+                    virtual = None if group == REPLICAS else size
+                    return syncbn.SyncBatchNormalization(virtual_batch_size=virtual, **kwargs)
+
+                runs = []
+                for seed in seeds:
+                    tf.keras.utils.set_random_seed(seed)
+                    runs.append(trained(task, seed, build(task, pixels, ghosts), parts))
+                cells = [_spread([run[0] for run in runs], 3), _spread([run[1] for run in runs], 2)]
+                print(
+                    f"| {task} | {pixels} x {pixels} | {error.replicas} | {error.output:.2f} | "
+                    f"{' | '.join(cells)} |",
+                    flush=True,
+                )
+
+
+def replicas(seeds):
+    """Prints what becomes of networks on eight replicas."""
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * REPLICAS,
+    )
+    tf.data.experimental.enable_debug_mode()  # no thread pool for each replica
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(REPLICAS)])
+    print("| task | last pixels | normalizations | synchronized | loss | accuracy, % | step, ms |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for task, make in DATA.items():
+        parts = make()
+        for pixels in 1, 2:
+            runs = {}
+            for seed in seeds:
+                tf.keras.utils.set_random_seed(seed)
+                advice = judged(task, pixels, parts)
+                choices = {"plain": [], "all synchronized": None, "as advised": advice}
+                for name, only in choices.items():
+                    tf.keras.utils.set_random_seed(seed)
+                    with strategy.scope():
+                        model = build(task, pixels, tf.keras.layers.BatchNormalization)
+                        done = syncbn.convert_sync_batchnorm(
+                            model, only=only, return_conversion=True
+                        )
+                    scores = trained(task, seed, model, parts, jit_compile=False)
+                    runs.setdefault(name, []).append((len(done.converted), *scores))
+            for name, found in runs.items():
+                numbers, losses, accuracies, seconds = zip(*found, strict=True)
+                synchronized = "-".join(map(str, sorted(set(numbers))))
+                print(
+                    f"| {task} | {pixels} x {pixels} | {name} | {synchronized} of "
+                    f"{len(advice.layers)} | {_spread(losses, 3)} | {_spread(accuracies, 2)} | "
+                    f"{1e3 * statistics.median(seconds):.1f} |",
+                    flush=True,
+                )
+
+
+def _spread(values, digits):
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Trains as advised, and otherwise.")
+    parser.add_argument("--part", choices=("replicas", "sizes"), default="replicas")
+    parser.add_argument("--seeds", type=int, default=3, help="at least two; default: %(default)s")
+    arguments = parser.parse_args()
+    {"replicas": replicas, "sizes": sizes}[arguments.part](range(arguments.seeds))
+
+
+if __name__ == "__main__":
+    main()
