@@ -300,7 +300,7 @@ def test_samples_that_do_not_stay_together_are_refused():
     model = keras.Sequential(
         [keras.Input((6, 6, 2)), Gathered(), L.BatchNormalization(name="norm")]
     )
-    with pytest.raises(Exception, match="What norm sees cannot be shared among replicas"):
+    with pytest.raises(Exception, match="What norm sees cannot be shared among 2 replicas"):
         advise(model, [samples(8)], 2, batch=2, verbose=0)
 
 
