@@ -124,9 +124,10 @@ def definitions():
     for folder in "syncbn", "launch", "benchmarks":
         for path in sorted((PACKAGE.parent / folder).rglob("*.py")):
             if path.stem not in ("__init__", "__main__"):
-                names = [
+                # One that is overloaded is there several times.
+                names = {
                     one.name for one in ast.parse(path.read_text()).body if hasattr(one, "name")
-                ]
+                }
                 yield path.stem, [name for name in names if not name.startswith("_")]
 
 
