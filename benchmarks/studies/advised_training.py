@@ -115,7 +115,7 @@ def judged(task, pixels, parts):
     return syncbn.advise(model, data, REPLICAS, verbose=0)
 
 
-def sizes(seeds):
+def over_sizes(seeds):
     """Prints accuracy over the size of groups."""
     print("| task | last pixels | replicas in a group | error | test loss | test accuracy, % |")
     print("|---|---|---|---|---|---|", flush=True)
@@ -143,7 +143,7 @@ def sizes(seeds):
                 )
 
 
-def replicas(seeds):
+def on_replicas(seeds):
     """Prints what becomes of networks on eight replicas."""
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],
@@ -190,7 +190,7 @@ def main():
     parser.add_argument("--part", choices=("replicas", "sizes"), default="replicas")
     parser.add_argument("--seeds", type=int, default=3, help="at least two; default: %(default)s")
     arguments = parser.parse_args()
-    {"replicas": replicas, "sizes": sizes}[arguments.part](range(arguments.seeds))
+    {"replicas": on_replicas, "sizes": over_sizes}[arguments.part](range(arguments.seeds))
 
 
 if __name__ == "__main__":
