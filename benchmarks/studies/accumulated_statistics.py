@@ -53,7 +53,7 @@ class Network:
         return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)) / BATCH
 
 
-def moments(x):
+def mean_and_variance(x):
     return tf.reduce_mean(x, [0, 1, 2]), tf.math.reduce_variance(x, [0, 1, 2])
 
 
@@ -68,7 +68,7 @@ def by_itself(network, x, labels):
         for number in range(DEPTH):
             x = network.sees(number, x)
             seen.append(x)
-            x = normalize(x, *moments(x))
+            x = normalize(x, *mean_and_variance(x))
         loss = network.loss(x, labels)
     return tape.gradient(loss, network.weights), seen
 
@@ -90,7 +90,7 @@ def exactly(network, parts):
             for before, given in enumerate(statistics):
                 x = normalize(network.sees(before, x), *given)
             seen.append(network.sees(number, x))
-        statistics.append(moments(tf.concat(seen, 0)))
+        statistics.append(mean_and_variance(tf.concat(seen, 0)))
     # Of the statistics, from the last to the first; those behind are known by then.
     gradients = {}
     total = None
@@ -147,7 +147,8 @@ def main():
             parts = [(x[i : i + micro], y[i : i + micro]) for i in range(0, BATCH, micro)]
             alone = [by_itself(network, *part) for part in parts]
             pooled = [
-                moments(tf.concat(seen, 0)) for seen in zip(*(s for _, s in alone), strict=True)
+                mean_and_variance(tf.concat(seen, 0))
+                for seen in zip(*(s for _, s in alone), strict=True)
             ]
             ways = {
                 "micro-batches": ("1 + 1", summed([gradient for gradient, _ in alone])),
@@ -157,7 +158,12 @@ def main():
                 ),
                 "layer by layer first": (
                     f"{DEPTH + 1} + 1",
-                    summed([with_constants(network, *part, map(moments, whole)) for part in parts]),
+                    summed(
+                        [
+                            with_constants(network, *part, map(mean_and_variance, whole))
+                            for part in parts
+                        ]
+                    ),
                 ),
                 "layer by layer, both ways": (
                     f"{DEPTH + DEPTH + 1} + {DEPTH + 1}",

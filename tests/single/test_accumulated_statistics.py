@@ -14,6 +14,6 @@ def test_the_gradient_layer_by_layer_is_that_of_the_whole_batch(monkeypatch):
     truth, whole = study.by_itself(network, x, labels)
     parts = [(x[start : start + 8], labels[start : start + 8]) for start in range(0, 32, 8)]
     assert study.difference(study.exactly(network, parts), truth)[0] < 1e-12
-    statistics = [study.moments(seen) for seen in whole]
+    statistics = [study.mean_and_variance(seen) for seen in whole]
     constants = [study.with_constants(network, *part, statistics) for part in parts]
     assert study.difference(study.summed(constants), truth)[0] > 0.05

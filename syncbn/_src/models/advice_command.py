@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.models.advice import TOLERANCE, advise
 from syncbn._src.models.equivalence.check_command import UsageError, user_function
+from syncbn._src.models.synchronization_advice import TOLERANCE, advise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

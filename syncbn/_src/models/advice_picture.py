@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from syncbn._src.models.advice import Advice, LayerAdvice
+    from syncbn._src.models.synchronization_advice import Advice, LayerAdvice
 
 
 def draw_advice(advice: Advice, path: str | Path) -> None:

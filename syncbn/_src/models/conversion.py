@@ -13,7 +13,6 @@ from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.keras_api import PLAIN_BATCH_NORMALIZATION
 from syncbn._src.layers.sync_batch_normalization import SyncBatchNormalization
 from syncbn._src.models import rebuilding
-from syncbn._src.models.advice import Advice
 from syncbn._src.models.replacement import (
     Conversion,
     convertible,
@@ -22,6 +21,7 @@ from syncbn._src.models.replacement import (
     replace_layer,
     synchronize,
 )
+from syncbn._src.models.synchronization_advice import Advice
 
 __all__ = ["Conversion", "convert_sync_batchnorm", "revert_sync_batchnorm"]
 
