@@ -186,11 +186,24 @@ def digits_batches():
 def test_networks_that_end_at_one_pixel_and_at_four_are_told_apart(digits_batches, seed):
     keras.utils.set_random_seed(seed)
     needs_it, does_not = (advise(digits(pixels), digits_batches, 8, verbose=0) for pixels in (1, 2))
-    assert needs_it.synchronized == ("norm_2",)
+    assert needs_it.needed == ("norm_2",)
+    assert needs_it.layers[2].enough == 8
     assert needs_it.group_size is None
     assert needs_it.target_batch == 16
-    assert does_not.synchronized == ()
-    assert does_not.group_size == 1
+    assert needs_it.plain == does_not.plain == ("norm_0",)
+    assert does_not.needed == ()
+    assert does_not.layers[2].enough == 2
+    assert "None needs it" in str(does_not)
+    assert "None needs it" not in str(needs_it)
+
+
+def test_where_replicas_have_enough_nothing_is_synchronized(digits_batches):
+    found = advise(digits(2), digits_batches, 8, batch=16, verbose=0)
+    assert (found.synchronized, found.group_size, found.options()) == ((), 1, {})
+    assert "All 3 may stay plain" in str(found)
+    # More than 128 samples together have not been found to help.
+    many = advise(digits(1), digits_batches, 64, batch=4, verbose=0)
+    assert (many.group_size, many.target_batch) == (32, 128)
 
 
 def test_the_error_of_a_replica_is_within_a_fifth_of_that_measured(digits_batches):
@@ -215,7 +228,7 @@ def test_convert_follows_an_advice_and_returns_the_model(digits_batches):
     found = advise(model, digits_batches, 8, verbose=0)
     assert syncbn.convert_sync_batchnorm(model, only=found) is model
     kinds = [type(model.get_layer(f"norm_{number}")) for number in range(3)]
-    assert kinds == [L.BatchNormalization, L.BatchNormalization, syncbn.SyncBatchNormalization]
+    assert kinds == [L.BatchNormalization, *2 * [syncbn.SyncBatchNormalization]]
     assert syncbn.revert_sync_batchnorm(model) is model
     assert type(model.get_layer("norm_2")) is L.BatchNormalization
 
@@ -309,11 +322,12 @@ def test_a_table_a_picture_and_json(digits_batches, tmp_path):
     found = advise(digits(1), digits_batches, 6, verbose=0)
     text = str(found)
     assert "may stay plain" in text
-    assert "Synchronize 1 of 3 over all replicas, that is 12 samples" in text
+    assert "Synchronize 2 of 3 over all replicas, that is 12 samples" in text
     found.draw(tmp_path / "folder" / "advice.png")
     assert (tmp_path / "folder" / "advice.png").stat().st_size > 10_000
     read = json.loads(found.to_json())
-    assert read["synchronized"] == ["norm_2"]
+    assert read["synchronized"] == ["norm_1", "norm_2"]
+    assert read["needed"] == ["norm_2"]
     last = read["layers"][2]["errors"]
     assert [error["replicas"] for error in last] == [1, 2, 4, 6]
     assert last[3]["gain"] == pytest.approx(last[0]["output"] - last[3]["output"])

@@ -22,7 +22,8 @@ from syncbn._src.models.statistics_errors import (
 )
 from syncbn._src.models.training_job import TrainingJob, job_of
 
-TOLERANCE = 0.5
+TOLERANCE = 0.35
+"""The largest error, in standard deviations; what it rests on is in docs/advice.md."""
 _AT_ONCE = 8
 _CALL = 39e-6
 """Seconds in TensorFlow around a collective, as measured over MPI: docs/scaling.md."""
@@ -49,7 +50,7 @@ class LayerAdvice(NamedTuple):
 
     @property
     def synchronize(self) -> bool:
-        """Whether it needs the statistics of other replicas."""
+        """Whether the error of a single replica is beyond the tolerance."""
         return bool(self.errors) and self.enough != 1
 
 
@@ -85,8 +86,13 @@ class Advice(NamedTuple):
 
     @property
     def synchronized(self) -> tuple[str, ...]:
-        """The names of the layers that need synchronization."""
+        """The names of the layers to synchronize, which need it or gain from it."""
         return tuple(layer.name for layer in self.layers if layer.synchronize)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The names of those among them that are beyond twice the tolerance."""
+        return tuple(layer.name for layer in self.layers if self._needs(layer))
 
     @property
     def plain(self) -> tuple[str, ...]:
@@ -98,6 +104,9 @@ class Advice(NamedTuple):
         """How long a step waits: with all layers synchronized, and as advised."""
         every = sum(layer.seconds for layer in self.layers)
         return every, sum(layer.seconds for layer in self.layers if layer.synchronize)
+
+    def _needs(self, layer: LayerAdvice) -> bool:
+        return bool(layer.errors) and layer.errors[0].output > 2 * self.tolerance
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Returns the arguments of `SyncBatchNormalization` for each layer to synchronize."""
@@ -113,6 +122,7 @@ class Advice(NamedTuple):
                 "group_size": self.group_size,
                 "target_batch": self.target_batch,
                 "synchronized": self.synchronized,
+                "needed": self.needed,
                 "plain": self.plain,
                 "seconds": dict(zip(("all", "advised"), self.seconds, strict=True)),
                 "measured": self.measured,
@@ -189,6 +199,8 @@ class Advice(NamedTuple):
             f"Synchronize {which} over {over}, that is {self.target_batch} samples: "
             f"{advised} in a step, where all layers take {every} ({how})."
         )
+        if not self.needed:
+            lines.append("None needs it: what is lost without is little, or nothing.")
         short = [layer.name for layer in self.layers if layer.errors and layer.enough is None]
         if short:
             lines.append(
@@ -196,6 +208,11 @@ class Advice(NamedTuple):
                 "more samples."
             )
         return lines
+
+    def _verdict(self, layer: LayerAdvice) -> str:
+        if self._needs(layer):
+            return "needs it"
+        return "gains from it" if layer.synchronize else "may stay plain"
 
     def _headings(self) -> list[str]:
         sizes = [f"{size}" for size in _sizes(self.replicas)]
@@ -212,7 +229,7 @@ class Advice(NamedTuple):
             *(f"{error.output:.2f}" for error in layer.errors),
             "more" if layer.enough is None else str(layer.enough),
             f"{1e3 * layer.seconds:.2g}",
-            "synchronize" if layer.synchronize else "may stay plain",
+            self._verdict(layer),
         ]
 
 
@@ -236,8 +253,9 @@ def advise(
     independent elements a replica has: a hundred pixels of an image may be worth three. Nothing of
     the model changes.
 
-    A layer whose error with one replica is within the tolerance may stay plain. The others should
-    be synchronized over at least as many replicas as make it so. That costs the same with more of
+    A layer whose error with one replica is within the tolerance may stay plain. Up to twice that,
+    it gains from synchronization; beyond, it needs it. Either should have the statistics of at
+    least as many replicas as bring the error within the tolerance. That costs the same with more of
     them, or less (a group needs another message for the moving statistics), so the advice is all
     replicas, or a group of no more than 128 samples.
 
