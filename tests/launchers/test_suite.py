@@ -50,7 +50,7 @@ RUNS = [
         "mpi+mirrored",
         2,
         False,
-        ["nested", "agreement", "collectives", "learning_rate", "same_job", "tape"],
+        ["nested", "advice", "agreement", "collectives", "learning_rate", "same_job", "tape"],
         False,
     ),
     (

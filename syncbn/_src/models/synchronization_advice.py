@@ -370,6 +370,7 @@ def _timed(
             return row
         channels = math.prod(layers[row.name].moving_mean.shape)
         moments = 2 if hasattr(layers[row.name], "moving_variance") else 1
-        return row._replace(seconds=seconds(moments * channels + 1) + seconds(moments * channels))
+        # Back goes one number less, which takes no less time.
+        return row._replace(seconds=2 * seconds(moments * channels + 1))
 
     return [timed(row) for row in rows]
