@@ -87,10 +87,15 @@ def build(task, pixels, normalization):
     return model
 
 
-def trained(task, seed, model, parts, **compiled):
-    """Trains a model; returns test loss, test accuracy in percent, and the seconds of a step."""
+def compiled(task, model, **options):
+    """Compiles a model; returns it."""
     loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(tf.keras.optimizers.SGD(RATES[task], 0.9), loss, metrics=["accuracy"], **compiled)
+    model.compile(tf.keras.optimizers.SGD(RATES[task], 0.9), loss, metrics=["accuracy"], **options)
+    return model
+
+
+def trained(task, seed, model, parts):
+    """Trains a model; returns test loss, test accuracy in percent, and the seconds of a step."""
     (x, y), test = parts
     order = np.random.default_rng(seed)
     seconds = []
@@ -132,7 +137,8 @@ def over_sizes(seeds, tasks):
                 runs = []
                 for seed in seeds:
                     tf.keras.utils.set_random_seed(seed)
-                    runs.append(trained(task, seed, build(task, pixels, ghosts), parts))
+                    model = compiled(task, build(task, pixels, ghosts))
+                    runs.append(trained(task, seed, model, parts))
                 cells = [_spread([run[0] for run in runs], 3), _spread([run[1] for run in runs], 2)]
                 print(
                     f"| {task} | {pixels} x {pixels} | {error.replicas} | {error.output:.2f} | "
@@ -166,7 +172,8 @@ def on_replicas(seeds, tasks):
                         done = syncbn.convert_sync_batchnorm(
                             model, only=only, return_conversion=True
                         )
-                    scores = trained(task, seed, model, parts, jit_compile=False)
+                        compiled(task, model, jit_compile=False)
+                    scores = trained(task, seed, model, parts)
                     runs.setdefault(name, []).append((len(done.converted), *scores))
             for name, found in runs.items():
                 numbers, losses, accuracies, seconds = zip(*found, strict=True)
