@@ -9,10 +9,12 @@ from importlib.metadata import version
 
 from syncbn._src import bench_command
 from syncbn._src.doctor import examine
+from syncbn._src.models import advice_command
 from syncbn._src.models.equivalence import check_command
 from syncbn._src.watchdog import diagnose_command
 
 _COMMANDS = {
+    "advise": (advice_command, "say which layers of a model need synchronization, from data"),
     "bench": (bench_command, "time the layers and their peers (in a checkout of the repository)"),
     "check": (check_command, "run a model on several replicas and on one, and compare"),
     "diagnose": (diagnose_command, "say who waited for whom, of the records of a job's ranks"),

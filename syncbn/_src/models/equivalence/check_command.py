@@ -60,17 +60,17 @@ def run(arguments: argparse.Namespace) -> int:
         # Before a module of the user starts TensorFlow.
         if launched().processes == 1 and replicas > 1:
             devices(replicas)
-        build_model = _function(arguments.build_model)
-        loss = _function(arguments.loss) if arguments.loss else None
+        build_model = user_function(arguments.build_model)
+        loss = user_function(arguments.loss) if arguments.loss else None
         if arguments.batch_from:
-            batch = _function(arguments.batch_from)()
+            batch = user_function(arguments.batch_from)()
         else:
             shape = (arguments.batch, *arguments.input_shape)
             batch = np.random.default_rng(0).standard_normal(shape)
         found = check_equivalence(
             build_model, batch, replicas, loss=loss, split=split, rtol=arguments.rtol
         )
-    except _UsageError as error:
+    except UsageError as error:
         print(error, file=sys.stderr)
         return 2
     except Exception:
@@ -81,23 +81,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if found.equivalent else 1
 
 
-class _UsageError(ValueError):
-    pass
+class UsageError(ValueError):
+    """What a user should know without a traceback."""
 
 
-def _function(name: str) -> Callable[..., Any]:
+def user_function(name: str) -> Callable[..., Any]:
+    """Returns the function that is named as module:function."""
     module_name, _, path = name.partition(":")
     if not module_name or not path:
-        raise _UsageError(f"A function is given as module:function. Received: {name}")
+        raise UsageError(f"A function is given as module:function. Received: {name}")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise _UsageError(f"There is no module {error.name}. Received: {name}") from error
+        raise UsageError(f"There is no module {error.name}. Received: {name}") from error
     function = getattr(module, path, None)
     if not callable(function):
-        raise _UsageError(f"{module_name} has no function {path}. Received: {name}")
+        raise UsageError(f"{module_name} has no function {path}. Received: {name}")
     return function
 
 
