@@ -87,7 +87,7 @@ def build(task, pixels, normalization):
     return model
 
 
-def compiled(task, model, **options):
+def compiled_for(task, model, **options):
     """Compiles a model; returns it."""
     loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(tf.keras.optimizers.SGD(RATES[task], 0.9), loss, metrics=["accuracy"], **options)
@@ -137,7 +137,7 @@ def over_sizes(seeds, tasks):
                 runs = []
                 for seed in seeds:
                     tf.keras.utils.set_random_seed(seed)
-                    model = compiled(task, build(task, pixels, ghosts))
+                    model = compiled_for(task, build(task, pixels, ghosts))
                     runs.append(trained(task, seed, model, parts))
                 cells = [_spread([run[0] for run in runs], 3), _spread([run[1] for run in runs], 2)]
                 print(
@@ -172,7 +172,7 @@ def on_replicas(seeds, tasks):
                         done = syncbn.convert_sync_batchnorm(
                             model, only=only, return_conversion=True
                         )
-                        compiled(task, model, jit_compile=False)
+                        compiled_for(task, model, jit_compile=False)
                     scores = trained(task, seed, model, parts)
                     runs.setdefault(name, []).append((len(done.converted), *scores))
             for name, found in runs.items():

@@ -54,7 +54,7 @@ class Report(NamedTuple):
     """What `report` returns; printed, a table.
 
     Example:
-        >>> conversion = syncbn.convert_sync_batchnorm(model)
+        >>> model = syncbn.convert_sync_batchnorm(model)
         >>> [(layer.name, layer.channels) for layer in syncbn.report(model).layers]
         [('normalization', 4)]
     """
@@ -141,7 +141,7 @@ def report(model: Any, communicator: str | Communicator | None = None) -> Report
         RuntimeError: with a communicator, in a graph or replica; and see `syncbn.resolve`.
 
     Example:
-        >>> conversion = syncbn.convert_sync_batchnorm(model)
+        >>> model = syncbn.convert_sync_batchnorm(model)
         >>> syncbn.report(model).total.collectives  # forward, and backward
         (1, 1)
     """

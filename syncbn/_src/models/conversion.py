@@ -119,8 +119,9 @@ def convert_sync_batchnorm(
             these errors the model is unchanged.
 
     Example:
-        >>> print(syncbn.convert_sync_batchnorm(model))
-        classifier: 1 of 1 normalizations converted
+        >>> model = syncbn.convert_sync_batchnorm(model)
+        >>> type(model.layers[0]).__name__
+        'SyncBatchNormalization'
     """
     taken = _arguments(SyncBatchNormalization) - _arguments(PLAIN_BATCH_NORMALIZATION)
     taken = {name for name in taken if not name.startswith("renorm")} | {"momentum"}
@@ -176,9 +177,10 @@ def revert_sync_batchnorm(model: Any, *, return_conversion: bool = False) -> Any
         TypeError, ValueError, RuntimeError: as for `convert_sync_batchnorm`.
 
     Example:
-        >>> conversion = syncbn.convert_sync_batchnorm(model)
-        >>> print(syncbn.revert_sync_batchnorm(model))
-        classifier: 1 of 1 normalizations converted
+        >>> model = syncbn.convert_sync_batchnorm(model, group_size=8)
+        >>> model = syncbn.revert_sync_batchnorm(model)
+        >>> type(model.layers[0]).__name__
+        'BatchNormalization'
     """
 
     def why_not(name: str, layer: Any) -> str | None:

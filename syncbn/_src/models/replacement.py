@@ -23,7 +23,7 @@ class Conversion(NamedTuple):
     """The result of a conversion. It prints as a short text.
 
     Example:
-        >>> conversion = syncbn.convert_sync_batchnorm(model)
+        >>> conversion = syncbn.convert_sync_batchnorm(model, return_conversion=True)
         >>> conversion.converted, conversion.unchanged
         (('normalization',), {})
     """

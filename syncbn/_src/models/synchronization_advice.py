@@ -55,7 +55,13 @@ class LayerAdvice(NamedTuple):
 
 
 class Advice(NamedTuple):
-    """What `advise` returns; printed, a table. ``convert_sync_batchnorm(only=)`` takes it."""
+    """What `advise` returns; printed, a table. ``convert_sync_batchnorm(only=)`` takes it.
+
+    Example:
+        >>> advice = syncbn.advise(model, [(x, y)], replicas=4, batch=2, verbose=0)
+        >>> advice.replicas, advice.batch, advice.synchronized + advice.plain
+        (4, 2, ('normalization',))
+    """
 
     layers: tuple[LayerAdvice, ...]
     replicas: int
@@ -289,6 +295,12 @@ def advise(
             `syncbn.resolve`.
 
     Source of the formulas: `syncbn/_src/models/statistics_errors.py`.
+
+    Example:
+        >>> advice = syncbn.advise(model, [(x, y)], replicas=4, batch=2, verbose=0)
+        >>> advice.layers[0].elements, [error.replicas for error in advice.layers[0].errors]
+        (2.0, [1, 2, 4])
+        >>> model = syncbn.convert_sync_batchnorm(model, only=advice)
     """
     job = job_of(model, communicator)
     size = job.size if replicas is None else replicas
