@@ -4,9 +4,12 @@
 # make test-control-flow  test every cell of docs/control-flow.md on every engine, and write it (hours)
 # make bench  time the layers and their peers under every engine (may take hours; BENCH=--quick: minutes)
 # make docker-test  build the CPU image and train across two containers (docker or podman)
+# make docs   build the documentation site into build/docs
 # make test-clients  test with models of other packages (from PyPI; no weights)
 # make test-faults  make one rank of a job go wrong in every way, under every launcher (half an hour)
 # make test-matrix  test with other versions of Python, TensorFlow and Keras
+# make coverage  say which lines the tests reach
+# make dist   build what is published, into build/dist
 # make clean  remove what the others made
 #
 # Each needs Python 3.10 or later with venv, and make; what tests or measures also a C++ compiler, for Horovod.
@@ -32,17 +35,17 @@ launchers := $(pytest) --dist load --maxschedchunk 1 tests/launchers
 
 # The tests in which no Keras has a part run once; as do the contract's with threads for replicas, and
 # with what XLA compiles for GPUs, which real engines have under either Keras.
-keras_free := accuracy architecture cli clustering compiled docker_files horovod_settings ops oracle patience \
-  properties scaling shared
+keras_free := accuracy architecture cli clustering compiled docker_files forge_files horovod_settings \
+  markdown ops oracle patience properties scaling shared
 
 # The parts of `make test` and `make quick`, each also a target of its own. Where one fails the others
 # are made all the same, and a table at the end says which.
-test_parts := lint lint-scripts types test-keras-3 test-keras-2 test-launchers
+test_parts := lint lint-scripts types docs test-keras-3 test-keras-2 test-launchers
 quick_parts := lint lint-scripts types test-quickly
 # What `make quick` leaves out of the tests of one process.
 slow := clustering control_flow converted_files recalibrate saving
 
-.PHONY: demo test quick test-clients test-control-flow test-faults test-matrix bench docker-test clean
+.PHONY: demo test quick docs test-clients test-control-flow test-faults test-matrix bench coverage dist docker-test clean
 .PHONY: lint lint-scripts types test-keras-3 test-keras-2 test-launchers test-quickly
 
 demo: $(VENV)/.demo
@@ -64,6 +67,12 @@ lint-scripts: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(bin)/mypy
+
+# A broken link, an example that Sphinx cannot read, a page that no menu leads to: all are errors.
+docs: $(VENV)/.docs
+	rm -rf $(BUILD)/docs docs/api
+	CUDA_VISIBLE_DEVICES=-1 TF_CPP_MIN_LOG_LEVEL=3 $(python) -m sphinx -q -W --keep-going \
+	  -d $(BUILD)/doctrees docs $(BUILD)/docs
 
 test-keras-3: $(VENV)/.test
 	TF_USE_LEGACY_KERAS=0 $(single)
@@ -94,11 +103,25 @@ test-faults: $(VENV)/.test
 bench: $(VENV)/.test
 	$(python) -m benchmarks --out $(BUILD)/benchmarks $(BENCH)
 
+# What the tests of one process and of the ranks of a job reach; launchers start too many processes.
+coverage: $(VENV)/.coverage
+	rm -rf $(BUILD)/coverage && mkdir -p $(BUILD)/coverage
+	COVERAGE_FILE=$(BUILD)/coverage/data TF_USE_LEGACY_KERAS=0 $(python) -m coverage run -p -m pytest tests/single
+	COVERAGE_FILE=$(BUILD)/coverage/data TF_USE_LEGACY_KERAS=0 SYNCBN_TEST_ENGINE=mpi $(bin)/mpirun --oversubscribe \
+	  -np 2 $(python) -m coverage run -p -m pytest -q -p no:cacheprovider tests/parallel
+	cd $(BUILD)/coverage && $(abspath $(python)) -m coverage combine --data-file=data && \
+	  $(abspath $(python)) -m coverage report --data-file=data --rcfile=$(CURDIR)/pyproject.toml
+
+dist: $(python) pyproject.toml
+	$(install) 'build>=1.2'
+	rm -rf $(BUILD)/dist
+	$(python) -m build --outdir $(BUILD)/dist
+
 docker-test:
 	docker/test.sh
 
 clean:
-	rm -rf $(VENV) $(BUILD) .hypothesis .mypy_cache .pytest_cache .ruff_cache syncbn.egg-info syncbn-record-*.json
+	rm -rf $(VENV) $(BUILD) docs/api .hypothesis .mypy_cache .pytest_cache .ruff_cache syncbn.egg-info syncbn-record-*.json
 
 $(python):
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "venv is required: apt-get install python3-venv"; exit 1; }
@@ -114,4 +137,12 @@ $(VENV)/.test: $(python) pyproject.toml constraints.txt launch/install_horovod.s
 
 $(VENV)/.clients: $(python) pyproject.toml constraints.txt
 	$(install) -e '.[clients]'
+	touch $@
+
+$(VENV)/.docs: $(python) pyproject.toml constraints.txt
+	$(install) -e '.[docs]'
+	touch $@
+
+$(VENV)/.coverage: $(VENV)/.test
+	$(install) -e '.[coverage]'
 	touch $@

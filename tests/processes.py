@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,8 +35,12 @@ class Finished(NamedTuple):
     output: str
 
 
-def environment(**changes):
-    """This process's environment without what launchers set, with ``changes``."""
+def environment(hide=True, **changes):
+    """This process's environment without what launchers set, with ``changes``.
+
+    With ``hide`` scikit-learn and matplotlib are not found. Keras imports both wherever they are
+    installed, which is a third of what it takes to start.
+    """
     kept = {
         k: v
         for k, v in os.environ.items()
@@ -55,10 +60,13 @@ def environment(**changes):
         "PYTHONUNBUFFERED": "1",
         "SYNCBN_RECORDS": tempfile.gettempdir(),
     }
+    if hide:
+        paths = [str(ROOT / "tests" / "hidden"), kept.get("PYTHONPATH", "")]
+        shared["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return {**kept, **shared, **changes}
 
 
-def run(commands, *, takes=12, env=None, cwd=ROOT):
+def run(commands, *, takes=12, env=None, hide=True, cwd=ROOT):
     """Runs commands in parallel, and ends all of them when one fails or they hang.
 
     A rank of `tests/parallel` or `tests/sessions` that hangs ends itself a little before that, and
@@ -68,6 +76,7 @@ def run(commands, *, takes=12, env=None, cwd=ROOT):
         commands: A list of (label, argument list, environment changes).
         takes: The seconds that they take on a quiet machine, for `patience.limit`.
         env: Environment changes for all of them.
+        hide: Whether scikit-learn and matplotlib are hidden from them.
         cwd: The folder that they run in.
     """
     limit = patience.limit(takes)
@@ -82,7 +91,7 @@ def run(commands, *, takes=12, env=None, cwd=ROOT):
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
-                env=environment(**env, **changes),
+                env=environment(hide, **env, **changes),
                 start_new_session=True,
             )
             stack.callback(process_groups.end, [process], TERMINATE)
@@ -103,6 +112,18 @@ def run(commands, *, takes=12, env=None, cwd=ROOT):
         output = "".join(f"----- {label}\n{_read(log)}" for label, _, log in started)
         failed = [code for code in codes if code] + [124 for code in codes if code is None]
         return Finished(failed[0] if failed else 0, f"{output}\n{verdict}")
+
+
+def unwoven(output):
+    """Returns what launchers have woven with the output of each rank in one piece.
+
+    They tag what a rank writes, which may be a part of a line.
+    """
+    before, *tagged = re.split(r"\[(?:1,)?(\d+)\]<std(?:out|err)>:", output)
+    ranks = {}
+    for rank, text in zip(tagged[::2], tagged[1::2], strict=True):
+        ranks[rank] = ranks.get(rank, "") + text
+    return "\n".join([before, *ranks.values()])
 
 
 def mpirun(size, *command):

@@ -271,7 +271,7 @@ def model(report: dict[str, Any]) -> None:
         return tf.keras.models.clone_model(made, clone_function=swap)
 
     def converted(communicator: Any) -> Any:
-        return syncbn.convert_sync_batchnorm(plain(), communicator=communicator).model
+        return syncbn.convert_sync_batchnorm(plain(), communicator=communicator)
 
     makers = {
         "Keras 3": plain,

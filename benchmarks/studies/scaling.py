@@ -15,18 +15,8 @@ import numpy as np
 from benchmarks.measuring import jobs
 from benchmarks.measuring.command import positive, say
 from benchmarks.studies import all_reduce
-from benchmarks.studies.cost_model import (
-    ALGORITHMS,
-    Costs,
-    Network,
-    Point,
-    added,
-    error,
-    fit,
-    measured,
-    network,
-    terms,
-)
+from benchmarks.studies.cost_model import Point, error, fit, measured
+from syncbn._src.models.network_costs import ALGORITHMS, Costs, Network, added, network, terms
 
 HELD_OUT = (8, 1025)
 """Workers and length of the points that the fit does not see; chosen before the first fit."""

@@ -22,13 +22,18 @@ class CommandModule(NamedTuple):
     """In `syncbn._src`, with the functions ``add_arguments(parser)`` and ``run(arguments)``."""
     summary: str
     own: int | None = None
-    """How many words it reads itself, its name included; all that follow it passes on, unread, as
-    ``arguments.passed_on``. ``None`` if it reads all."""
+    """How many words it reads itself, its name included, and ``--help`` directly behind the name;
+    all that follow it passes on, unread, as ``arguments.passed_on``. ``None`` if it reads all."""
     imports_package: bool = False
     """Whether it runs a user's code, for which all of `syncbn` is to be imported first."""
 
 
 _COMMANDS = {
+    "advise": CommandModule(
+        "models.advice_command",
+        "say which layers of a model need synchronization, from data",
+        imports_package=True,
+    ),
     "bench": CommandModule("bench_command", "time the layers and their peers, under every engine"),
     "check": CommandModule(
         "models.equivalence.check_command",
@@ -78,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(run=module.run)
         if own is not None:
             end = words.index(name) + own
+            end += words[end : end + 1] in (["-h"], ["--help"]) and own == 1
             words, passed_on = words[:end], words[end:]
     given = parser.parse_args(words)
     given.passed_on = passed_on

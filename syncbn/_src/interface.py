@@ -20,9 +20,11 @@ from syncbn._src.models.statistics import (
     moving_statistics,
     set_moving_statistics,
 )
+from syncbn._src.models.synchronization_advice import Advice, advise
 from syncbn._src.watchdog.exits import install as _watch_exits
 
 __all__ = [
+    "Advice",
     "Communicator",
     "Conversion",
     "DistributeCommunicator",
@@ -34,6 +36,7 @@ __all__ = [
     "Report",
     "SyncBatchNormalization",
     "SyncCentering",
+    "advise",
     "assert_synchronized",
     "check_equivalence",
     "convert_sync_batchnorm",

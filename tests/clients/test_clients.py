@@ -67,7 +67,7 @@ def test_a_model_is_converted_trained_saved_and_loaded(build, two_replicas, tmp_
     y = rng.normal(size=outputs.shape).astype("float32")
     with two_replicas.scope():
         model = compiled(build, whole.get_weights())
-    result = syncbn.convert_sync_batchnorm(model)
+    result = syncbn.convert_sync_batchnorm(model, return_conversion=True)
     assert result.converted
     assert not result.unchanged
     np.testing.assert_array_equal(model(x), outputs)

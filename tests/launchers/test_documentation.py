@@ -1,58 +1,118 @@
-"""The examples of the README run as they stand, under the engine that they are for."""
+"""The code of the README and of the other pages runs as it stands, under the engine that it is for.
+
+Few launches run all of it, since most of the time of each goes into starting TensorFlow: one for
+each engine and Keras, but for tf.distribute over several processes, which has one strategy in each.
+"""
 
 import re
 import sys
+import zipfile
 
 import pytest
 
-from tests import processes
+from tests import documentation, processes
 
-README = (processes.ROOT / "README.md").read_text()
-EXAMPLES = {
-    match[1]: match[0]
-    for match in re.findall(r"```python\n(# (\w+\.py)\n.*?)```", README, re.DOTALL)
-}
+SCRIPTS = {script.name: script for script in documentation.scripts()}
+FIT = ["mirrored.py", "multiworker_job.py", "horovod_job.py", "mpi_job.py", "join.py", "warmup.py"]
+LOOPS = ["horovod_loop.py", "mpi_loop.py", "nested_job.py"]
+
+# Of docstrings, those that need a job.
+EXAMPLES = """
+import sys
+from tests import docstrings
+for name in docstrings.IN_A_JOB["horovod" if "horovod.tensorflow" in sys.modules else "mpi"]:
+    print(name, docstrings.run_examples(name))
+"""
 
 
-def commands(name, script):
-    python = [sys.executable, script]
-    if name in ("mirrored.py", "whole_model.py"):
-        return [(name, python, {})]
-    if name in ("horovod_job.py", "train.py", "warmup.py"):
-        return [(name, processes.horovodrun(2, "gloo", *python), {})]
-    if name in ("mpi_job.py", "nested_job.py"):
-        return [(name, processes.mpirun(2, *python), {})]
+def jobs():
+    """The scripts of each launch, by engine and Keras."""
+    found = {}
+    for script in SCRIPTS.values():
+        alone = script.name if script.engine == "multiworker" else ""
+        found.setdefault((script.engine, script.keras_2, alone), []).append(script)
+    # What is to run with both.
+    found["horovod", True, ""].append(SCRIPTS["horovod_after.py"])
+    for engine in "horovod", "mpi":
+        found[engine, False, ""].append(documentation.Script(f"{engine}_names.py", EXAMPLES, ""))
+    return found
+
+
+JOBS = jobs()
+
+
+def command(engine, *arguments):
+    python = processes.program("documented_scripts", *arguments)
+    if engine == "horovod":
+        return processes.horovodrun(2, "gloo", *python)
+    if engine == "mpi":
+        return processes.mpirun(2, *python)
     launcher = str(processes.ROOT / "launch" / "multiworker.py")
-    return [(name, [sys.executable, launcher, "--workers", "2", "--", *python], {})]
+    return [sys.executable, launcher, "--workers", "2", "--", *python]
 
 
-def test_there_is_an_example_for_each_engine():
-    jobs = ["mirrored.py", "horovod_job.py", "mpi_job.py", "multiworker_job.py", "nested_job.py"]
-    assert list(EXAMPLES) == [*jobs, "train.py", "warmup.py", "whole_model.py"]
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_example_runs(name, tmp_path):
-    script = tmp_path / name
-    script.write_text(EXAMPLES[name])
-    finished = processes.run(commands(name, str(script)))
-    assert finished.code == 0, finished.output
-    if name in ("mirrored.py", "multiworker_job.py", "train.py", "warmup.py"):
-        assert "Epoch 2/2" in finished.output
-    elif name == "whole_model.py":
-        assert "52 of 52 normalizations converted" in finished.output
+@pytest.mark.parametrize(("engine", "keras_2", "alone"), JOBS)
+def test_the_scripts_of_the_pages_run(engine, keras_2, alone, tmp_path):
+    scripts = JOBS[engine, keras_2, alone]
+    # A process that splits its CPU does so before it computes, and initializes Horovod once.
+    first = "set_logical_device", "init_horovod()"
+    scripts = sorted(scripts, key=lambda one: [words not in one.text for words in first])
+    for script in scripts:
+        (tmp_path / script.name).write_text(script.text)
+    for path in documentation.SCRIPTS.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text())
+    arguments = [str(tmp_path), *(str(tmp_path / script.name) for script in scripts)]
+    if engine == "one process":
+        job = processes.program("documented_scripts", "--fork", *arguments)
     else:
-        # Each worker prints its rank and the moving mean; launchers put tags in between.
-        means = re.findall(
-            r"\[[-+e\d\s]*\.[-+.e\d\s]*\]", re.sub(r"\[[\d,]+\]<\w+>:", "", finished.output)
-        )
-        assert len(means) == 2, finished.output
-        assert means[0] == means[1], finished.output
+        job = command(engine, *arguments)
+    env = {"TF_USE_LEGACY_KERAS": "1" if keras_2 else "0"}
+    finished = processes.run([(engine, job, env)], takes=60)
+    assert finished.code == 0, finished.output
+    ranks = 1 if engine == "one process" else 2
+    for script in scripts:
+        printed = [(tmp_path / f"{script.name[:-3]}.{rank}").read_text() for rank in range(ranks)]
+        check(script.name, printed, tmp_path / script.name[:-3])
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "quick", "bench"])
+def check(name, printed, folder):
+    """Checks what a script has printed on each rank, and left in its folder."""
+    if name in FIT:
+        assert "Epoch 2/2" in printed[0], printed
+    elif name in LOOPS:
+        ranks, means = zip(*(one.split(maxsplit=1) for one in printed), strict=True)
+        assert ranks == ("0", "1")
+        assert means[0] == means[1]
+        assert re.fullmatch(r"\[[-+.e\d\s]+\]\s*", means[0]), means
+    elif name == "whole_model.py":
+        assert "52 of 52 normalizations converted" in printed[0]
+    elif name == "start_page.py":
+        assert "[-1.  1. -1.  1.]\n[-1.18 -0.78  0.78  1.18]" in printed[0]
+        assert "1 of 1 normalizations converted" in printed[0]
+    elif name == "layers_page.py":
+        assert printed == [""]
+    elif name.endswith("_names.py"):
+        assert printed[0]
+        assert printed[0] == printed[1]
+    else:
+        assert_learned(name, printed, folder)
+
+
+def assert_learned(name, printed, folder):
+    """A script for migration has learned the images, and rank 0 has left what it should."""
+    assert re.match(r"\w+_(before|after)\.py", name), f"nothing is known of {name}"
+    accuracies = re.findall(r"val_accuracy: (\S+)", printed[0])
+    assert len(accuracies) == 4, printed[0]
+    assert float(accuracies[-1]) > 0.9, printed[0]
+    assert not any(printed[1:])
+    assert zipfile.is_zipfile(folder / "best.keras")
+    events = list(folder.glob("logs/validation/events.*"))
+    assert [file.stat().st_size > 100 for file in events] == [True], events
+
+
+@pytest.mark.parametrize("target", ["demo", "quick", "test", "docs"])
 def test_the_make_targets_of_the_readme_exist(target):
-    assert f"make {target}" in README
+    assert f"make {target}" in (processes.ROOT / "README.md").read_text()
     assert re.search(rf"^{target}:", (processes.ROOT / "Makefile").read_text(), re.MULTILINE)
 
 

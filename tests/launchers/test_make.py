@@ -30,7 +30,8 @@ def make(folder, *arguments, **env):
     """Runs make as if everything were installed, and apart from the make that may run this."""
     (folder / "bin").mkdir()
     (folder / "bin" / "python").touch()
-    (folder / ".test").touch()
+    for installed in ".test", ".docs":
+        (folder / installed).touch()
     command = ["make", f"VENV={folder}", *arguments]
     return processes.run([("make", command, {"MAKEFLAGS": "", "MAKELEVEL": "0", **env})])
 
@@ -61,7 +62,10 @@ def test_when_all_pass_so_does_make(tmp_path):
     [
         (
             "test",
-            ["lint", "lint-scripts", "types", "test-keras-3", "test-keras-2", "test-launchers"],
+            [
+                *("lint", "lint-scripts", "types", "docs"),
+                *("test-keras-3", "test-keras-2", "test-launchers"),
+            ],
             [("0", "single"), ("1", "single"), ("", "launchers")],
         ),
         ("quick", ["lint", "lint-scripts", "types", "test-quickly"], [("0", "single")]),

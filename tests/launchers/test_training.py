@@ -1,6 +1,7 @@
 """`launch/train_digits.py` under every launcher: workers that die, checkpoints, bad input."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -15,6 +16,8 @@ import pytest
 
 from tests import processes
 
+# The digits come from scikit-learn.
+run = functools.partial(processes.run, hide=False)
 SCRIPT = str(processes.ROOT / "launch" / "train_digits.py")
 # Ten steps in an epoch.
 TRAIN = [sys.executable, SCRIPT, "--batch-per-replica", "64"]
@@ -54,7 +57,7 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
     )
     killer.start()
     command = job(launcher, *train, "--epochs", "5000", "--metrics", str(tmp_path / marker))
-    finished = processes.run([(launcher, command, {})], takes=25, env=env)
+    finished = run([(launcher, command, {})], takes=25, env=env)
     ended = time.monotonic()
     over.set()
     killer.join()
@@ -68,7 +71,7 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
 
     epochs = int((checkpoints / "checkpoint").read_text().split('"')[1].rpartition("-")[2])
     command = job(launcher, *train, "--epochs", str(epochs + 2), "--metrics", str(metrics))
-    finished = processes.run([(launcher, command, {})], env=env)
+    finished = run([(launcher, command, {})], env=env)
     assert finished.code == 0, finished.output
     assert finished.output.count(f"Going on after epoch {epochs}") == 1, finished.output
     lines = metrics.read_text().splitlines()
@@ -79,7 +82,7 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
 
 def test_a_job_runs_where_horovodrun_chooses_what_carries_messages():
     command = job("horovodrun", *TRAIN, "--epochs", "1")
-    finished = processes.run([("horovodrun", command, {})], env={"TF_USE_LEGACY_KERAS": "0"})
+    finished = run([("horovodrun", command, {})], env={"TF_USE_LEGACY_KERAS": "0"})
     assert finished.code == 0, finished.output
     assert finished.output.count("synchronized, 2 replicas x 64  ") == 1, finished.output
 
@@ -128,7 +131,7 @@ def test_without_join_workers_with_more_batches_wait_forever(launcher, tmp_path)
     ],
 )
 def test_the_script_says_what_is_wrong(arguments, env, message):
-    finished = processes.run([("train", [sys.executable, SCRIPT, *arguments], env)])
+    finished = run([("train", [sys.executable, SCRIPT, *arguments], env)])
     assert finished.code not in (0, 124), finished.output
     assert message in finished.output, finished.output
 
@@ -144,7 +147,7 @@ def test_a_job_ends_when_one_worker_finds_a_fault(tmp_path):
     assert processes.python(other).code == 0
     train = [*TRAIN, "--epochs", "1", "--checkpoint", str(tmp_path)]
     for launcher in "mpirun", "horovodrun --gloo":
-        finished = processes.run([(launcher, job(launcher, *train), {})])
+        finished = run([(launcher, job(launcher, *train), {})])
         assert finished.code not in (0, 124), finished.output
         assert "must hold checkpoints of this network" in finished.output, finished.output
         assert "ended after the limit" not in finished.output, finished.output
@@ -154,7 +157,7 @@ def test_workers_with_other_arguments_are_told():
     python, *rest = TRAIN
     train = [python, *rest[:-1], "$((32 + 32 * OMPI_COMM_WORLD_RANK))"]
     command = ["bash", "-c", " ".join(train)]
-    finished = processes.run([("mpirun", job("mpirun", *command), {})])
+    finished = run([("mpirun", job("mpirun", *command), {})])
     assert finished.code not in (0, 124), finished.output
     assert "Rank 1 was started with other arguments than rank 0" in finished.output, finished.output
 

@@ -39,16 +39,17 @@ def center(x):
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-@pytest.mark.parametrize("options", [{}, {"group_size": 1}], ids=["all", "groups"])
 @pytest.mark.parametrize(
-    ("layer", "plain", "sample"),
+    ("layer", "plain", "sample", "options"),
     [
-        ("SyncBatchNormalization", normalize, (3, 4)),
+        ("SyncBatchNormalization", normalize, (3, 4), {}),
+        ("SyncBatchNormalization", normalize, (3, 4), {"group_size": 1}),
         # For the fused and compiled kernels.
         pytest.param(
-            *("SyncBatchNormalization", normalize, (2304, 64)), marks=pytest.mark.arithmetic
+            *("SyncBatchNormalization", normalize, (2304, 64), {}), marks=pytest.mark.arithmetic
         ),
-        ("SyncCentering", center, (3, 4)),
+        ("SyncCentering", center, (3, 4), {}),
+        ("SyncCentering", center, (3, 4), {"group_size": 1}),
     ],
 )
 def test_the_penalty_of_replicas_is_that_of_the_whole_batch(

@@ -49,6 +49,7 @@ def imports():
 
 def test_the_public_names():
     assert sorted(syncbn.__all__) == [
+        "Advice",
         "Communicator",
         "Conversion",
         "DistributeCommunicator",
@@ -60,6 +61,7 @@ def test_the_public_names():
         "Report",
         "SyncBatchNormalization",
         "SyncCentering",
+        "advise",
         "assert_synchronized",
         "check_equivalence",
         "convert_sync_batchnorm",
@@ -126,9 +128,10 @@ def definitions():
     for folder in "syncbn", "launch", "benchmarks":
         for path in sorted((PACKAGE.parent / folder).rglob("*.py")):
             if path.stem not in ("__init__", "__main__"):
-                names = [
+                # One that is overloaded is there several times.
+                names = {
                     one.name for one in ast.parse(path.read_text()).body if hasattr(one, "name")
-                ]
+                }
                 yield path.stem, [name for name in names if not name.startswith("_")]
 
 

@@ -190,7 +190,7 @@ def test_a_momentum_that_has_no_value_yet(make):
 
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 def test_keras_names_the_package_of_a_layer_that_it_does_not_know(tmp_path):
-    # Nothing of the package runs there, so this is all that a user is told; docs/sharp-bits.md
+    # Nothing of the package runs there, so this is all that a user is told; docs/troubleshooting.md
     # says what to do.
     model = keras.Sequential([keras.Input((3,)), syncbn.SyncBatchNormalization()])
     file = str(tmp_path / ("model.keras" if KERAS_3 else "model.h5"))

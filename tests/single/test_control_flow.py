@@ -58,13 +58,14 @@ def test_every_family_of_constructs_is_in_every_other():
 def test_each_construct_and_each_kind_is_chosen_on_each_engine(engine):
     few = chosen(engine)
     assert {*few} < {*cells(engine)}
-    assert {(c.construct, c.kind) for c in few} >= {(name, k) for name in SINGLE for k in KINDS}
+    assert {c.construct for c in few} >= {*SINGLE}
     assert {(c.layer, c.kind) for c in few} == {(layer, kind) for layer in LAYERS for kind in KINDS}
 
 
-def test_each_pair_is_chosen_on_several_engines():
-    pairs = [c.construct for e in ENGINES for c in chosen(e) if " in " in c.construct]
-    assert min(pairs.count(name) for name in CONSTRUCTS if " in " in name) >= 3
+def test_each_construct_is_chosen_with_each_kind_and_each_pair_on_an_engine_that_ci_runs():
+    few = [cell for engine in ENGINES if "+" not in engine for cell in chosen(engine)]
+    assert {(c.construct, c.kind) for c in few} >= {(name, k) for name in SINGLE for k in KINDS}
+    assert {c.construct for c in few} >= {name for name in CONSTRUCTS if " in " in name}
 
 
 def test_the_page_is_the_table():

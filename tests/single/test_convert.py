@@ -143,7 +143,7 @@ def test_a_converted_model_is_the_model_it_was(build):
     trainable = identities(model.trainable_weights)
     configs = {name: layer.get_config() for name, layer in layers.items()}
 
-    result = convert_sync_batchnorm(model)
+    result = convert_sync_batchnorm(model, return_conversion=True)
 
     assert result.model is model
     assert sorted(result.converted) == sorted(NAMES[build])
@@ -174,7 +174,7 @@ def test_reverting_undoes_it(build):
         kinds = [(v.synchronization, v.aggregation) for v in model.weights]
     convert_sync_batchnorm(model, communicator="mpi")
 
-    result = revert_sync_batchnorm(model)
+    result = revert_sync_batchnorm(model, return_conversion=True)
 
     assert sorted(result.converted) == sorted(NAMES[build])
     assert result.unchanged == {}
@@ -243,9 +243,11 @@ def test_replicas_of_a_converted_model_train_as_one_with_the_whole_batch(mirrore
 
 def test_models_in_which_nothing_is_left_to_do():
     model = sequential()
-    assert set(revert_sync_batchnorm(model).unchanged.values()) == {"is plain already"}
+    assert set(revert_sync_batchnorm(model, return_conversion=True).unchanged.values()) == {
+        "is plain already"
+    }
     convert_sync_batchnorm(model)
-    again = convert_sync_batchnorm(model, communicator="mpi")
+    again = convert_sync_batchnorm(model, communicator="mpi", return_conversion=True)
     assert set(again.unchanged.values()) == {"is a SyncBatchNormalization already"}
     assert again.converted == ()
     dense = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)], name="dense")
@@ -255,7 +257,9 @@ def test_models_in_which_nothing_is_left_to_do():
 def test_a_single_layer():
     layer = Plain(name="alone")
     layer.build((None, 3))
-    assert convert_sync_batchnorm(layer, group_size=2).converted == ("alone",)
+    assert convert_sync_batchnorm(layer, group_size=2, return_conversion=True).converted == (
+        "alone",
+    )
     assert type(layer) is Sync
     assert layer.get_config()["group_size"] == 2
 
@@ -274,7 +278,7 @@ def test_layers_that_are_not_known_stay_and_are_reported():
     ours = [syncbn.SyncCentering(name="centering"), Sync(momentum=None, name="cumulative")]
     layers = [Renamed(name="renamed"), Doubled(name="doubled"), *ours]
     model = keras.Sequential([keras.Input((3,)), *layers], name="model")
-    result = convert_sync_batchnorm(model)
+    result = convert_sync_batchnorm(model, return_conversion=True)
     assert str(result) == (
         "model: 1 of 4 normalizations converted\n"
         "  doubled: is a Doubled, with methods of its own: call\n"
@@ -369,7 +373,7 @@ def test_renormalization_is_kept():
 def test_what_only_keras_2_knows_stays(option):
     layer = Plain(name="special", **{option: {"adjustment": print}.get(option, 4)})
     layer.build((None, 3))
-    result = convert_sync_batchnorm(layer)
+    result = convert_sync_batchnorm(layer, return_conversion=True)
     assert result.unchanged == {"special": f"has {option}=, as only Keras 2 knows it"}
     assert type(layer) is Plain
 
@@ -444,12 +448,12 @@ def test_applications(family):
         layer.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in layer.get_weights()])
     x = rng.normal(size=(2, 32, 32, 3)).astype("float32")
     outputs = model(x, training=False).numpy()
-    result = convert_sync_batchnorm(model)
+    result = convert_sync_batchnorm(model, return_conversion=True)
     assert str(result) == f"{model.name}: {len(layers)} of {len(layers)} normalizations converted"
     assert len(layers) >= 49
     assert {type(layer) for layer in normalizations(model).values()} == {Sync}
     assert_all_equal(model(x, training=False).numpy(), outputs)
-    assert len(revert_sync_batchnorm(model).converted) == len(layers)
+    assert len(revert_sync_batchnorm(model, return_conversion=True).converted) == len(layers)
     assert {type(layer) for layer in normalizations(model).values()} == {Plain}
     assert_all_equal(model(x, training=False).numpy(), outputs)
 
@@ -523,5 +527,5 @@ def test_a_graph_is_refused():
     model = sequential()
     before = state(model)
     with pytest.raises(RuntimeError, match="eagerly only"):
-        tf.function(lambda: convert_sync_batchnorm(model).converted)()
+        tf.function(lambda: convert_sync_batchnorm(model, return_conversion=True).converted)()
     assert state(model) == before

@@ -58,7 +58,7 @@ def test_a_model_that_runs_traces_is_not_said_to_be_converted(tmp_path):
     model(data())
     model.save(tmp_path / "model", save_format="tf")
     loaded = keras.models.load_model(tmp_path / "model")
-    (reason,) = convert_sync_batchnorm(loaded).unchanged.values()
+    (reason,) = convert_sync_batchnorm(loaded, return_conversion=True).unchanged.values()
     assert "loaded from a SavedModel without its class" in reason
     assert "register_keras_serializable" in reason
     convert_sync_batchnorm(model)
@@ -73,7 +73,7 @@ def test_a_model_that_runs_traces_is_not_said_to_be_converted(tmp_path):
 def test_a_call_of_ones_own_on_the_object_is_reported():
     layer = built(Plain(name="layer"))
     layer.call = types.MethodType(lambda self, x, training=None, mask=None: 2 * x, layer)
-    result = convert_sync_batchnorm(layer)
+    result = convert_sync_batchnorm(layer, return_conversion=True)
     assert result.unchanged == {"layer": "is a BatchNormalization, with methods of its own: call"}
     assert type(layer) is Plain
     other = built(Sync(name="other"))
@@ -98,14 +98,14 @@ def test_one_normalization_that_is_never_called_does_not_keep_the_others():
 
     model = Net()
     model(data())
-    result = convert_sync_batchnorm(model)
+    result = convert_sync_batchnorm(model, return_conversion=True)
     assert result.converted == ("used",)
     assert str(result) == (
         "net: 1 of 2 normalizations converted\n  idle: is not built, since it was never called. "
         "If it ever is, convert again"
     )
     model.idle(data())
-    assert convert_sync_batchnorm(model).converted == ("idle",)
+    assert convert_sync_batchnorm(model, return_conversion=True).converted == ("idle",)
 
 
 @pytest.fixture
@@ -130,12 +130,12 @@ def test_the_layer_can_stand_under_the_hosts_name(under_the_hosts_name, tmp_path
     for other in keras.models.load_model(tmp_path / "model.keras"), keras.models.clone_model(model):
         assert type(other.get_layer("layer")) is Sync
     assert syncbn.report(model)
-    assert revert_sync_batchnorm(model).converted == ("layer",)
+    assert revert_sync_batchnorm(model, return_conversion=True).converted == ("layer",)
     assert type(layer) is Plain
     np.testing.assert_array_equal(model(x), twin(x))
     model.save(tmp_path / "plain.keras")
     assert type(keras.models.load_model(tmp_path / "plain.keras").get_layer("layer")) is Plain
-    assert convert_sync_batchnorm(model).converted == ("layer",)
+    assert convert_sync_batchnorm(model, return_conversion=True).converted == ("layer",)
     np.testing.assert_allclose(
         model(x, training=True), twin(x, training=True), rtol=1e-5, atol=1e-5
     )

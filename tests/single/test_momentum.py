@@ -167,13 +167,15 @@ def test_conversion_there_and_back(variable, renorm):
     model(x[0], training=True)
     momentum.assign(0.25)
     before = model.predict(x[1], verbose=0)
-    assert syncbn.revert_sync_batchnorm(model).converted == ("layer",)
+    assert syncbn.revert_sync_batchnorm(model, return_conversion=True).converted == ("layer",)
     assert type(layer) is keras.layers.BatchNormalization
     assert layer.momentum == 0.25
     assert layer.get_config()["momentum"] == 0.25
     assert not renorm or layer.renorm_momentum == 0.25
     np.testing.assert_array_equal(model.predict(x[1], verbose=0), before)
-    assert syncbn.convert_sync_batchnorm(model, momentum=momentum).converted == ("layer",)
+    assert syncbn.convert_sync_batchnorm(
+        model, momentum=momentum, return_conversion=True
+    ).converted == ("layer",)
     momentum.assign(0.0)
     model(x[1], training=True)
     np.testing.assert_allclose(layer.moving_mean, x[1].mean(0), rtol=1e-6)

@@ -8,7 +8,9 @@ import pytest
 
 from benchmarks.measuring.layer_steps import resnet_50_shapes
 from benchmarks.studies import all_reduce, cost_model, scaling
-from benchmarks.studies.cost_model import ALGORITHMS, Costs, added, fit, network, steps, terms
+from benchmarks.studies.cost_model import fit
+from syncbn._src.models import network_costs
+from syncbn._src.models.network_costs import ALGORITHMS, Costs, added, network, steps, terms
 from tests import patience, processes
 
 CHANNELS = [shape[-1] for shape in resnet_50_shapes(1)]
@@ -93,9 +95,9 @@ def test_a_message_above_the_limit_has_a_handshake():
 
 def test_the_fastest_algorithm_is_taken():
     costs = network(1e-6, 1e-9)
-    assert cost_model.seconds(costs, 64, 1) == pytest.approx(6e-6 + 6 * 8e-9)  # doubling
+    assert network_costs.seconds(costs, 64, 1) == pytest.approx(6e-6 + 6 * 8e-9)  # doubling
     megabytes = 10**8
-    assert cost_model.seconds(costs, 64, megabytes // 8) == pytest.approx(
+    assert network_costs.seconds(costs, 64, megabytes // 8) == pytest.approx(
         126e-6 + 126 / 64 * megabytes * 1e-9
     )  # the ring
 

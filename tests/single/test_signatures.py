@@ -155,7 +155,7 @@ def test_what_knows_layers_by_their_class_is_given_plain_ones(mirrored):
             pruned(model)
         syncbn.revert_sync_batchnorm(model)
         copy = pruned(model)
-        assert len(syncbn.convert_sync_batchnorm(copy).converted) == 1
+        assert len(syncbn.convert_sync_batchnorm(copy, return_conversion=True).converted) == 1
         copy.compile(keras.optimizers.SGD(0.0), "mse")
     copy.fit(x, x[:, :1], batch_size=8, verbose=0)
     syncbn.assert_synchronized(copy)

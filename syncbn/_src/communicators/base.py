@@ -23,10 +23,20 @@ class Communicator(Protocol):
 
     Layers give it vectors with a few more numbers at the end, by which replicas find out that they
     make different calls. One that finds that out itself may say so: ``finds_mixups = True``.
+
+    Example:
+        >>> class Alone:
+        ...     name, supports_jit, size, rank = "local", True, 1, 0
+        ...
+        ...     def all_reduce_sum(self, tensor, name):
+        ...         return tensor
+        >>> isinstance(Alone(), syncbn.Communicator)
+        True
+        >>> layer = syncbn.SyncBatchNormalization(communicator=Alone())
     """
 
     name: str
-    """One of the names that ``communicator=`` takes: all that a saved or cloned layer keeps."""
+    """One of the names that ``communicator=`` takes, and all that a saved or cloned layer keeps."""
 
     supports_jit: bool
     """Whether XLA can compile a function that contains an `all_reduce_sum`."""

@@ -33,6 +33,12 @@ class HorovodCommunicator:
         RuntimeError: Horovod is not initialized, or runs with one process while the launcher
             started several.
         ValueError: this process does not belong to ``process_set``.
+
+    Example:
+        In a job of two processes, after `syncbn.training.init_horovod`:
+
+        >>> syncbn.HorovodCommunicator().size
+        2
     """
 
     name = "horovod"

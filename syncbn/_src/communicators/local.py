@@ -6,7 +6,12 @@ import tensorflow as tf
 
 
 class LocalCommunicator:
-    """The statistics of one replica only, with everything else unchanged."""
+    """The statistics of one replica only, with everything else unchanged.
+
+    Example:
+        >>> communicator = syncbn.LocalCommunicator()  # or "local"
+        >>> layer = syncbn.SyncBatchNormalization(communicator=communicator)
+    """
 
     name = "local"
     supports_jit = True

@@ -32,6 +32,14 @@ class MPICommunicator:
         ImportError: mpi4py, or an MPI library for it, is not installed.
         RuntimeError: MPI is not initialized, does not support threads, or runs with one process
             while the launcher started several.
+
+    Example:
+        In a job of two processes on one machine:
+
+        >>> from mpi4py import MPI
+        >>> machine = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+        >>> syncbn.MPICommunicator(machine).size
+        2
     """
 
     name = "mpi"

@@ -88,6 +88,10 @@ def resolve(communicator: str | Communicator = "auto") -> Communicator:
         RuntimeError: it is not initialized, or not with all processes of the job; or, with
             ``"auto"`` and ``"tf.distribute"``, neither an engine nor the strategy joins all
             processes that a launcher has started.
+
+    Example:
+        >>> syncbn.resolve().name  # in one process, without a strategy
+        'local'
     """
     joined = _initialized()
     chosen = _chosen(joined) if check_communicator(communicator) == "auto" else communicator

@@ -23,7 +23,12 @@ from syncbn._src.watchdog.flight_recorder import RECORDER
 
 
 class DistributeCommunicator:
-    """The replicas of the `tf.distribute.Strategy` in whose replica context a call is made."""
+    """The replicas of the `tf.distribute.Strategy` in whose replica context a call is made.
+
+    Example:
+        >>> communicator = syncbn.DistributeCommunicator()  # or "tf.distribute"
+        >>> layer = syncbn.SyncBatchNormalization(communicator=communicator)
+    """
 
     name = "tf.distribute"
     supports_jit = False

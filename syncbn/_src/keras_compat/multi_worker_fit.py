@@ -49,6 +49,11 @@ def mend_keras_fit() -> tuple[str, ...]:
 
     Warns:
         If this Keras' trainer is built differently from those known here. It is left alone.
+
+    Example:
+        >>> replaced = syncbn.training.mend_keras_fit()
+        >>> syncbn.training.mend_keras_fit()  # all is mended
+        ()
     """
     try:
         return _mend()

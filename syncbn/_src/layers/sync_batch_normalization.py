@@ -91,6 +91,15 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
     Internal Covariate Shift" (2015); synchronized: Peng et al., "MegDet" (2018); renormalization:
     Ioffe, "Batch Renormalization" (2017); virtual batches: Hoffer, Hubara & Soudry, "Train longer,
     generalize better" (2017).
+
+    Example:
+        >>> layer = syncbn.SyncBatchNormalization(momentum=0.9)
+        >>> inputs = tf.constant([[1.0], [3.0]])  # the mean over all replicas is 2
+        >>> print(layer(inputs, training=True).numpy().round(2))
+        [[-1.]
+         [ 1.]]
+        >>> print(layer.moving_mean.numpy().round(2))
+        [0.2]
     """
 
     renorm_momentum = MomentumAttribute()

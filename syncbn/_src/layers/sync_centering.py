@@ -40,6 +40,12 @@ class SyncCentering(SynchronizedLayer):
             could have.
         TypeError: an ``axis`` that is no integer, a ``communicator`` that is not one, a momentum
             that is neither a number nor a scalar variable.
+
+    Example:
+        >>> layer = syncbn.SyncCentering()
+        >>> print(layer(tf.constant([[1.0], [3.0]]), training=True).numpy())
+        [[-1.]
+         [ 1.]]
     """
 
     def __init__(

@@ -31,12 +31,18 @@ class Observer:
         model: The model to run.
         layers: Its normalizations, by name. The frozen ones are fixed.
         statistics: Their moving statistics, by name.
+        replicas: Where given, a batch is that of so many replicas, one after the other, and what
+            each of them sees is told apart; all are normalized with the statistics of all.
     """
 
     def __init__(
-        self, model: Any, layers: Mapping[str, Any], statistics: Mapping[str, MovingStatistics]
+        self,
+        model: Any,
+        layers: Mapping[str, Any],
+        statistics: Mapping[str, MovingStatistics],
+        replicas: int | None = None,
     ) -> None:
-        self._model, self._layers = model, layers
+        self._model, self._layers, self._replicas = model, layers, replicas
         self._given = {
             name: [tf.constant(value) for value in one[:2] if value is not None]
             for name, one in statistics.items()
@@ -58,10 +64,12 @@ class Observer:
     def nothing(self) -> dict[str, tf.Tensor]:
         """Returns what the layers have seen before the first batch.
 
-        That is count, mean and (biased) variance, float64 ``(3, channels)``.
+        That is count, mean and (biased) variance, float64 ``(3, channels)``, or ``(3, replicas,
+        channels)``.
         """
         sizes = {name: int(tf.size(given[0])) for name, given in self._given.items()}
-        return {name: tf.zeros([3, size], tf.float64) for name, size in sizes.items()}
+        replicas = [] if self._replicas is None else [self._replicas]
+        return {name: tf.zeros([3, *replicas, size], tf.float64) for name, size in sizes.items()}
 
     def __call__(self, batch: Any, seen: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Returns what the layers have seen after one more batch; ``seen`` for those fixed.
@@ -73,16 +81,24 @@ class Observer:
 
         Raises:
             NotImplementedError: a layer is called in a loop or branch of the model's graph.
-            ValueError: the batch is a sample.
+            ValueError: the batch is a single sample.
+            ValueError, tf.errors.InvalidArgumentError: what a layer sees cannot be shared among
+                the replicas.
         """
-        if not self._has_own_step:  # the rest may be anything
-            batch, _, _ = keras_api.keras.utils.unpack_x_y_sample_weight(batch)
-        elif isinstance(batch, list):
-            batch = tuple(batch)
-        data = tf.nest.map_structure(_to_tensor, batch)
+        return self.observe(self.inputs(batch), seen)
+
+    def observe(self, inputs: Any, seen: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Does the same for what `inputs` returns."""
+        data = tf.nest.map_structure(_to_tensor, inputs)
         if not self._has_own_step:
             _require_batch(self._model, data)
         return self._function(data, self._fixed, self._given, seen)
+
+    def inputs(self, batch: Any) -> Any:
+        """Returns the part of a batch that the model takes; the rest may be anything."""
+        if self._has_own_step:
+            return tuple(batch) if isinstance(batch, list) else batch
+        return keras_api.keras.utils.unpack_x_y_sample_weight(batch)[0]
 
     def _run(
         self, data: Any, fixed: dict[str, Any], given: dict[str, Any], seen: dict[str, tf.Tensor]
@@ -104,15 +120,16 @@ class Observer:
         def statistics(name: str, inputs: tf.Tensor, mask: Any) -> list[tf.Tensor]:
             if tf.compat.v1.get_default_graph() is not graph:
                 raise NotImplementedError(
-                    "recalibrate cannot follow a normalization into a loop or branch of the graph. "
-                    f"Received: a call of {name} in one, as in tf.while_loop, tf.cond or "
+                    "What a normalization sees inside of a loop or branch of the graph cannot be "
+                    f"observed. Received: a call of {name} in one, as in tf.while_loop, tf.cond or "
                     "tf.vectorized_map (keras.layers.TimeDistributed, where the time is unknown)."
                 )
             self.order.setdefault(name, len(self.order) + 1)
 
             def of_batch() -> tuple[tf.Tensor, list[tf.Tensor]]:
-                batch = _moments(self._layers[name], inputs, mask)
-                pairs = zip(tf.unstack(batch)[1:], given[name], strict=False)
+                batch = _moments(self._layers[name], inputs, mask, self._replicas)
+                pooled = batch if self._replicas is None else _pooled(batch)
+                pairs = zip(tf.unstack(pooled)[1:], given[name], strict=False)
                 values = [tf.reshape(tf.cast(new, old.dtype), old.shape) for new, old in pairs]
                 return _merged(seen[name], batch), values
 
@@ -210,13 +227,51 @@ def _inlining_functions() -> Iterator[None]:
         tf.config.run_functions_eagerly(before)
 
 
-def _moments(layer: Any, inputs: tf.Tensor, mask: Any) -> tf.Tensor:
-    """Returns count, mean and variance, float64 ``(3, channels)``."""
+def _moments(layer: Any, inputs: tf.Tensor, mask: Any, replicas: int | None) -> tf.Tensor:
+    """Returns count, mean, variance, float64 ``(3, channels)`` or ``(3, replicas, channels)``."""
     # Not from `axis`, which tf_keras shifts for virtual batches.
     axes = tuple(sorted(axis % inputs.shape.rank for axis in layer.input_spec.axes))
     mask = None if mask is None else expand_mask(mask, inputs)
-    count, mean, variance = exact_moments(inputs, axes, mask)
-    return tf.stack([tf.broadcast_to(count, tf.shape(mean)), mean, variance])
+    if replicas is None:
+        count, mean, variance = exact_moments(inputs, axes, mask)
+        return tf.stack([tf.broadcast_to(count, tf.shape(mean)), mean, variance])
+    # As another axis of channels, so that all are computed at once.
+    inputs = _of_replicas(inputs, replicas, layer.name)
+    mask = None if mask is None else _of_replicas(mask, replicas, layer.name)
+    count, mean, variance = exact_moments(inputs, (0, *(axis + 1 for axis in axes)), mask)
+    return tf.reshape(
+        tf.stack([tf.broadcast_to(count, tf.shape(mean)), mean, variance]), [3, replicas, -1]
+    )
+
+
+def _of_replicas(batch: tf.Tensor, replicas: int, name: str) -> tf.Tensor:
+    """Returns ``(replicas, rows, ...)`` of ``(replicas * rows, ...)``."""
+    error = (
+        f"What {name} sees cannot be shared among {replicas} replicas: its first dimension is no "
+        "multiple of that, as the first dimension of the model's inputs is."
+    )
+    shape = tf.shape(batch)
+    if batch.shape[0] is not None:
+        if batch.shape[0] % replicas:
+            raise ValueError(f"{error} Received: {batch.shape[0]}.")
+        known = []
+    else:
+        known = [tf.debugging.assert_equal(shape[0] % replicas, 0, error)]
+    with tf.control_dependencies(known):
+        split = tf.concat([[replicas, shape[0] // replicas], shape[1:]], 0)
+    return tf.ensure_shape(tf.reshape(batch, split), [replicas, None, *batch.shape[1:]])
+
+
+def _pooled(moments: tf.Tensor) -> tf.Tensor:
+    """Returns the moments ``(3, channels)`` of all replicas together."""
+    count, mean, variance = tf.unstack(moments)
+    total = tf.reduce_sum(count, 0)
+
+    def average(value: tf.Tensor) -> tf.Tensor:
+        return tf.math.divide_no_nan(tf.reduce_sum(count * value, 0), total)
+
+    together = average(mean)
+    return tf.stack([total, together, average(variance + tf.square(mean - together))])
 
 
 def _merged(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:

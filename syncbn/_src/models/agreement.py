@@ -39,6 +39,10 @@ def assert_synchronized(
             Also where there is nothing to compare, and where the call of a synchronized layer is
             not what runs.
         RuntimeError: the call is made inside of a graph or of a replica.
+
+    Example:
+        >>> syncbn.assert_synchronized(model)  # raises where replicas differ
+        >>> syncbn.assert_synchronized(model, weights=True)
     """
     job = job_of(model, communicator)
     what = "weights" if weights else "moving statistics"

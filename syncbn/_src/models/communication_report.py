@@ -51,14 +51,22 @@ class LayerReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `report` returns; printed, a table."""
+    """What `report` returns; printed, a table.
+
+    Example:
+        >>> model = syncbn.convert_sync_batchnorm(model)
+        >>> [(layer.name, layer.channels) for layer in syncbn.report(model).layers]
+        [('normalization', 4)]
+    """
 
     layers: tuple[LayerReport, ...]
+    """The normalizations of the model, in its order."""
     engine: str | None = None
     """The name of the communicator that was measured, if any."""
     size: int | None = None
     """The number of replicas that it joins."""
     advice: tuple[str, ...] = ()
+    """What to change, if there is something."""
     settings: str = ""
     """Horovod's settings for small messages, where it was measured."""
     watchdog: str = ""
@@ -131,6 +139,11 @@ def report(model: Any, communicator: str | Communicator | None = None) -> Report
 
     Raises:
         RuntimeError: with a communicator, in a graph or replica; and see `syncbn.resolve`.
+
+    Example:
+        >>> model = syncbn.convert_sync_batchnorm(model)
+        >>> syncbn.report(model).total.collectives  # forward, and backward
+        (1, 1)
     """
     job = None if communicator is None else job_of(model, communicator)
     rows = [_layer_report(name, layer, job) for name, layer in all_normalizations(model).items()]
@@ -203,7 +216,7 @@ def _with_seconds(row: LayerReport, latencies: dict[Payload, float]) -> LayerRep
     return row._replace(seconds=sum(latencies[payload] for payload in sent)) if sent else row
 
 
-_BEST_BATCH = 128
+BEST_BATCH = 128
 """The largest normalization batch of those that gave the best accuracy, 32 to 128 samples: Wu &
 Johnson, "Rethinking 'Batch' in BatchNorm" (2021)."""
 
@@ -230,13 +243,13 @@ def _measured_advice(rows: Sequence[LayerReport], job: TrainingJob) -> list[str]
     # replica; under a strategy, Keras may have had those of all together.
     batches = {row.input_shape[0] for row in rows if row.forward and row.input_shape}
     batch = batches.pop() if len(batches) == 1 else None
-    if batch and batch * job.size > _BEST_BATCH and job.size > 1 and job.strategy is None:
+    if batch and batch * job.size > BEST_BATCH and job.size > 1 and job.strategy is None:
         sizes = [size for size in range(1, job.size) if job.size % size == 0]
-        best = max(size for size in sizes if size == 1 or size * batch <= _BEST_BATCH)
+        best = max(size for size in sizes if size == 1 or size * batch <= BEST_BATCH)
         remedy = f"group_size={best}" if best > 1 else "communicator='local'"
         advice.append(
             f"{job.size} replicas with {batch} samples each normalize with {batch * job.size} "
-            f"samples, and more than {_BEST_BATCH} have not been found to help: {remedy} makes it "
+            f"samples, and more than {BEST_BATCH} have not been found to help: {remedy} makes it "
             f"{best * batch}."
         )
     return advice

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, overload
 
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.keras_compat import keras_api
@@ -12,26 +15,70 @@ from syncbn._src.layers.sync_batch_normalization import SyncBatchNormalization
 from syncbn._src.models import rebuilding
 from syncbn._src.models.replacement import (
     Conversion,
+    convertible,
     differs,
     plain_config,
     replace_layer,
     synchronize,
 )
+from syncbn._src.models.synchronization_advice import Advice
 
 __all__ = ["Conversion", "convert_sync_batchnorm", "revert_sync_batchnorm"]
 
 
+_log = logging.getLogger("syncbn")
+_NOT_CHOSEN = "is not one of those to convert"
+_PLAIN_ALREADY = "is plain already"
+
+Only = (
+    str
+    | Iterable[str]
+    | Mapping[str, Mapping[str, Any]]
+    | Callable[[str, Any], bool]
+    | Advice
+    | None
+)
+"""A choice of layers."""
+
+
+@overload
 def convert_sync_batchnorm(
-    model: Any, *, communicator: str | Communicator = "auto", **options: Any
-) -> Conversion:
+    model: Any,
+    *,
+    only: Only = ...,
+    communicator: str | Communicator = ...,
+    return_conversion: Literal[True],
+    **options: Any,
+) -> Conversion: ...
+
+
+@overload
+def convert_sync_batchnorm(
+    model: Any,
+    *,
+    only: Only = ...,
+    communicator: str | Communicator = ...,
+    return_conversion: Literal[False] = ...,
+    **options: Any,
+) -> Any: ...
+
+
+def convert_sync_batchnorm(
+    model: Any,
+    *,
+    only: Only = None,
+    communicator: str | Communicator = "auto",
+    return_conversion: bool = False,
+    **options: Any,
+) -> Any:
     """Converts the batch normalizations of a model to synchronized ones.
 
     Each `BatchNormalization` of Keras, ``synchronized=True`` or not, and each
     `SyncBatchNormalization` of tf_keras and Horovod becomes a `syncbn.SyncBatchNormalization`, in
     place: it is the same object as before, with its name and weights, and references to it stay
-        valid. So this works for any kind of model, for shared, nested and wrapped layers, and a
-        compiled model continues to train with its optimizer. On one replica outputs and moving
-        statistics are those of the original layers.
+    valid. So this works for any kind of model, for shared, nested and wrapped layers, and a
+    compiled model continues to train with its optimizer. On one replica outputs and moving
+    statistics are those of the original layers.
 
     A subclass of `BatchNormalization` is converted only if it defines nothing but its constructor
     and its config. Layers that are not built are left unchanged. Only layers that Keras tracks are
@@ -46,7 +93,14 @@ def convert_sync_batchnorm(
 
     Args:
         model: A built model or layer of `tf.keras`.
+        only: Which layers to convert; the others stay as they are. Names or patterns of
+            `fnmatch` (``"backbone/*"``; ``*`` also matches slashes), one or several; a function of
+            the name and the layer; the `Advice` of `syncbn.advise`, with its size of groups; or a
+            mapping from names to options for that layer. Names are those of
+            `syncbn.moving_statistics`.
         communicator: As for `SyncBatchNormalization`.
+        return_conversion: Whether to return the model (as torch's ``convert_sync_batchnorm`` does)
+            or what was done.
         **options: Other arguments that `SyncBatchNormalization` has and the plain layer does not,
             such as ``group_size``; or ``momentum``. The same for all layers. With ``momentum=None``
             earlier batches do not count, and the first one replaces the moving statistics.
@@ -54,32 +108,53 @@ def convert_sync_batchnorm(
             that are fused (inputs of rank 4 or 5), false for all others.
 
     Returns:
-        What was converted and what was not. Print it.
+        ``model``, the same object. With ``return_conversion`` a `Conversion`: what was converted,
+        and why the others were not. Without it what could not be converted is logged.
 
     Raises:
         TypeError: ``model`` is not a layer, an option that is not one of these.
-        ValueError: the model is not built, a value that `SyncBatchNormalization` does not take.
+        ValueError: the model is not built, ``only`` names or matches no normalization, a value that
+            `SyncBatchNormalization` does not take.
         RuntimeError: in a graph or function, or in the scope of another strategy. After any of
             these errors the model is unchanged.
+
+    Example:
+        >>> model = syncbn.convert_sync_batchnorm(model)
+        >>> type(model.layers[0]).__name__
+        'SyncBatchNormalization'
     """
     taken = _arguments(SyncBatchNormalization) - _arguments(PLAIN_BATCH_NORMALIZATION)
     taken = {name for name in taken if not name.startswith("renorm")} | {"momentum"}
-    unknown = sorted(set(options) - taken)
-    if unknown:
-        raise TypeError(
-            "Options must be arguments that SyncBatchNormalization has besides those of the plain "
-            f"layer, or momentum: {', '.join(sorted(taken))}. Received: {', '.join(unknown)}."
-        )
-    options["communicator"] = communicator
-    SyncBatchNormalization(name="any", **options)
+    chosen = _chosen(only, convertible(model))
+    for given in (options, *chosen.values()):
+        if unknown := sorted(set(given) - taken):
+            raise TypeError(
+                "Options must be arguments that SyncBatchNormalization has besides those of the "
+                f"plain layer, or momentum: {', '.join(sorted(taken))}. "
+                f"Received: {', '.join(unknown)}."
+            )
+        SyncBatchNormalization(name="any", **{"communicator": communicator, **options, **given})
 
-    result = synchronize(model, lambda name: options)
+    def options_of(name: str, layer: Any) -> dict[str, Any] | None:
+        if name not in chosen:
+            return None
+        return {"communicator": communicator, **options, **chosen[name]}
+
+    result = synchronize(model, options_of, _NOT_CHOSEN)
     if result.converted:
         rebuilding.remember(model)
-    return result
+    return _returned(result, return_conversion, _NOT_CHOSEN)
 
 
-def revert_sync_batchnorm(model: Any) -> Conversion:
+@overload
+def revert_sync_batchnorm(model: Any, *, return_conversion: Literal[True]) -> Conversion: ...
+
+
+@overload
+def revert_sync_batchnorm(model: Any, *, return_conversion: Literal[False] = ...) -> Any: ...
+
+
+def revert_sync_batchnorm(model: Any, *, return_conversion: bool = False) -> Any:
     """Converts the synchronized batch normalizations of a model to Keras' `BatchNormalization`.
 
     The reverse of `convert_sync_batchnorm`, likewise in place; also for models that were built
@@ -93,12 +168,19 @@ def revert_sync_batchnorm(model: Any) -> Conversion:
 
     Args:
         model: As for `convert_sync_batchnorm`.
+        return_conversion: Likewise.
 
     Returns:
-        What was converted and what was not.
+        As `convert_sync_batchnorm`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for `convert_sync_batchnorm`.
+
+    Example:
+        >>> model = syncbn.convert_sync_batchnorm(model, group_size=8)
+        >>> model = syncbn.revert_sync_batchnorm(model)
+        >>> type(model.layers[0]).__name__
+        'BatchNormalization'
     """
 
     def why_not(name: str, layer: Any) -> str | None:
@@ -107,7 +189,7 @@ def revert_sync_batchnorm(model: Any) -> Conversion:
         if layer.momentum is None:
             return "has momentum=None, which a plain layer cannot have"
         if type(layer) is PLAIN_BATCH_NORMALIZATION and not layer.synchronized:
-            return "is plain already"
+            return _PLAIN_ALREADY
         return differs(layer)
 
     def make(name: str, layer: Any) -> Any:
@@ -115,7 +197,40 @@ def revert_sync_batchnorm(model: Any) -> Conversion:
 
     result = replace_layer(model, why_not, make)
     rebuilding.forget(model)
-    return result
+    return _returned(result, return_conversion, _PLAIN_ALREADY)
+
+
+def _returned(result: Conversion, return_conversion: bool, expected: str) -> Any:
+    """Returns what is asked for; logs why layers were not converted, unless that is expected."""
+    if return_conversion:
+        return result
+    failed = {name: why for name, why in result.unchanged.items() if why != expected}
+    if failed:
+        _log.warning("%s", result._replace(unchanged=failed))
+    return result.model
+
+
+def _chosen(only: Only, layers: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns the layers that are to be converted: options, by their names."""
+    if only is None:
+        return {name: {} for name in layers}
+    if isinstance(only, Advice):
+        only = only.options()
+    elif callable(only):
+        return {name: {} for name, layer in layers.items() if only(name, layer)}
+    if isinstance(only, Mapping):
+        chosen, unknown = dict(only), sorted(set(only) - set(layers))
+    else:
+        patterns = [only] if isinstance(only, str) else list(only)
+        matches = {pattern: fnmatch.filter(layers, pattern) for pattern in patterns}
+        chosen = {name: {} for names in matches.values() for name in names}
+        unknown = [pattern for pattern, names in matches.items() if not names]
+    if unknown:
+        raise ValueError(
+            "`only` must be for normalizations of the model: "
+            f"{', '.join(layers) or 'there are none'}. Received: {', '.join(unknown)}."
+        )
+    return chosen
 
 
 def _arguments(cls: type) -> set[str]:

@@ -157,7 +157,8 @@ def _convert_again(layer: Any, options: list[dict[str, Any] | None], shapes: lis
         if shape is not None and not one.built:
             one.build(tuple(shape))
     if any(one.built for one in found.values()):
-        synchronize(layer, dict(zip(found, options, strict=True)).get)
+        known = dict(zip(found, options, strict=True))
+        synchronize(layer, lambda name, _: known[name], "was not converted before")
         remember(layer)
 
 

@@ -1,9 +1,8 @@
-"""Exact population statistics for the normalizations of a model."""
+"""Population statistics for the normalizations of a model, exact if need be."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ import tensorflow as tf
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.fingerprints import sums
 from syncbn._src.communicators.host_collectives import require_agreement
-from syncbn._src.keras_compat import keras_api
 from syncbn._src.models.activation_statistics import Observer
+from syncbn._src.models.dataset_batches import DatasetBatches
 from syncbn._src.models.statistics import (
     MovingStatistics,
     moving_statistics,
@@ -33,7 +32,7 @@ def recalibrate(
     steps: int | None = None,
     verbose: int | str = "auto",
 ) -> None:
-    """Sets the moving statistics of a model to those of a whole dataset ("precise BN").
+    """Sets the moving statistics of a model by a pass over a dataset ("precise BN").
 
     Moving averages remember only the last batches, as seen with older weights. After the weights
     have changed otherwise than by training (averaged as in SWA and EMA, pruned, rounded), or before
@@ -85,6 +84,13 @@ def recalibrate(
         After any of these the model is unchanged, on all workers.
 
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.
+
+    Example:
+        >>> dataset = tf.data.Dataset.from_tensor_slices(x).batch(4)
+        >>> syncbn.recalibrate(model, dataset, exact=True, verbose=0)
+        >>> mean, variance, _ = syncbn.moving_statistics(model)["normalization"]
+        >>> np.allclose(mean, x.mean(0), atol=1e-6)
+        True
     """
     workers = job_of(model, communicator).workers()
     before, layers = moving_statistics(model), normalizations(model)
@@ -102,7 +108,7 @@ def recalibrate(
         )
     observer = Observer(model, layers, before)
     passes = len(pending) if exact else 1
-    batches = _Batches(dataset, steps, passes, 0 if workers.rank else verbose)
+    batches = DatasetBatches(dataset, steps, passes, 0 if workers.rank else verbose)
     measured: dict[str, MovingStatistics] = {}
     while pending:
         seen = _measure(observer, batches, workers)
@@ -122,111 +128,9 @@ def recalibrate(
     batches.end()
 
 
-class _Batches:
-    """The batches of a dataset, and a progress bar over all passes."""
-
-    def __init__(self, dataset: Any, steps: int | None, passes: int, verbose: int | str) -> None:
-        self._dataset, self._steps, self._passes = dataset, steps, passes
-        self._verbose = 1 if verbose == "auto" else verbose
-        self._bar: Any = None
-        self._seen = 0
-        self._in_a_pass: int | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        if self._bar is None:
-            self._steps = self._checked_steps()
-            target = None if self._steps is None else self._passes * self._steps
-            self._bar = keras_api.keras.utils.Progbar(
-                target, verbose=self._verbose, unit_name="batch"
-            )
-        before = self._seen
-        for batch in itertools.islice(_batches(self._dataset), self._steps):
-            yield batch
-            self._seen += 1
-            self._bar.update(self._seen)
-        taken = self._seen - before
-        if self._in_a_pass not in (None, taken):
-            raise ValueError(
-                "`exact` goes through `dataset` several times, which must have the same batches "
-                f"each time. Received: {self._in_a_pass} batches at first, and then {taken}."
-            )
-        self._in_a_pass = taken
-
-    def end(self) -> None:
-        """Ends the line of the progress bar."""
-        if self._seen and self._seen != self._bar.target:
-            self._bar.target = self._seen  # tf_keras cannot end a line without a target
-            self._bar.update(self._seen, finalize=True)
-
-    def _checked_steps(self) -> int | None:
-        """Returns how many batches a pass takes at most, where that is known."""
-        dataset, steps = self._dataset, self._steps
-        if steps is not None and steps < 1:
-            raise ValueError(f"`steps` must be 1 at least, or None. Received: steps={steps}.")
-        if isinstance(dataset, np.ndarray | tf.Tensor) or not isinstance(dataset, Iterable):
-            raise TypeError(
-                "`dataset` must be an iterable of batches, such as a tf.data.Dataset. Received: "
-                f"{type(dataset).__name__}. For an array x, give "
-                "tf.data.Dataset.from_tensor_slices(x).batch(32)."
-            )
-        if isinstance(dataset, tf.distribute.DistributedDataset):
-            raise TypeError(
-                "`dataset` must be an ordinary one under tf.distribute too: each worker's own "
-                "batches. Received: a DistributedDataset. Give what it was made from."
-            )
-        if (
-            self._passes > 1
-            and isinstance(dataset, Iterator)
-            and not isinstance(dataset, _Sequence)
-        ):
-            raise ValueError(
-                f"`exact` goes through `dataset` {self._passes} times. Received: an iterator, "
-                "which can be gone through once. Give a tf.data.Dataset, or a list of batches."
-            )
-        length = _cardinality(dataset)
-        if steps is None and length == tf.data.INFINITE_CARDINALITY:
-            raise ValueError(
-                "`dataset` must have an end. Received: one that repeats forever. Give `steps`."
-            )
-        return min((n for n in (length, steps) if n is not None and n >= 0), default=None)
-
-
-# Also called PyDataset in Keras 3.
-_Sequence: Any = keras_api.keras.utils.Sequence
-
-
-def _batches(dataset: Any) -> Iterator[Any]:
-    """Yields batches; the caller has to stop at the length of a sequence."""
-    if not isinstance(dataset, _Sequence):
-        yield from dataset
-        return
-    # By index, as Keras does: some sequences are iterators too, and may be in mid-iteration.
-    for number in itertools.count():
-        yield _standardized(dataset[number])
-
-
-def _standardized(batch: Any) -> Any:
-    """Returns a batch of a sequence as `predict_step` gets it from Keras 2 and 3."""
-    if keras_api.KERAS_3:
-        return (batch,) if isinstance(batch, np.ndarray) else batch
-    utils = keras_api.keras.utils
-    return utils.pack_x_y_sample_weight(*utils.unpack_x_y_sample_weight(batch))
-
-
-def _cardinality(dataset: Any) -> int:
-    """Returns the number of batches, or `tf.data`'s constant for an unknown or infinite one."""
-    if isinstance(dataset, tf.data.Dataset):
-        return int(dataset.cardinality())
-    if keras_api.KERAS_3 and isinstance(dataset, _Sequence):
-        number = dataset.num_batches
-        return tf.data.INFINITE_CARDINALITY if number is None else number
-    try:
-        return len(dataset)
-    except TypeError:
-        return tf.data.UNKNOWN_CARDINALITY
-
-
-def _measure(observer: Observer, batches: _Batches, workers: Communicator) -> dict[str, np.ndarray]:
+def _measure(
+    observer: Observer, batches: DatasetBatches, workers: Communicator
+) -> dict[str, np.ndarray]:
     """Returns what each layer sees on all workers together, in the order of execution.
 
     Raises:

@@ -20,7 +20,13 @@ from syncbn._src.models.statistics import all_normalizations, uncalled
 
 
 class Conversion(NamedTuple):
-    """The result of a conversion. It prints as a short text."""
+    """The result of a conversion. It prints as a short text.
+
+    Example:
+        >>> conversion = syncbn.convert_sync_batchnorm(model, return_conversion=True)
+        >>> conversion.converted, conversion.unchanged
+        (('normalization',), {})
+    """
 
     model: Any
     """The model that was given, changed."""
@@ -36,25 +42,33 @@ class Conversion(NamedTuple):
         return "\n".join(lines)
 
 
-def synchronize(model: Any, options_of: Callable[[str], dict[str, Any] | None]) -> Conversion:
-    """Converts normalizations to synchronized ones, with options by name; ``None`` to skip one.
+def synchronize(
+    model: Any, options_of: Callable[[str, Any], dict[str, Any] | None], otherwise: str
+) -> Conversion:
+    """Converts normalizations to synchronized ones.
 
-    The options are arguments of `SyncBatchNormalization`.
+    Args:
+        model: The model, or layer.
+        options_of: Returns arguments of `SyncBatchNormalization` for a name and layer; ``None`` to
+            leave it.
+        otherwise: Why it is left then.
     """
 
     def why_not(name: str, layer: Any) -> str | None:
+        if options_of(name, layer) is None:
+            return otherwise
         if isinstance(layer, SynchronizedLayer):
             return f"is a {type(layer).__name__} already"
         for option in ("adjustment", "virtual_batch_size"):
             if getattr(layer, option, None) is not None:
                 return f"has {option}=, as only Keras 2 knows it"
-        return differs(layer) or ("was not converted before" if options_of(name) is None else None)
+        return differs(layer)
 
     def make(name: str, layer: Any) -> Any:
         # The fused kernels of Keras 2 apply Bessel's correction to the moving variance.
         unbiased = bool(getattr(layer, "fused", False))
         config = {**plain_config(layer), "unbiased_moving_variance": unbiased}
-        return SyncBatchNormalization(**config | (options_of(name) or {}))
+        return SyncBatchNormalization(**config | (options_of(name, layer) or {}))
 
     return replace_layer(model, why_not, make)
 
@@ -65,7 +79,7 @@ def replace_layer(
     make: Callable[[str, Any], Any],
 ) -> Conversion:
     """Replaces each layer for which ``why_not`` gives no reason by what ``make`` returns."""
-    layers = _normalizations(model)
+    layers = convertible(model)
     traced = uncalled(model)
     made, unchanged = {}, {}
     # All that can fail comes before the first change.
@@ -90,7 +104,12 @@ def replace_layer(
     return Conversion(model, tuple(made), unchanged)
 
 
-def _normalizations(model: Any) -> dict[str, Any]:
+def convertible(model: Any) -> dict[str, Any]:
+    """Returns the normalizations of a model by their names.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: nothing in it can be converted, or not here.
+    """
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a model or layer of tf.keras. Received: model={model!r}.")
     if not tf.executing_eagerly():

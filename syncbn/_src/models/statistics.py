@@ -18,9 +18,15 @@ class MovingStatistics(NamedTuple):
 
     ``None`` stands for what the layer does not have; where statistics are set, also for what is to
     be left unchanged.
+
+    Example:
+        >>> mean, variance, count = syncbn.moving_statistics(model)["normalization"]
+        >>> mean.shape, count
+        ((4,), None)
     """
 
     mean: Any = None
+    """The moving mean."""
     variance: Any = None
     """Of a batch normalization; `SyncCentering` has none."""
     count: Any = None  # (also a method of tuples, of another type)
@@ -44,6 +50,13 @@ def moving_statistics(model: Any) -> dict[str, MovingStatistics]:
 
     Args:
         model: A model or layer of `tf.keras`.
+
+    Example:
+        >>> statistics = syncbn.moving_statistics(model)
+        >>> list(statistics)
+        ['normalization']
+        >>> print(statistics["normalization"].mean)
+        [0. 0. 0. 0.]
     """
     return {
         name: MovingStatistics(*map(_values(layer).get, _WEIGHTS))
@@ -67,6 +80,10 @@ def set_moving_statistics(
         ValueError: a name or value for something that the model does not have, a value of another
             shape, one that is not finite, a negative variance or count. The model is then
             unchanged.
+
+    Example:
+        >>> ones = syncbn.MovingStatistics(mean=np.ones(4), variance=None, count=None)
+        >>> syncbn.set_moving_statistics(model, {"normalization": ones})
     """
     layers = normalizations(model)
     unknown = sorted(set(statistics) - set(layers))

@@ -68,6 +68,10 @@ class BroadcastVariables(WorkerCallback):
             scales the loss (see `distribute`), or the optimizer is Horovod's own, which averages
             nothing under Keras 3. In training: workers have other weights, or learning rates, than
             others.
+
+    Example:
+        >>> start_equal = syncbn.training.BroadcastVariables()
+        >>> history = model.fit(x, y, callbacks=[start_equal], verbose=0)
     """
 
     def __init__(
@@ -150,6 +154,15 @@ class AverageMetrics(WorkerCallback):
 
     Args:
         communicator: As for `syncbn.SyncBatchNormalization`.
+
+    Raises:
+        ValueError, TypeError: no such communicator.
+        RuntimeError: in training: workers have other learning rates than others; and see
+            `syncbn.resolve`.
+
+    Example:
+        >>> callbacks = [syncbn.training.BroadcastVariables(), syncbn.training.AverageMetrics()]
+        >>> history = model.fit(x, y, callbacks=callbacks, verbose=0)
     """
 
     def __init__(self, communicator: str | Communicator = "auto") -> None:

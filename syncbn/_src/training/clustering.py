@@ -22,12 +22,15 @@ def compile_around_collectives() -> None:
     Call it once in each process, first in the script: before anything is computed, and before a
     strategy is created. ``--xla`` of the launchers does the same. Eager code is not compiled. XLA
     recompiles for each new shape: batch with ``drop_remainder=True``. On CPUs it does not always
-    pay off; see docs/sharp-bits.md. `tf.config.optimizer.set_jit(False)` undoes it.
+    pay off; see docs/jobs.md. `tf.config.optimizer.set_jit(False)` undoes it.
 
     Where TensorFlow sees GPUs, XLA compiles only for these, and the call may come at any time.
 
     Raises:
         RuntimeError: TensorFlow has started, and without GPUs it is too late to enable XLA.
+
+    Example:
+        >>> syncbn.training.compile_around_collectives()  # doctest: +SKIP
     """
     if not tf.config.get_visible_devices("GPU"):
         _compile_for_cpus()

@@ -26,6 +26,14 @@ def init_horovod(*args: Any, **kwargs: Any) -> None:
     Raises:
         ImportError: Horovod with TensorFlow support is not installed.
         RuntimeError: Horovod is initialized already.
+
+    Example:
+        In a job of two processes:
+
+        >>> import horovod.tensorflow as hvd
+        >>> syncbn.training.init_horovod()
+        >>> hvd.size()
+        2
     """
     hvd = import_horovod()
     if hvd.is_initialized():

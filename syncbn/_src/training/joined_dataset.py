@@ -23,7 +23,7 @@ def join(
     *,
     sample_weight: bool = False,
 ) -> tf.data.Dataset:
-    """Lets workers have different numbers of batches: one that runs out goes on with empty ones.
+    """Lets workers have different numbers of batches: one that runs out continues with empty ones.
 
     The dataset of every worker becomes as long as the longest. No worker waits for one that has
     ended, nothing is dropped, and synchronized layers see the batches that exist. All workers make
@@ -62,6 +62,12 @@ def join(
             some workers give ``sample_weight`` and others do not.
         RuntimeError: the call is made in a graph; MPI is not initialized for several threads; and
             see `syncbn.resolve`.
+
+    Example:
+        >>> data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+        >>> joined = syncbn.training.join(data, sample_weight=True)
+        >>> print(*(part.shape for part in next(iter(joined))))
+        (4, 4) (4, 1) (4,)
     """
     if not isinstance(dataset, tf.data.Dataset):
         raise TypeError(f"`dataset` must be a tf.data.Dataset. Received: dataset={dataset!r}.")

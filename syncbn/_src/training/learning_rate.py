@@ -47,6 +47,12 @@ class LearningRateSchedule(WorkerCallback):
         ValueError: ``base_rate`` is not positive. When training begins: the number of steps in an
             epoch is needed and unknown, or workers have different schedules.
         TypeError: when the rate is set: that of the optimizer is a schedule.
+
+    Example:
+        >>> schedule = syncbn.training.LearningRateSchedule(0.1, lambda epoch: 0.1 ** (epoch // 2))
+        >>> history = model.fit(x, y, epochs=4, callbacks=[schedule], verbose=0)
+        >>> print(np.round(history.history["learning_rate"], 3))  # with one replica
+        [0.1  0.1  0.01 0.01]
     """
 
     def __init__(
@@ -150,6 +156,10 @@ class LearningRateWarmup(LearningRateSchedule):
     Raises:
         ValueError: an argument is not positive; and as for `LearningRateSchedule`.
         TypeError: as for `LearningRateSchedule`.
+
+    Example:
+        >>> warmup = syncbn.training.LearningRateWarmup(0.1, warmup_epochs=2)
+        >>> history = model.fit(x, y, epochs=3, callbacks=[warmup], verbose=0)
     """
 
     def __init__(

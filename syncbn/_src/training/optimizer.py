@@ -88,6 +88,10 @@ def distribute(
             and see `syncbn.resolve`.
         NotImplementedError: in a step: ``backward_passes_per_step`` with a strategy that has
             several replicas, or in a graph could have (all but OneDeviceStrategy), or in a session.
+
+    Example:
+        >>> optimizer = syncbn.training.distribute(tf.keras.optimizers.SGD(0.1))
+        >>> model.compile(optimizer, "mse")
     """
     if not isinstance(optimizer, (*keras_api.OPTIMIZERS, tf.compat.v1.train.Optimizer)):
         raise TypeError(

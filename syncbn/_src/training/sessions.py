@@ -8,12 +8,8 @@ import tensorflow as tf
 def prediction_variables(graph: tf.Graph | None = None) -> list[tf.Variable]:
     """Returns the variables that a trained model predicts with, for `tf.compat.v1.train.Saver`.
 
-    ```python
-    saver = tf.compat.v1.train.Saver(prediction_variables())
-    saver.save(session, "model")
-    ```
-
-    and for prediction, in another graph with the same layers called with ``training=False``,
+    After ``saver = Saver(prediction_variables())`` and ``saver.save(session, "model")``, for
+    prediction, in another graph with the same layers called with ``training=False``:
     ``Saver(prediction_variables()).restore(session, "model")``.
 
     These are the trainable variables, and the moving statistics: non-trainable variables that are
@@ -26,6 +22,11 @@ def prediction_variables(graph: tf.Graph | None = None) -> list[tf.Variable]:
 
     Returns:
         Each variable once, in the order in which they were created.
+
+    Example:
+        >>> with tf.Graph().as_default():
+        ...     weight = tf.compat.v1.get_variable("weight", [2])
+        ...     saver = tf.compat.v1.train.Saver(syncbn.training.prediction_variables())
     """
     if graph is None:
         graph = tf.compat.v1.get_default_graph()

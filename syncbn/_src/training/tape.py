@@ -22,14 +22,6 @@ Each step creates a new tape."""
 class DistributedGradientTape:
     """A `tf.GradientTape` whose `gradient` is the mean over the workers.
 
-    ```python
-    with tf.GradientTape() as tape:
-        loss = loss_of(model(x, training=True), y)
-    tape = syncbn.training.DistributedGradientTape(tape)
-    gradients = tape.gradient(loss, model.trainable_variables)
-    optimizer.apply_gradients(zip(gradients, model.trainable_variables))
-    ```
-
     The optimizer is a plain one: `distribute` would average once more. The tape may also be entered
     through this one: ``with DistributedGradientTape(tf.GradientTape()) as tape``. It has only the
     methods below; for a jacobian, which is the worker's own, use the tape itself.
@@ -48,6 +40,14 @@ class DistributedGradientTape:
     Raises:
         TypeError: ``tape`` is not a tape, or ``local`` has something else in it.
         ValueError: the communicator's name is unknown.
+
+    Example:
+        >>> with tf.GradientTape() as tape:
+        ...     loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+        >>> tape = syncbn.training.DistributedGradientTape(tape)
+        >>> gradients = tape.gradient(loss, model.trainable_variables)  # the mean over the workers
+        >>> optimizer = tf.keras.optimizers.SGD(0.1)
+        >>> step = optimizer.apply_gradients(zip(gradients, model.trainable_variables))
     """
 
     def __init__(

@@ -30,6 +30,9 @@ def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = 
         ValueError: ``root`` is not a rank, or workers have variables of different shapes or dtypes.
         TypeError: a variable holds strings.
         RuntimeError: the call is made in a graph; and see `syncbn.resolve`.
+
+    Example:
+        >>> syncbn.training.broadcast(model.weights)  # all workers have those of rank 0
     """
     communicator = process_communicator(resolve(communicator))
     if communicator.name == "tf.distribute":

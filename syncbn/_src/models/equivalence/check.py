@@ -23,12 +23,21 @@ _TOLERANCES = {"float64": 1e-8, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e
 
 @dataclasses.dataclass(frozen=True)
 class Equivalence:
-    """What `check_equivalence` has found. As text it is a table, and the advice."""
+    """What `check_equivalence` has found. As text it is a table, and the advice.
+
+    Example:
+        >>> def build_model():
+        ...     plain = tf.keras.layers.BatchNormalization()
+        ...     return tf.keras.Sequential([tf.keras.Input((4,)), plain])
+        >>> found = syncbn.check_equivalence(build_model, x)
+        >>> print(str(found).splitlines()[0])
+        On 2 replicas the model does not do what it does on one.
+    """
 
     replicas: int
     rows: list[Row]
-    """Each array of each quantity: how far it is from that on one replica, and whether that is
-    within the tolerance."""
+    """How far each array of each quantity is from that on one replica, and whether that is within
+    the tolerance."""
     advice: list[str]
     """What is probably wrong, and what was not checked."""
 
@@ -99,6 +108,12 @@ def check_equivalence(
             models, or batches of workers, that differ; a `train_step` that changes nothing.
         RuntimeError: TensorFlow has started with fewer devices, or this is called in the scope of a
             strategy.
+
+    Example:
+        >>> def build_model():
+        ...     return tf.keras.Sequential([tf.keras.Input((4,)), syncbn.SyncBatchNormalization()])
+        >>> syncbn.check_equivalence(build_model, x).equivalent
+        True
     """
     if not callable(build_model):
         raise TypeError(

@@ -1,0 +1,91 @@
+"""The advice on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from syncbn._src.named_functions import UsageError, named_function
+from syncbn._src.terminal import show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command line, which `run` takes."""
+    parser.add_argument(
+        "build_model", metavar="module:function", help="a function that returns the built model"
+    )
+    parser.add_argument(
+        "--batch-from",
+        metavar="module:function",
+        required=True,
+        help="a function that returns a dataset of batches, or the arrays x or (x, y) of all "
+        "samples",
+    )
+    parser.add_argument("--replicas", metavar="8", type=int, help="the replicas to train on")
+    parser.add_argument(
+        "--batch",
+        metavar="2",
+        type=int,
+        help="the samples of a replica in a step; those of the first batch, if not given",
+    )
+    parser.add_argument(
+        "--batches", metavar="64", type=int, default=64, help="the batches of replicas to take"
+    )
+    parser.add_argument(
+        "--tolerance",
+        metavar="0.35",
+        type=float,
+        help="the largest error of a normalized element, in standard deviations",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the advice to this file")
+    parser.add_argument("--picture", metavar="FILE", type=Path, help="draw it (needs matplotlib)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the advice that the arguments ask for.
+
+    Returns:
+        0, or 2 if there is none.
+    """
+    from syncbn._src.models.synchronization_advice import TOLERANCE, advise  # takes seconds
+
+    try:
+        model = named_function(arguments.build_model)()
+        data = named_function(arguments.batch_from)()
+        advice = advise(
+            model,
+            _batches(data, arguments.batch),
+            arguments.replicas,
+            batch=arguments.batch,
+            batches=arguments.batches,
+            tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
+        )
+        if arguments.json:
+            arguments.json.write_text(advice.to_json() + "\n")
+        if arguments.picture:
+            advice.draw(arguments.picture)
+    except UsageError as error:
+        print(f"syncbn advise: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        # It may be the user's code that fails, which needs the traceback.
+        traceback.print_exc()
+        return 2
+    show(advice, {})
+    return 0
+
+
+def _batches(data: Any, batch: int | None) -> Iterable[Any]:
+    """Returns a dataset of what may be arrays of all samples."""
+    import numpy as np
+    import tensorflow as tf
+
+    if not isinstance(data, tuple | np.ndarray | tf.Tensor):
+        return data
+    if batch is None:
+        raise UsageError("Arrays are cut into batches of --batch samples. Received: no --batch.")
+    return tf.data.Dataset.from_tensor_slices(data).batch(batch)

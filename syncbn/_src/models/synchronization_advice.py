@@ -1,0 +1,388 @@
+"""Which normalizations of a model need the statistics of other replicas, judged from data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from syncbn._src.communicators.base import Communicator
+from syncbn._src.models import network_costs
+from syncbn._src.models.communication_report import BEST_BATCH
+from syncbn._src.models.replica_observation import observe_replicas
+from syncbn._src.models.statistics import all_normalizations, normalizations
+from syncbn._src.models.statistics_errors import (
+    BatchDistribution,
+    StatisticsError,
+    statistics_error,
+)
+from syncbn._src.models.training_job import TrainingJob, job_of
+
+TOLERANCE = 0.35
+"""The largest error, in standard deviations; what it rests on is in docs/advice.md."""
+_AT_ONCE = 8
+_CALL = 39e-6
+"""Seconds in TensorFlow around a collective, as measured over MPI: docs/scaling.md."""
+
+
+class LayerAdvice(NamedTuple):
+    """What is said of a normalization."""
+
+    name: str
+    kind: str
+    """Its class."""
+    elements: float = 0.0
+    """The elements that it has for each channel in the batch of a replica, on average."""
+    independent: float = 0.0
+    """How many independent ones they are worth, for the mean."""
+    errors: tuple[StatisticsError, ...] = ()
+    """The errors of the statistics of 1, 2, 4, ... replicas, and of all."""
+    enough: int | None = None
+    """The fewest of these replicas with an error within the tolerance; ``None`` if not even all."""
+    seconds: float = 0.0
+    """How long a step waits if it is synchronized over all replicas."""
+    note: str = ""
+    """Why nothing is said of it."""
+
+    @property
+    def synchronize(self) -> bool:
+        """Whether the error of a single replica is beyond the tolerance."""
+        return bool(self.errors) and self.enough != 1
+
+
+class Advice(NamedTuple):
+    """What `advise` returns; printed, a table. ``convert_sync_batchnorm(only=)`` takes it.
+
+    Example:
+        >>> advice = syncbn.advise(model, [(x, y)], replicas=4, batch=2, verbose=0)
+        >>> advice.replicas, advice.batch, advice.synchronized + advice.plain
+        (4, 2, ('normalization',))
+    """
+
+    layers: tuple[LayerAdvice, ...]
+    replicas: int
+    batch: int
+    """The samples of a replica."""
+    tolerance: float
+    measured: str = ""
+    """The engine that the seconds were measured with; empty if they were calculated."""
+
+    @property
+    def group_size(self) -> int | None:
+        """The number of replicas to share statistics; ``None`` for all, 1 for no synchronization.
+
+        All, unless together they have more samples than have been found to help.
+        """
+        needed = [layer.enough or self.replicas for layer in self.layers if layer.synchronize]
+        if not needed:
+            return 1
+        sizes = [size for size in _sizes(self.replicas) if size >= max(needed)]
+        best = [size for size in sizes if size * self.batch <= BEST_BATCH]
+        size = max(best) if best else min(sizes)
+        return None if size == self.replicas else size
+
+    @property
+    def target_batch(self) -> int:
+        """The samples that share statistics: ``target_batch`` of `SyncBatchNormalization`."""
+        return (self.group_size or self.replicas) * self.batch
+
+    @property
+    def synchronized(self) -> tuple[str, ...]:
+        """The names of the layers to synchronize, which need it or gain from it."""
+        return tuple(layer.name for layer in self.layers if layer.synchronize)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The names of those among them that are beyond twice the tolerance."""
+        return tuple(layer.name for layer in self.layers if self._needs(layer))
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The names of those that may stay plain."""
+        return tuple(layer.name for layer in self.layers if layer.enough == 1)
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """How long a step waits: with all layers synchronized, and as advised."""
+        every = sum(layer.seconds for layer in self.layers)
+        return every, sum(layer.seconds for layer in self.layers if layer.synchronize)
+
+    def _needs(self, layer: LayerAdvice) -> bool:
+        return bool(layer.errors) and layer.errors[0].output > 2 * self.tolerance
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Returns the arguments of `SyncBatchNormalization` for each layer to synchronize."""
+        return {name: {"group_size": self.group_size} for name in self.synchronized}
+
+    def to_json(self) -> str:
+        """Returns everything in JSON."""
+        return json.dumps(
+            {
+                "replicas": self.replicas,
+                "batch": self.batch,
+                "tolerance": self.tolerance,
+                "group_size": self.group_size,
+                "target_batch": self.target_batch,
+                "synchronized": self.synchronized,
+                "needed": self.needed,
+                "plain": self.plain,
+                "seconds": dict(zip(("all", "advised"), self.seconds, strict=True)),
+                "measured": self.measured,
+                "layers": [
+                    {
+                        **layer._asdict(),
+                        "errors": [
+                            {
+                                **error._asdict(),
+                                "gain": layer.errors[0].output - error.output,
+                            }
+                            for error in layer.errors
+                        ],
+                    }
+                    for layer in self.layers
+                ],
+            },
+            indent=2,
+        )
+
+    def draw(self, path: str) -> None:
+        """Draws the errors over the sizes of groups; needs matplotlib."""
+        from syncbn._src.models.advice_picture import draw_advice
+
+        draw_advice(self, path)
+
+    def __str__(self) -> str:
+        rows = [self._headings(), *map(self._row, self.layers)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if 0 < column < len(row) - 1 else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        return "\n".join([*lines, *self.sentences()])
+
+    def __rich__(self) -> Any:
+        """Returns the table that rich prints."""
+        from rich.box import SIMPLE
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=SIMPLE)
+        headings = self._headings()
+        for column, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if 0 < column < len(headings) - 1 else "left")
+        for row in map(self._row, self.layers):
+            table.add_row(*map(Text, row))  # not strings, whose brackets rich takes for styles
+        return Group(table, *map(Text, self.sentences()))
+
+    def sentences(self) -> list[str]:
+        """Returns what is advised, in sentences."""
+        total = len(self.synchronized) + len(self.plain)
+        every, advised = (f"{1e3 * seconds:.3g} ms" for seconds in self.seconds)
+        how = f"measured over {self.measured}" if self.measured else "calculated"
+        size = self.group_size
+        lines = [
+            "Errors are those of a normalized element, whose deviation is 1, with the statistics "
+            f"of so many replicas of {self.batch}; the tolerance is {self.tolerance:g}."
+        ]
+        if not self.synchronized:
+            lines.append(
+                f"All {total} may stay plain. To synchronize them would add {every} to a step "
+                f"({how})."
+            )
+            return lines
+        over = "all replicas" if size is None else f"{size} replicas (group_size={size})"
+        which = f"all {total}" if not self.plain else f"{len(self.synchronized)} of {total}"
+        lines.append(
+            f"Synchronize {which} over {over}, that is {self.target_batch} samples: "
+            f"{advised} in a step, where all layers take {every} ({how})."
+        )
+        if not self.needed:
+            lines.append("None needs it: what is lost without is little, or nothing.")
+        short = [layer.name for layer in self.layers if layer.errors and layer.enough is None]
+        if short:
+            lines.append(
+                f"Not even all {self.replicas} replicas are enough for {', '.join(short)}: use "
+                "more samples."
+            )
+        return lines
+
+    def _verdict(self, layer: LayerAdvice) -> str:
+        if self._needs(layer):
+            return "needs it"
+        return "gains from it" if layer.synchronize else "may stay plain"
+
+    def _headings(self) -> list[str]:
+        sizes = [f"{size}" for size in _sizes(self.replicas)]
+        sizes[0] = f"error with {sizes[0]}"
+        return ["layer", "elements", "independent", *sizes, "enough", "ms", "advice"]
+
+    def _row(self, layer: LayerAdvice) -> list[str]:
+        if not layer.errors:
+            return [layer.name, *[""] * (len(self._headings()) - 2), layer.note]
+        return [
+            layer.name,
+            f"{layer.elements:.0f}",
+            f"{layer.independent:.3g}",
+            *(f"{error.output:.2f}" for error in layer.errors),
+            "more" if layer.enough is None else str(layer.enough),
+            f"{1e3 * layer.seconds:.2g}",
+            self._verdict(layer),
+        ]
+
+
+def advise(
+    model: Any,
+    data: Iterable[Any],
+    replicas: int | None = None,
+    *,
+    batch: int | None = None,
+    communicator: str | Communicator = "auto",
+    batches: int = 64,
+    tolerance: float = TOLERANCE,
+    network: tuple[float, float] = (20e-6, 1 / 3e9),
+    verbose: int | str = "auto",
+) -> Advice:
+    """Says which normalizations of a model need the statistics of other replicas, and of how many.
+
+    Runs some batches through the model, with each normalization using the statistics of several
+    replicas, and compares the mean and variance that each of the replicas has for itself. From how
+    they differ follows the error of the statistics of 1, 2, 4, ... replicas together, and how many
+    independent elements a replica has: a hundred pixels of an image may be worth three. Nothing of
+    the model changes.
+
+    A layer whose error with one replica is within the tolerance may stay plain. Up to twice that,
+    it gains from synchronization; beyond, it needs it. Either should have the statistics of at
+    least as many replicas as bring the error within the tolerance. That costs the same with more of
+    them, or less (a group needs another message for the moving statistics), so the advice is all
+    replicas, or a group of no more than 128 samples.
+
+    This is about the statistics, not about the accuracy that depends on them: see docs/advice.md
+    for what the tolerance rests on, and for what is not seen.
+
+    Args:
+        model: A built model or layer of `tf.keras`, with plain or synchronized normalizations.
+        data: Batches as `Model.fit` takes them, of any size, also without end. In a job of several
+            workers each worker gives its own.
+        replicas: How many replicas the model is to be trained on; by default those of the job.
+        batch: The samples that a replica has in a step; by default those of the first batch.
+        communicator: The one to measure, as for `syncbn.report`.
+        batches: The batches of replicas to take, on each worker.
+        tolerance: The largest error of a normalized element, in its standard deviations.
+        network: Where the job has one replica, and so nothing is measured: the seconds that a
+            message takes, and those for each byte; as assumed of TCP with 25 Gbit/s by default.
+        verbose: 1 or ``"auto"`` for a progress bar on rank 0, 0 for silence.
+
+    Returns:
+        The advice: a table, when printed by `print` or by rich.
+
+    Raises:
+        ValueError: a single replica; fewer than two batches; the model is not built, or has no
+            normalization that is not frozen; what one sees is not finite; batches that differ in
+            more than their first dimension, or a layer that does not keep the samples in order
+            along the first dimension.
+        TypeError: ``data`` is not an iterable of batches.
+        NotImplementedError: the model calls a normalization in a loop or branch of its graph.
+        RuntimeError: another worker failed; the call is made in a graph or in a replica; and see
+            `syncbn.resolve`.
+
+    Source of the formulas: `syncbn/_src/models/statistics_errors.py`.
+
+    Example:
+        >>> advice = syncbn.advise(model, [(x, y)], replicas=4, batch=2, verbose=0)
+        >>> advice.layers[0].elements, [error.replicas for error in advice.layers[0].errors]
+        (2.0, [1, 2, 4])
+        >>> model = syncbn.convert_sync_batchnorm(model, only=advice)
+    """
+    job = job_of(model, communicator)
+    size = job.size if replicas is None else replicas
+    if size < 2:
+        raise ValueError(
+            f"advise is about several replicas. Received: {size}"
+            + (", as in this job. " if replicas is None else ". ")
+            + "Give the number that the model is to be trained on, as in "
+            "advise(model, data, replicas=8)."
+        )
+    if not tolerance > 0:
+        raise ValueError(f"`tolerance` must be positive. Received: tolerance={tolerance}.")
+    layers = {name: layer for name, layer in normalizations(model).items() if layer.trainable}
+    if not model.built or not layers:
+        found = all_normalizations(model)
+        state = "which is not built" if not model.built else f"which has {len(found) or 'none'}"
+        state += ", all of them frozen or not built" if model.built and found else ""
+        raise ValueError(
+            "advise needs a model that is built, with normalizations that are not frozen. "
+            f"Received: {model.name}, {state}."
+        )
+    distributions, samples = observe_replicas(
+        model, layers, data, batch, batches, min(size, _AT_ONCE), job.workers(), verbose
+    )
+    rows = []
+    for name, layer in all_normalizations(model).items():
+        row = LayerAdvice(name, type(layer).__name__)
+        if name not in layers:
+            rows.append(row._replace(note="frozen" if layer.built else "not built"))
+        elif not distributions[name].elements.any():
+            rows.append(row._replace(note="sees nothing"))
+        else:
+            rows.append(_judged(row, layer, distributions[name], size, tolerance))
+    rows = _timed(rows, layers, job, size, network)
+    engine = job.communicator.name if job.size > 1 else ""
+    return Advice(tuple(rows), size, samples, tolerance, engine)
+
+
+def _sizes(replicas: int) -> list[int]:
+    """Returns the sizes of groups that are looked at: 1, 2, 4, ... and all."""
+    return [*(2**power for power in range((replicas - 1).bit_length())), replicas]
+
+
+def _judged(
+    row: LayerAdvice, layer: Any, batch: BatchDistribution, replicas: int, tolerance: float
+) -> LayerAdvice:
+    # `SyncCentering` has no variance, and so nothing to add to it.
+    epsilon = getattr(layer, "epsilon", 0.0)
+    errors = tuple(statistics_error(batch, size, epsilon) for size in _sizes(replicas))
+    within = (error.replicas for error in errors if error.output <= tolerance)
+    return row._replace(
+        elements=float(np.mean(batch.elements)),
+        independent=batch.independent,
+        errors=errors,
+        enough=next(within, None),
+    )
+
+
+def _timed(
+    rows: Sequence[LayerAdvice],
+    layers: Mapping[str, Any],
+    job: TrainingJob,
+    replicas: int,
+    network: tuple[float, float],
+) -> list[LayerAdvice]:
+    """Returns the rows with what a step waits for each layer, measured where the job can."""
+    costs, workers = network_costs.network(*network), 2 ** (replicas - 1).bit_length()
+    latencies: dict[int, float] = {}
+
+    def seconds(length: int) -> float:
+        if job.size == 1:
+            return _CALL + network_costs.seconds(costs, workers, length)
+        if length not in latencies:
+            latencies[length] = job.latency(length, tf.float64)
+        return latencies[length]
+
+    def timed(row: LayerAdvice) -> LayerAdvice:
+        if not row.errors:
+            return row
+        channels = math.prod(layers[row.name].moving_mean.shape)
+        moments = 2 if hasattr(layers[row.name], "moving_variance") else 1
+        # Back goes one number less, which takes no less time.
+        return row._replace(seconds=2 * seconds(moments * channels + 1))
+
+    return [timed(row) for row in rows]
