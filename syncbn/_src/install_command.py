@@ -8,7 +8,6 @@ from typing import NoReturn
 
 from syncbn._src.launch_command import LAUNCHERS, replace_process
 
-
 _SCRIPT = "install_horovod.sh"
 
 
