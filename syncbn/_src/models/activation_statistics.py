@@ -24,19 +24,26 @@ class Observer:
     A model runs as in `Model.predict`: a custom ``predict_step`` gets the batch, and a model that
     was compiled with ``run_eagerly`` runs eagerly.
 
-    Until the statistics of a normalization are fixed, it normalizes with those of the batch. No
-    variable of the model is assigned to; all other changes last only while a graph is traced.
+    Until the statistics of a normalization are fixed, it normalizes with those of the batch. Then
+    it is no longer observed, unless all are fixed from the start. No variable of the model is
+    assigned to; all other changes last only while a graph is traced.
 
     Args:
         model: The model to run.
         layers: Its normalizations, by name. The frozen ones are fixed.
         statistics: Their moving statistics, by name.
+        all_fixed: Whether all statistics are fixed, and all layers observed.
     """
 
     def __init__(
-        self, model: Any, layers: Mapping[str, Any], statistics: Mapping[str, MovingStatistics]
+        self,
+        model: Any,
+        layers: Mapping[str, Any],
+        statistics: Mapping[str, MovingStatistics],
+        *,
+        all_fixed: bool = False,
     ) -> None:
-        self._model, self._layers = model, layers
+        self._model, self._layers, self._all_fixed = model, layers, all_fixed
         self._given = {
             name: [tf.constant(value) for value in one[:2] if value is not None]
             for name, one in statistics.items()
@@ -101,11 +108,15 @@ class Observer:
         def statistics(name: str, inputs: tf.Tensor, mask: Any) -> list[tf.Tensor]:
             if tf.compat.v1.get_default_graph() is not graph:
                 raise NotImplementedError(
-                    "recalibrate cannot follow a normalization into a loop or branch of the graph. "
+                    "A normalization cannot be observed in a loop or branch of the graph. "
                     f"Received: a call of {name} in one, as in tf.while_loop, tf.cond or "
                     "tf.vectorized_map (keras.layers.TimeDistributed, where the time is unknown)."
                 )
             self.order.setdefault(name, len(self.order) + 1)
+
+            if self._all_fixed:
+                seen[name] = _merged(seen[name], _moments(self._layers[name], inputs, mask))
+                return list(given[name])
 
             def of_batch() -> tuple[tf.Tensor, list[tf.Tensor]]:
                 batch = _moments(self._layers[name], inputs, mask)

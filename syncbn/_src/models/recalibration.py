@@ -10,8 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator
-from syncbn._src.communicators.fingerprints import sums
-from syncbn._src.communicators.host_collectives import require_agreement
+from syncbn._src.communicators.host_collectives import require_agreement, sum_of_all
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.models.activation_statistics import Observer
 from syncbn._src.models.statistics import (
@@ -234,29 +233,20 @@ def _measure(observer: Observer, batches: _Batches, workers: Communicator) -> di
         RuntimeError: another worker was stopped.
         ValueError: there are no batches.
     """
-    seen, started, error = observer.nothing(), 0.0, None
-    try:
+    nothing = observer.nothing()
+    sizes = [1, len(nothing), *(int(tf.size(one)) for one in nothing.values())]
+
+    def own() -> np.ndarray:
+        seen, started = nothing, 0.0
         for batch in batches:
             seen, started = observer(batch, seen), 1.0
+        # Workers without a batch do not know the order, and add nothing to it.
+        order = [observer.order.get(name, 0.0) for name in seen]
         packed = [pack(sums_of(Moments(*tf.unstack(one)))).numpy() for one in seen.values()]
-    except Exception as own_error:
-        # The others wait for this worker's contribution, even a useless one.
-        error, packed = own_error, [np.zeros(tf.size(one)) for one in seen.values()]
-    failed = np.zeros(workers.size)
-    failed[workers.rank] = error is not None
-    # Workers without a batch do not know the order, and add nothing to it.
-    order = np.array([observer.order.get(name, 0.0) for name in seen])
-    parts = [failed, np.array([started]), order, *packed]
-    total = sums(workers)(tf.constant(np.concatenate(parts)), "syncbn/recalibrate").numpy()
-    ends = np.cumsum([len(part) for part in parts])
-    failed, (started,), order, *packed = np.split(total, ends[:-1])
-    if error is not None:
-        raise error
-    if failed.any():
-        raise RuntimeError(
-            "recalibrate must succeed on all workers. Received: an error on rank "
-            f"{', '.join(map(str, np.flatnonzero(failed)))}, which reports it."
-        )
+        return np.concatenate([[started], order, *packed])
+
+    total = sum_of_all(workers, own, sum(sizes), "recalibrate")
+    (started,), order, *packed = np.split(total, np.cumsum(sizes)[:-1])
     if not started:
         raise ValueError(
             "recalibrate needs a batch on one worker at least. Received: an empty `dataset`"
@@ -264,9 +254,9 @@ def _measure(observer: Observer, batches: _Batches, workers: Communicator) -> di
         )
     merged = {
         name: tf.stack(unpack(tf.constant(part), Sums(*tf.unstack(one)))).numpy()
-        for (name, one), part in zip(seen.items(), packed, strict=True)
+        for (name, one), part in zip(nothing.items(), packed, strict=True)
     }
-    names = [name for _, name in sorted(zip(order, seen, strict=True))]
+    names = [name for _, name in sorted(zip(order, nothing, strict=True))]
     return {name: merged[name] for name in names if merged[name][0].any()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,12 +23,20 @@ class Collective:
         number: Of the process's collectives, from 1.
         name: The operation's.
         members: The ranks that take part; ``None`` for all of the job.
+        seconds: Where the time that it takes is added up, by name.
     """
 
-    __slots__ = ("entered", "failed", "left", "members", "name", "number")
+    __slots__ = ("_seconds", "entered", "failed", "left", "members", "name", "number")
 
-    def __init__(self, number: int, name: str, members: Sequence[int] | None):
+    def __init__(
+        self,
+        number: int,
+        name: str,
+        members: Sequence[int] | None,
+        seconds: defaultdict[str, float],
+    ):
         self.number, self.name, self.members = number, name, members
+        self._seconds = seconds
         self.entered = time.time()
         self.left: float | None = None
         self.failed = False
@@ -40,6 +48,7 @@ class Collective:
     def leave(self) -> None:
         """Says that it is done."""
         self.left = time.time()
+        self._seconds[self.name] += self.left - self.entered
 
 
 class Site:
@@ -123,11 +132,12 @@ class FlightRecorder:
         self._latest: deque[Collective] = deque(maxlen=LENGTH)
         self._sites: list[Site] = []
         self._count = 0
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def enter(self, name: str, members: Sequence[int] | None) -> Collective:
         """Makes a record of a collective that Python is about to run."""
         self._count += 1
-        record = Collective(self._count, name, members)
+        record = Collective(self._count, name, members, self._seconds)
         self._latest.append(record)
         return record
 
@@ -178,6 +188,10 @@ class FlightRecorder:
     def counts(self) -> dict[str, int]:
         """Returns how often each operation of a graph has been done."""
         return {site.name: site.poll()[1] for site in list(self._sites)}
+
+    def seconds(self) -> dict[str, float]:
+        """Returns how long this process has been in the collectives that Python runs, by name."""
+        return dict(self._seconds)
 
     def last(self) -> dict[str, object] | None:
         """Returns the collective that Python has run last, if any."""
