@@ -19,6 +19,9 @@ from syncbn._src.watchdog.flight_recorder import RECORDER
 _DEAD = 0.01
 """The share of epsilon up to which a channel's variance is that of a dead one."""
 
+# What `tf.summary.scalar` writes, which needs TensorBoard to be installed where training runs.
+_SCALAR = tf.compat.v1.SummaryMetadata(plugin_data={"plugin_name": "scalars"}, data_class=1)
+
 
 class LayerFigures(NamedTuple):
     """The figures of a normalization; see `StatisticsMonitor`. ``None`` where it has none."""
@@ -48,9 +51,10 @@ class StatisticsMonitor(WorkerCallback):
       the variance between replicas. With one replica there is none.
     - ``dead_channels``: the number of channels with v ≤ ε / 100. What they give has a standard
       deviation of a tenth at most, before gamma. (v = 0 where a layer has no ε.)
-    - ``waiting_ms``: the time that this job's workers, on average, have been in the layer's
-      collectives, in milliseconds for each step. Who comes last is waited for, and waits least. It
-      is known where Python runs collectives: over MPI.
+    - ``waiting_ms``: the time in the layer's collectives, in milliseconds for each step, the mean
+      over the workers. Who comes last does not wait. One process does not wait at all, and has no
+      such figure. On a GPU it includes what the GPU had still to compute when the step issued them,
+      except over MPI.
 
     `SyncCentering` has no moving variance: its drift is in units of v. Where layers are not
     synchronized, moving statistics are the mean of those of the workers.
@@ -165,7 +169,7 @@ class StatisticsMonitor(WorkerCallback):
             self._writer = tf.summary.create_file_writer(folder)
         with self._writer.as_default():
             for tag, value in self._by_tag().items():
-                tf.summary.scalar(tag, value, step=step)
+                tf.summary.write(tag, value, step=step, metadata=_SCALAR)
         self._writer.flush()
 
     def _by_tag(self) -> dict[str, float]:
@@ -199,8 +203,9 @@ def _figures(joint: JointStatistics, epsilon: float, replicas: int) -> LayerFigu
     moving, variance_drift = variance, None
     if joint.moving_variance is not None:
         moving = joint.moving_variance
-        ratio = np.log((variance + epsilon) / (moving + epsilon))
-        variance_drift = float(np.sqrt(np.mean(ratio**2)))
+        scales = np.array([variance, moving]) + epsilon
+        ratios = np.diff(np.log(scales[:, scales.all(axis=0)]), axis=0)
+        variance_drift = _root_mean(ratios**2)
     return LayerFigures(
         _in_deviations((joint.mean - joint.moving_mean) ** 2, moving + epsilon),
         variance_drift,
@@ -210,6 +215,10 @@ def _figures(joint: JointStatistics, epsilon: float, replicas: int) -> LayerFigu
 
 
 def _in_deviations(squares: np.ndarray, variance: np.ndarray) -> float:
-    """Returns the root mean square over the channels that vary, in standard deviations."""
+    """Returns the root mean square over the channels, in standard deviations."""
     varies = variance != 0  # or there is no epsilon
-    return float(np.sqrt(np.mean(squares[varies] / variance[varies]))) if varies.any() else 0.0
+    return _root_mean(squares[varies] / variance[varies])
+
+
+def _root_mean(squares: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(squares))) if squares.size else 0.0

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+# Of vectorized loops, for which there is no public API; see communicators/vectorization.py.
+from tensorflow.python.ops.parallel_for.pfor import wrap
+
 LENGTH = 200
 """How many of the latest collectives are kept."""
 
@@ -52,7 +55,7 @@ class Collective:
 
 
 class Site:
-    """A collective of a graph, which runs without Python: two counters that the graph adds to.
+    """A collective of a graph, which runs without Python: counters that the graph adds to.
 
     Args:
         name: The operation's.
@@ -61,10 +64,13 @@ class Site:
 
     def __init__(self, name: str, members: Sequence[int] | None):
         self.name, self.members = name, members
-        self._entered, self._left = (f"syncbn/site/{next(_numbers)}" for _ in range(2))
+        counters = [f"syncbn/site/{next(_numbers)}" for _ in range(3)]
+        self._entered, self._left, self._clock = counters
+        dtypes = tf.int64, tf.int64, tf.float64
         with tf.init_scope(), tf.device("CPU:0"):
-            for counter in self._entered, self._left:
-                tf.raw_ops.AssignVariableOp(resource=_handle(counter), value=tf.zeros([], tf.int64))
+            for counter, dtype in zip(counters, dtypes, strict=True):
+                zero = tf.zeros([], dtype)
+                tf.raw_ops.AssignVariableOp(resource=_handle(counter, dtype), value=zero)
         self.since: float | None = None
         """When it was seen first that it had been entered, and not left."""
         self._seen = (0, 0)
@@ -72,11 +78,18 @@ class Site:
 
     def enter(self) -> tf.Operation:
         """Returns the operation, of the graph that is being made, that counts an entry."""
-        return _count(self._entered)
+        with tf.control_dependencies([_count(self._entered)]):
+            return _add_time(self._clock, -1)
 
     def leave(self) -> tf.Operation:
         """Likewise, for a leave."""
-        return _count(self._left)
+        with tf.control_dependencies([_add_time(self._clock, 1)]):
+            return _count(self._left)
+
+    def seconds(self) -> float:
+        """Returns how long this process has been in it; zero where it has been left half done."""
+        entered, left = _value(self._entered), _value(self._left)
+        return _value(self._clock, tf.float64) if entered == left else 0.0
 
     def poll(self) -> tuple[int, int]:
         """Returns how often it was entered and left."""
@@ -95,14 +108,15 @@ class Site:
         return counts
 
 
-def _handle(counter: str) -> tf.Tensor:
+def _handle(counter: str, dtype: tf.DType = tf.int64) -> tf.Tensor:
     # By its name, so that no graph captures it: the gradient of a branch takes nothing else in.
-    return tf.raw_ops.VarHandleOp(dtype=tf.int64, shape=[], shared_name=counter)
+    return tf.raw_ops.VarHandleOp(dtype=dtype, shape=[], shared_name=counter)
 
 
-def _value(counter: str) -> int:
+def _value(counter: str, dtype: tf.DType = tf.int64) -> Any:
     with tf.device("CPU:0"):
-        return int(tf.raw_ops.ReadVariableOp(resource=_handle(counter), dtype=tf.int64))
+        value = tf.raw_ops.ReadVariableOp(resource=_handle(counter, dtype), dtype=dtype)
+    return value.numpy().item()
 
 
 def _count(counter: str) -> tf.Operation:
@@ -112,6 +126,17 @@ def _count(counter: str) -> tf.Operation:
         )
     # A vectorized loop makes one collective of all iterations.
     operation.pfor_converter = lambda loop: _count(counter)
+    return operation
+
+
+def _add_time(clock: str, sign: int) -> tf.Operation:
+    """Adds the time to a clock, or takes it away. Their difference is exact to a microsecond."""
+    with tf.device("CPU:0"):
+        now = tf.timestamp()
+        add = tf.raw_ops.AssignAddVariableOp if sign > 0 else tf.raw_ops.AssignSubVariableOp
+        operation = add(resource=_handle(clock, tf.float64), value=now)
+    now.op.pfor_converter = lambda loop: [wrap(tf.timestamp(), False)]
+    operation.pfor_converter = lambda loop: _add_time(clock, sign)
     return operation
 
 
@@ -190,8 +215,14 @@ class FlightRecorder:
         return {site.name: site.poll()[1] for site in list(self._sites)}
 
     def seconds(self) -> dict[str, float]:
-        """Returns how long this process has been in the collectives that Python runs, by name."""
-        return dict(self._seconds)
+        """Returns how long this process has been in collectives, all added up, by their names.
+
+        On a GPU, those of a graph count from when they were issued.
+        """
+        seconds = defaultdict(float, self._seconds)
+        for site in list(self._sites):
+            seconds[site.name] += site.seconds()
+        return dict(seconds)
 
     def last(self) -> dict[str, object] | None:
         """Returns the collective that Python has run last, if any."""
