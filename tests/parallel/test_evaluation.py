@@ -1,5 +1,7 @@
 """What models are evaluated with, and on what, on every engine: all samples in one place."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -303,8 +305,9 @@ def require_statistics_of(weights, x):
 def averaging(replicas):
     """A model whose optimizer averages its weights, and the callback that evaluates those."""
     options = {"use_ema": True, "ema_momentum": 0.5} if KERAS_3 else {}
-    optimizer = keras.optimizers.SGD(RATE, momentum=0.9, **options)
-    model = make(replicas, optimizer=training.distribute(optimizer))
+    with replicas.strategy.scope() if isinstance(replicas, Strategy) else contextlib.nullcontext():
+        optimizer = keras.optimizers.SGD(RATE, momentum=0.9, **options)
+        model = make(replicas, optimizer=training.distribute(optimizer))
     return model, keras.callbacks.SwapEMAWeights if KERAS_3 else SwapAverages
 
 

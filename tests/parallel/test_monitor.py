@@ -97,10 +97,11 @@ def expected_figures(own, moving, epsilon):
         drift = np.sqrt(np.mean(np.log((variance + epsilon) / (moving_variance + epsilon)) ** 2))
     scale = (variance if moving_variance is None else moving_variance) + epsilon
     between = sum(len(one) * (one.mean(0) - mean) ** 2 for one in own) / len(everything)
+    kept = scale > 0  # without an epsilon, a dead channel has none
     return LayerFigures(
-        np.sqrt(np.mean((mean - moving_mean) ** 2 / scale)),
+        np.sqrt(np.mean((mean - moving_mean)[kept] ** 2 / scale[kept])),
         drift,
-        np.sqrt(np.mean(between / (variance + epsilon))),
+        np.sqrt(np.mean(between[kept] / (variance + epsilon)[kept])),
         int(np.sum(variance <= epsilon / 100)),
     )
 

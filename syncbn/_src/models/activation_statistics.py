@@ -30,30 +30,27 @@ class Observer:
 
     Args:
         model: The model to run.
-        layers: Its normalizations, by name. The frozen ones are fixed.
-        statistics: Their moving statistics, by name.
+        layers: Its normalizations, by name.
         all_fixed: Whether all statistics are fixed, and all layers observed.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        layers: Mapping[str, Any],
-        statistics: Mapping[str, MovingStatistics],
-        *,
-        all_fixed: bool = False,
-    ) -> None:
+    def __init__(self, model: Any, layers: Mapping[str, Any], *, all_fixed: bool = False) -> None:
         self._model, self._layers, self._all_fixed = model, layers, all_fixed
-        self._given = {
-            name: [tf.constant(value) for value in one[:2] if value is not None]
-            for name, one in statistics.items()
-        }
-        self._fixed = {name: tf.constant(not layer.trainable) for name, layer in layers.items()}
         self._has_own_step = _has_own_predict_step(model)
         eager = getattr(model, "run_eagerly", False)
         self._function = self._run if eager else tf.function(self._run, reduce_retracing=True)
         self.order: dict[str, int] = {}
         """The positions of the layers by their first call, from 1; empty before the first batch."""
+
+    def start(self, statistics: Mapping[str, MovingStatistics]) -> None:
+        """Gives the layers their moving statistics, by name. Those of frozen layers are fixed."""
+        self._given = {
+            name: [tf.constant(value) for value in one[:2] if value is not None]
+            for name, one in statistics.items()
+        }
+        self._fixed = {
+            name: tf.constant(not layer.trainable) for name, layer in self._layers.items()
+        }
 
     def fix(self, name: str, statistics: MovingStatistics) -> None:
         """Gives a layer the statistics to normalize with from now on."""

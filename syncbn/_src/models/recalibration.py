@@ -85,40 +85,58 @@ def recalibrate(
 
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021), section 3.
     """
-    workers = job_of(model, communicator).workers()
-    before, layers = moving_statistics(model), normalizations(model)
-    _require_same_call(workers, model, layers, exact)
-    if not model.built:
-        raise ValueError(
-            "recalibrate needs a model that is built. "
-            f"Received: {model.name}, which is not. Call it once on a batch."
-        )
-    pending = [name for name, layer in layers.items() if layer.trainable]
-    if not pending:
-        raise ValueError(
-            "recalibrate needs normalizations that are not frozen. Received: "
-            f"{model.name} with {f'{len(layers)}, all of them frozen' if layers else 'none'}."
-        )
-    observer = Observer(model, layers, before)
-    passes = len(pending) if exact else 1
-    batches = _Batches(dataset, steps, passes, 0 if workers.rank else verbose)
-    measured: dict[str, MovingStatistics] = {}
-    while pending:
-        seen = _measure(observer, batches, workers)
-        # In the order of execution, without those that have seen nothing.
-        pending = [name for name in seen if name in pending]
-        chosen = pending[:1] if exact else pending
-        for name in chosen:
-            measured[name] = _statistics(name, layers[name], seen[name], before[name])
-            observer.fix(name, measured[name])
-        pending = pending[len(chosen) :]
-    if not measured:
-        raise ValueError(
-            "recalibrate needs elements in the inputs of normalizations. Received: none, as "
-            "batches are empty, masks leave nothing, or the model calls none of them at inference."
-        )
-    set_moving_statistics(model, measured)
-    batches.end()
+    Recalibration(model, communicator).run(dataset, exact=exact, steps=steps, verbose=verbose)
+
+
+class Recalibration:
+    """Recalibrates a model as often as it is asked to, and traces it once; see `recalibrate`."""
+
+    def __init__(self, model: Any, communicator: str | Communicator) -> None:
+        self._model, self._workers = model, job_of(model, communicator).workers()
+        self._observer: Observer | None = None
+
+    def run(
+        self, dataset: Iterable[Any], *, exact: bool, steps: int | None, verbose: int | str
+    ) -> None:
+        """Does what `recalibrate` does; the arguments are its."""
+        model, workers = self._model, self._workers
+        before, layers = moving_statistics(model), normalizations(model)
+        _require_same_call(workers, model, layers, exact)
+        if not model.built:
+            raise ValueError(
+                "recalibrate needs a model that is built. "
+                f"Received: {model.name}, which is not. Call it once on a batch."
+            )
+        pending = [name for name, layer in layers.items() if layer.trainable]
+        if not pending:
+            raise ValueError(
+                "recalibrate needs normalizations that are not frozen. Received: "
+                f"{model.name} with {f'{len(layers)}, all of them frozen' if layers else 'none'}."
+            )
+        if self._observer is None:
+            self._observer = Observer(model, layers)
+        observer = self._observer
+        observer.start(before)
+        passes = len(pending) if exact else 1
+        batches = _Batches(dataset, steps, passes, 0 if workers.rank else verbose)
+        measured: dict[str, MovingStatistics] = {}
+        while pending:
+            seen = _measure(observer, batches, workers)
+            # In the order of execution, without those that have seen nothing.
+            pending = [name for name in seen if name in pending]
+            chosen = pending[:1] if exact else pending
+            for name in chosen:
+                measured[name] = _statistics(name, layers[name], seen[name], before[name])
+                observer.fix(name, measured[name])
+            pending = pending[len(chosen) :]
+        if not measured:
+            raise ValueError(
+                "recalibrate needs elements in the inputs of normalizations. Received: none, as "
+                "batches are empty, masks leave nothing, or the model calls none of them at "
+                "inference."
+            )
+        set_moving_statistics(model, measured)
+        batches.end()
 
 
 class _Batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,11 +58,13 @@ class ReplicaObserver:
         """The number of replicas in the job."""
         self.workers = self._job.workers()
         """The communicator of its processes."""
-        statistics, layers = moving_statistics(model), normalizations(model)
+        layers = normalizations(model)
         kinds = [f"{name} {layer.moving_mean.shape}" for name, layer in layers.items()]
         require_agreement(self.workers, kinds, list(layers), "normalizations")
-        self._observer = Observer(model, layers, statistics, all_fixed=True)
-        self._channels = {name: np.size(one.mean) for name, one in statistics.items()}
+        self._observer = Observer(model, layers, all_fixed=True)
+        self._channels = {
+            name: math.prod(layer.moving_mean.shape) for name, layer in layers.items()
+        }
 
     def __call__(self, batch: Any) -> dict[str, JointStatistics]:
         """Returns the statistics of each normalization that sees anything, by its name.
@@ -80,8 +83,7 @@ class ReplicaObserver:
         sizes = [_PARTS * channels for channels in self._channels.values()]
 
         def own() -> np.ndarray:
-            for name, one in statistics.items():
-                self._observer.fix(name, one)
+            self._observer.start(statistics)
             sums = {name: np.zeros((4, size)) for name, size in self._channels.items()}
             for part in _parts(batch, len(self._job.ranks)):
                 for name, seen in self._observer(part, self._observer.nothing()).items():

@@ -11,7 +11,7 @@ import numpy as np
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.host_collectives import all_gather, sum_arrays
 from syncbn._src.keras_compat import keras_api
-from syncbn._src.models.recalibration import recalibrate
+from syncbn._src.models.recalibration import Recalibration
 from syncbn._src.models.statistics import (
     MovingStatistics,
     moving_statistics,
@@ -138,12 +138,17 @@ class Recalibrate(WorkerCallback):
         self.dataset, self.every = dataset, every
         self._options: dict[str, Any] = {"exact": exact, "steps": steps, "verbose": verbose}
         self._in_fit = self._due = False
+        self._recalibration: Recalibration | None = None
         self._measured: tuple[int, dict[str, MovingStatistics]] | None = None
         """The checksum of the weights that were recalibrated last, and their statistics."""
         self._replaced: tuple[int, dict[str, MovingStatistics]] | None = None
         """That of the weights that are evaluated, and the statistics from before."""
         self._expected: int | None = None
         """What it has to be at the next batch."""
+
+    def set_model(self, model: Any) -> None:
+        super().set_model(model)
+        self._recalibration = self._measured = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._in_fit, self._due, self._replaced, self._expected = True, False, None, None
@@ -186,7 +191,9 @@ class Recalibrate(WorkerCallback):
         if self._measured and all_gather(workers, np.array([known]), "syncbn/recalibrated").all():
             set_moving_statistics(self.model, self._measured[1])
         else:
-            recalibrate(self.model, self.dataset, self._communicator, **self._options)
+            if self._recalibration is None:
+                self._recalibration = Recalibration(self.model, self._communicator)
+            self._recalibration.run(self.dataset, **self._options)
             self._measured = checksum, moving_statistics(self.model)
         self._replaced = checksum, before
         return checksum
