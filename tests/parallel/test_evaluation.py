@@ -131,6 +131,11 @@ def test_what_a_test_step_returns_besides_metrics_is_averaged(replicas):
     assert training.evaluate(model, data) == {"rank": 0.5 * (workers.across(replicas).size - 1)}
 
 
+# What Keras 3 says of a dataset of unknown length that ends, or begins with its end.
+keras_says_so = pytest.mark.filterwarnings("ignore:Your input ran out of data")
+
+
+@keras_says_so
 @workers.in_separate_processes
 def test_an_evaluation_that_fails_on_one_worker_fails_on_all(replicas):
     across = workers.across(replicas)
@@ -157,8 +162,7 @@ def spec(array):
     return tf.TensorSpec([None, *array.shape[1:]], array.dtype)
 
 
-# What Keras 3 says of a dataset without a batch.
-@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@keras_says_so
 @workers.in_separate_processes
 def test_a_worker_without_a_batch_is_told_to_join(replicas):
     across = workers.across(replicas)

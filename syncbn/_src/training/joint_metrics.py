@@ -112,5 +112,5 @@ class _BatchCounter(keras_api.keras.callbacks.Callback):
 
     batches = 0
 
-    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
         self.batches += 1
