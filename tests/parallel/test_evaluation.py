@@ -26,13 +26,16 @@ def _mended():
     mend_keras_fit()
 
 
+def scope(replicas):
+    """The context in which models, metrics and optimizers are made."""
+    return replicas.strategy.scope() if isinstance(replicas, Strategy) else contextlib.nullcontext()
+
+
 def make(replicas, norm=None, **options):
     """A compiled model, with the same weights on all replicas."""
     keras.utils.set_random_seed(7)
-    if isinstance(replicas, Strategy):
-        with replicas.strategy.scope():
-            return compiled(norm and norm(), **options)
-    return compiled(norm and norm(), **options)
+    with scope(replicas):
+        return compiled(norm and norm(), **options)
 
 
 def own_rows(replicas, count):
@@ -85,11 +88,9 @@ def inputs_of_the_norm(weights, x):
 
 def test_evaluate_gives_the_numbers_of_all_samples(replicas):
     x, y = samples(37 * 5)
-    model = make(
-        replicas,
-        keras.layers.BatchNormalization,
-        metrics=["accuracy", keras.metrics.AUC(name="auc")],
-    )
+    with scope(replicas):
+        metrics = ["accuracy", keras.metrics.AUC(name="auc")]
+        model = make(replicas, keras.layers.BatchNormalization, metrics=metrics)
     # The truth for AUC, which is no mean, is one process with all samples.
     alone = compiled(
         keras.layers.BatchNormalization(),
@@ -309,7 +310,7 @@ def require_statistics_of(weights, x):
 def averaging(replicas):
     """A model whose optimizer averages its weights, and the callback that evaluates those."""
     options = {"use_ema": True, "ema_momentum": 0.5} if KERAS_3 else {}
-    with replicas.strategy.scope() if isinstance(replicas, Strategy) else contextlib.nullcontext():
+    with scope(replicas):
         optimizer = keras.optimizers.SGD(RATE, momentum=0.9, **options)
         model = make(replicas, optimizer=training.distribute(optimizer))
     return model, keras.callbacks.SwapEMAWeights if KERAS_3 else SwapAverages
