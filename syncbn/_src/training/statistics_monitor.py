@@ -169,7 +169,7 @@ class StatisticsMonitor(WorkerCallback):
             self._writer = tf.summary.create_file_writer(folder)
         with self._writer.as_default():
             for tag, value in self._by_tag().items():
-                tf.summary.write(tag, value, step=step, metadata=_SCALAR)
+                tf.summary.write(tag, np.float32(value), step=step, metadata=_SCALAR)
         self._writer.flush()
 
     def _by_tag(self) -> dict[str, float]:
