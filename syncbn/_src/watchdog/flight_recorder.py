@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-# Of vectorized loops, for which there is no public API; see communicators/vectorization.py.
+# Of vectorized loops, for which there is no public API; see communicators/vectorization.py. Tried
+# with TensorFlow 2.21; tests/single/test_watchdog.py covers it.
 from tensorflow.python.ops.parallel_for.pfor import wrap
 
 LENGTH = 200
