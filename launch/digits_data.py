@@ -43,7 +43,7 @@ def training_batches(data: Split, batch: int, epochs: range, seed: int, job: Dig
     # same way in every process, as each takes its part of the same batches.
     random, size = np.random.default_rng(seed), len(data.images)
     order = [random.permutation(size)[: size // batch * batch] for _ in range(epochs.stop)]
-    own = np.concatenate(order[epochs.start :]).reshape(-1, batch)[:, job.share(batch)]
+    own = np.concatenate(order[epochs.start :]).reshape(-1, batch)[:, job.rank :: job.processes]
     shuffled = Split(*(part[own.ravel()] for part in data))
     return _batches(shuffled, own.shape[1], job)
 
@@ -53,7 +53,7 @@ def test_batches(data: Split, job: DigitsJob) -> tuple[Any, int]:
 
     Keras 3 needs a first batch that divides evenly; a second one has what is left.
     """
-    own = Split(*(part[job.share(len(data.images))] for part in data))
+    own = Split(*(part[job.rank :: job.processes] for part in data))
     left = len(own.images) % job.replicas_here
     return _batches(own, len(own.images) - left, job), 1 + bool(left)
 

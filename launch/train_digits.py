@@ -35,15 +35,7 @@ import numpy as np
 import tensorflow as tf
 from digits_checkpoints import Checkpoints
 from digits_data import TRAINING_IMAGES, Split, load_data, test_batches, training_batches
-from digits_job import (
-    ALONE,
-    ENGINES,
-    DigitsJob,
-    detect_engine,
-    ending_all,
-    require_same_arguments,
-    start,
-)
+from digits_job import ALONE, ENGINES, DigitsJob, require_same_arguments, start_replicas
 from digits_report import Run, draw_digits, print_table
 
 from syncbn import SyncBatchNormalization, training
@@ -304,14 +296,7 @@ def setups_of(arguments: argparse.Namespace, job: DigitsJob) -> tuple[list[Setup
 def main() -> None:
     """Trains what the command line asks for, and reports."""
     arguments = parse_arguments()
-    engine = detect_engine() if arguments.engine == "auto" else arguments.engine
-    job = start(engine, arguments.replicas)
-    with ending_all(job):
-        run(arguments, job)
-
-
-def run(arguments: argparse.Namespace, job: DigitsJob) -> None:
-    """Trains in this process's part of the job; rank 0 reports."""
+    job = start_replicas(arguments.engine, arguments.replicas)
     files = ("checkpoint", "metrics", "picture")
     require_same_arguments(job, {k: v for k, v in vars(arguments).items() if k not in files})
     setups, reference = setups_of(arguments, job)

@@ -162,7 +162,7 @@ def measure(label: str, case: Case, repeats: int, most_rounds: int) -> dict[str,
                 for name, one in values.items():
                     of_point.setdefault(name, []).append(one)
     points = [
-        presentation.evaluate(case, point, of_point)
+        presentation.results_of(case, point, of_point)
         for point, of_point in zip(case.points, samples, strict=True)
         if of_point
     ]

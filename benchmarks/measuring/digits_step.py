@@ -16,7 +16,7 @@ def start_job(engine: str, workers: int) -> Any:
     """Returns the job, as the script starts it."""
     import digits_job
 
-    return digits_job.start(engine.partition("-")[0], workers)
+    return digits_job.start_replicas(engine.partition("-")[0], workers)
 
 
 def digits_steps(

@@ -13,7 +13,7 @@ UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6, "MB": 1e-6}
 """The number of each in a second, or in a byte."""
 
 
-def evaluate(
+def results_of(
     case: Case, point: Point, rounds: dict[str, list[list[float]]]
 ) -> dict[str, list[dict[str, Any]]]:
     """Returns the results and ratios of one point.

@@ -116,7 +116,7 @@ def test_a_target_that_is_missed_is_shown_as_missed():
 
     case = CASES["target-one-replica"]
     seconds = {"syncbn": [[0.002] * 3, [0.003] * 3], "fused op": [[0.001] * 3, [0.001] * 3]}
-    point = presentation.evaluate(case, case.points[0], seconds)
+    point = presentation.results_of(case, case.points[0], seconds)
     (ratio,) = point["ratios"]
     assert ratio["ratio"] == pytest.approx(2.5)  # the medians of the rounds are 2 and 3 ms
     assert (ratio["at_most"], ratio["reached"]) == (1.4, False)

@@ -8,6 +8,7 @@ import syncbn
 from syncbn import training
 from tests.keras import KERAS_3, keras
 from tests.parallel.conftest import ENGINE
+from tests.replicas import Nested, Strategy
 
 in_separate_processes = pytest.mark.skipif(
     ENGINE in ("mirrored", "multiworker"), reason="tf.distribute has this built in"
@@ -76,3 +77,10 @@ def samples(count):
     rng = np.random.default_rng(5)
     x = rng.normal(size=(count, 3)).astype("float32")
     return x, (x.sum(1, keepdims=True) > rng.normal(size=(count, 1))).astype("float32")
+
+
+def across(replicas):
+    """The communicator of the processes; that of one where a strategy has them all."""
+    if isinstance(replicas, Nested):
+        return replicas.process
+    return syncbn.LocalCommunicator() if isinstance(replicas, Strategy) else replicas

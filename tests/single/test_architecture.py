@@ -75,17 +75,24 @@ def test_the_public_names():
     ]
     assert sorted(syncbn.training.__all__) == [
         "AverageMetrics",
+        "AverageStatistics",
         "BroadcastVariables",
         "DistributedGradientTape",
+        "Job",
         "LearningRateSchedule",
         "LearningRateWarmup",
+        "Recalibrate",
+        "StatisticsMonitor",
         "broadcast",
         "compile_around_collectives",
         "distribute",
+        "evaluate",
         "init_horovod",
         "join",
         "mend_keras_fit",
         "prediction_variables",
+        "rank_zero_only",
+        "start",
     ]
     for module in syncbn, syncbn.training:
         for name in module.__all__:

@@ -267,3 +267,11 @@ def test_broadcast_is_not_for_graphs():
     variable = tf.Variable(1.0)
     with pytest.raises(RuntimeError, match="must be called eagerly"):
         tf.function(lambda: training.broadcast(variable))()
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_recalibration_is_refused_what_it_cannot_do(every):
+    with pytest.raises(ValueError, match="`every` must be 1 at least"):
+        training.Recalibrate([np.ones([2, 3])], every=every)
+    with pytest.raises(ValueError, match="Received: an iterator"):
+        training.Recalibrate(iter([np.ones([2, 3])]))

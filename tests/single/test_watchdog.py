@@ -14,6 +14,7 @@ from syncbn._src import cli
 from syncbn._src.watchdog import waiting_limits
 from syncbn._src.watchdog.flight_recorder import FlightRecorder
 from syncbn._src.watchdog.rank_store import Store, StoreClient, _Codec
+from tests import patience
 
 KEY = bytes(range(32))
 
@@ -201,6 +202,30 @@ def test_a_loop_and_a_vectorized_loop_count_too():
     # TensorFlow may keep the counters of what it has converted, too; what counts is that both do.
     assert recorder.counts()["row"] >= 1
     assert recorder.waiting() is None
+    # Each time was taken away once, and added once: it would be that since 1970.
+    assert all(0 <= seconds < patience.limit() for seconds in recorder.seconds().values())
+
+
+def test_the_time_in_collectives_of_graphs_adds_up():
+    recorder, raises = FlightRecorder(), []
+
+    def sleep(x):
+        assert not raises
+        time.sleep(0.1)
+        return x
+
+    @tf.function
+    def step(x):
+        return recorder.watch("slow", None, x, lambda x: tf.numpy_function(sleep, [x], x.dtype))
+
+    step(tf.ones([2]))
+    assert 0.09 < recorder.seconds()["slow"] < patience.limit()
+    step(tf.ones([2]))
+    assert 0.19 < recorder.seconds()["slow"] < patience.limit()
+    raises.append(True)
+    with pytest.raises(tf.errors.OpError):
+        step(tf.ones([2]))
+    assert recorder.seconds()["slow"] == 0
 
 
 def test_a_graph_that_waits_is_seen_from_another_thread():

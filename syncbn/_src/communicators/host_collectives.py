@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -45,6 +45,46 @@ def all_gather(communicator: Communicator, vector: np.ndarray, name: str) -> np.
     rows = np.zeros((communicator.size, len(vector)))
     rows[communicator.rank] = vector
     return sums(communicator)(tf.constant(rows), name).numpy()
+
+
+def sum_of_all(
+    communicator: Communicator,
+    own: Callable[[], np.ndarray],
+    length: int,
+    what: str,
+) -> np.ndarray:
+    """Returns the sum of what ``own`` returns on each worker, float64, in one collective.
+
+    A worker on which ``own`` fails takes part too, as the others wait for it.
+
+    Args:
+        communicator: The communicator of the workers.
+        own: Returns a vector of float64.
+        length: The length of that vector, the same on all workers.
+        what: The name of what must succeed.
+
+    Raises:
+        Exception: what ``own`` has raised on this worker.
+        RuntimeError: it has raised on another worker.
+    """
+    error, vector = None, np.zeros(length)
+    try:
+        vector = own()
+    except Exception as own_error:
+        error = own_error
+    failed = np.zeros(communicator.size)
+    failed[communicator.rank] = error is not None
+    message = tf.constant(np.concatenate([failed, vector]))
+    total = sums(communicator)(message, f"syncbn/{what}").numpy()
+    if error is not None:
+        raise error
+    failed, total = np.split(total, [communicator.size])
+    if failed.any():
+        raise RuntimeError(
+            f"{what} must succeed on all workers. Received: an error on rank "
+            f"{', '.join(map(str, np.flatnonzero(failed)))}, which reports it."
+        )
+    return total
 
 
 def require_agreement(

@@ -47,6 +47,72 @@ def require_whole_job(engine: str, size: int, remedy: str) -> None:
         )
 
 
+class ClusterTask(NamedTuple):
+    """A worker of the cluster that ``TF_CONFIG`` describes."""
+
+    rank: int
+    local_rank: int
+    """Its number among the workers on its host."""
+    workers: int
+
+
+def cluster_task() -> ClusterTask | None:
+    """Returns the worker that this process is, or ``None`` where ``TF_CONFIG`` has no cluster.
+
+    Raises:
+        ValueError: ``TF_CONFIG`` has a cluster, or cannot be read, and this process is no worker.
+    """
+    text = os.environ.get("TF_CONFIG") or "{}"
+    try:
+        config = json.loads(text)
+        cluster = config.get("cluster")
+        if not cluster:
+            return None
+        task = config["task"]
+        # The chief is the first worker.
+        tasks = {
+            (job, number): address
+            for job in ("chief", "worker")
+            for number, address in _numbered(cluster.get(job) or [])
+        }
+        names = list(tasks)
+        rank = names.index((task["type"], int(task["index"])))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "TF_CONFIG must describe a cluster of workers, and the task of this one. Received: "
+            f"TF_CONFIG={text!r} ({error!r}). launch/multiworker.py sets it."
+        ) from error
+    hosts = [address.rpartition(":")[0] for address in tasks.values()]
+    return ClusterTask(rank, hosts[:rank].count(hosts[rank]), len(names))
+
+
+def launcher_engine() -> str | None:
+    """Returns the engine that a launcher has started this process for, or ``None`` without one.
+
+    ``horovodrun --mpi``, and so ``horovodrun`` alone where Horovod was built with MPI, starts the
+    job with ``mpirun`` and sets no variable of Horovod's: it is taken for a job of MPI.
+
+    Raises:
+        ValueError: see `cluster_task`.
+    """
+    if cluster_task() is not None:
+        return "tf.distribute"
+    if "HOROVOD_SIZE" in os.environ:
+        return "horovod"
+    # srun sets 1 in an interactive shell, too.
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        return "mpi"
+    of_mpi = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"}
+    return "mpi" if of_mpi & os.environ.keys() else None
+
+
+def _numbered(tasks: list[str] | dict[str, str]) -> list[tuple[int, str]]:
+    """Returns the tasks of a job, which are a list, or an object whose keys are their numbers."""
+    if isinstance(tasks, dict):
+        return sorted((int(number), address) for number, address in tasks.items())
+    return list(enumerate(tasks))
+
+
 def _tf_config_workers() -> int:
     # TensorFlow itself reports a broken TF_CONFIG where it is used; here it counts as none.
     try:
@@ -55,5 +121,4 @@ def _tf_config_workers() -> int:
         return 0
     cluster = config.get("cluster") if isinstance(config, dict) else None
     jobs = [cluster.get(job) for job in ("chief", "worker")] if isinstance(cluster, dict) else []
-    # The tasks of a job are a list, or an object whose keys are their numbers.
     return sum(len(tasks) for tasks in jobs if isinstance(tasks, list | dict))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from syncbn._src.keras_compat.keras_api import KERAS_3
@@ -39,3 +40,8 @@ def short_name(weight: Any) -> str:
 def layer_path(layer: Any) -> str:
     """Returns a name for ``layer`` that is the same on all workers that build the same model."""
     return layer.path if KERAS_3 else layer.name
+
+
+def collective_scope(layer: Any) -> str:
+    """Returns the first part of the names of a layer's collectives."""
+    return "syncbn/" + re.sub(r"[^\w.\-/]", "_", layer_path(layer))

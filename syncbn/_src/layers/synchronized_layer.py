@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from syncbn._src.communicators.local import LocalCommunicator
 from syncbn._src.communicators.resolution import check_communicator, resolve, supports_jit
 from syncbn._src.communicators.strategy import joined_processes, outside_of_replicas
 from syncbn._src.keras_compat import keras_api
-from syncbn._src.keras_compat.layer_names import layer_path
+from syncbn._src.keras_compat.layer_names import collective_scope
 from syncbn._src.keras_compat.multi_worker_fit import mend_fit_in_scope
 from syncbn._src.keras_compat.session_graphs import cond
 from syncbn._src.keras_compat.statistics_layer import StatisticsLayer
@@ -253,8 +252,7 @@ class SynchronizedLayer(StatisticsLayer):
             communicator = resolve(self._communicator)
             if tf.distribute.in_cross_replica_context():
                 communicator = self._given_once(communicator)
-        path = re.sub(r"[^\w.\-/]", "_", layer_path(self))
-        return self._groups.replicas(communicator, batch, numbered(f"syncbn/{path}"))
+        return self._groups.replicas(communicator, batch, numbered(collective_scope(self)))
 
     def _given_once(self, communicator: Communicator) -> Communicator:
         """Returns the communicator for a call in a cross-replica context, one batch per process.

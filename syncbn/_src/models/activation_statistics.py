@@ -24,13 +24,14 @@ class Observer:
     A model runs as in `Model.predict`: a custom ``predict_step`` gets the batch, and a model that
     was compiled with ``run_eagerly`` runs eagerly.
 
-    Until the statistics of a normalization are fixed, it normalizes with those of the batch. No
-    variable of the model is assigned to; all other changes last only while a graph is traced.
+    Until the statistics of a normalization are fixed, it normalizes with those of the batch. Then
+    it is no longer observed, unless all are fixed from the start. No variable of the model is
+    assigned to; all other changes last only while a graph is traced.
 
     Args:
         model: The model to run.
-        layers: Its normalizations, by name. The frozen ones are fixed.
-        statistics: Their moving statistics, by name.
+        layers: Its normalizations, by name.
+        all_fixed: Whether all statistics are fixed, and all layers observed.
         replicas: Where given, a batch is that of so many replicas, one after the other, and what
             each of them sees is told apart; all are normalized with the statistics of all.
     """
@@ -39,20 +40,27 @@ class Observer:
         self,
         model: Any,
         layers: Mapping[str, Any],
-        statistics: Mapping[str, MovingStatistics],
+        *,
+        all_fixed: bool = False,
         replicas: int | None = None,
     ) -> None:
-        self._model, self._layers, self._replicas = model, layers, replicas
-        self._given = {
-            name: [tf.constant(value) for value in one[:2] if value is not None]
-            for name, one in statistics.items()
-        }
-        self._fixed = {name: tf.constant(not layer.trainable) for name, layer in layers.items()}
+        self._model, self._layers = model, layers
+        self._all_fixed, self._replicas = all_fixed, replicas
         self._has_own_step = _has_own_predict_step(model)
         eager = getattr(model, "run_eagerly", False)
         self._function = self._run if eager else tf.function(self._run, reduce_retracing=True)
         self.order: dict[str, int] = {}
         """The positions of the layers by their first call, from 1; empty before the first batch."""
+
+    def start(self, statistics: Mapping[str, MovingStatistics]) -> None:
+        """Gives the layers their moving statistics, by name. Those of frozen layers are fixed."""
+        self._given = {
+            name: [tf.constant(value) for value in one[:2] if value is not None]
+            for name, one in statistics.items()
+        }
+        self._fixed = {
+            name: tf.constant(not layer.trainable) for name, layer in self._layers.items()
+        }
 
     def fix(self, name: str, statistics: MovingStatistics) -> None:
         """Gives a layer the statistics to normalize with from now on."""
@@ -90,15 +98,20 @@ class Observer:
     def observe(self, inputs: Any, seen: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Does the same for what `inputs` returns."""
         data = tf.nest.map_structure(_to_tensor, inputs)
-        if not self._has_own_step:
-            _require_batch(self._model, data)
         return self._function(data, self._fixed, self._given, seen)
 
     def inputs(self, batch: Any) -> Any:
-        """Returns the part of a batch that the model takes; the rest may be anything."""
+        """Returns the part of a batch that the model takes; the rest may be anything.
+
+        Raises:
+            ValueError: the batch is a single sample.
+        """
         if self._has_own_step:
             return tuple(batch) if isinstance(batch, list) else batch
-        return keras_api.keras.utils.unpack_x_y_sample_weight(batch)[0]
+        inputs = keras_api.keras.utils.unpack_x_y_sample_weight(batch)[0]
+        inputs = tf.nest.map_structure(_to_tensor, inputs)
+        _require_batch(self._model, inputs)
+        return inputs
 
     def _run(
         self, data: Any, fixed: dict[str, Any], given: dict[str, Any], seen: dict[str, tf.Tensor]
@@ -120,11 +133,16 @@ class Observer:
         def statistics(name: str, inputs: tf.Tensor, mask: Any) -> list[tf.Tensor]:
             if tf.compat.v1.get_default_graph() is not graph:
                 raise NotImplementedError(
-                    "What a normalization sees inside of a loop or branch of the graph cannot be "
-                    f"observed. Received: a call of {name} in one, as in tf.while_loop, tf.cond or "
+                    "A normalization cannot be observed in a loop or branch of the graph. "
+                    f"Received: a call of {name} in one, as in tf.while_loop, tf.cond or "
                     "tf.vectorized_map (keras.layers.TimeDistributed, where the time is unknown)."
                 )
             self.order.setdefault(name, len(self.order) + 1)
+
+            if self._all_fixed:
+                batch = _moments(self._layers[name], inputs, mask, self._replicas)
+                seen[name] = _merged(seen[name], batch)
+                return list(given[name])
 
             def of_batch() -> tuple[tf.Tensor, list[tf.Tensor]]:
                 batch = _moments(self._layers[name], inputs, mask, self._replicas)

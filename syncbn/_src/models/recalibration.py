@@ -9,8 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator
-from syncbn._src.communicators.fingerprints import sums
-from syncbn._src.communicators.host_collectives import require_agreement
+from syncbn._src.communicators.host_collectives import require_agreement, sum_of_all
 from syncbn._src.models.activation_statistics import Observer
 from syncbn._src.models.dataset_batches import DatasetBatches
 from syncbn._src.models.statistics import (
@@ -92,40 +91,58 @@ def recalibrate(
         >>> np.allclose(mean, x.mean(0), atol=1e-6)
         True
     """
-    workers = job_of(model, communicator).workers()
-    before, layers = moving_statistics(model), normalizations(model)
-    _require_same_call(workers, model, layers, exact)
-    if not model.built:
-        raise ValueError(
-            "recalibrate needs a model that is built. "
-            f"Received: {model.name}, which is not. Call it once on a batch."
-        )
-    pending = [name for name, layer in layers.items() if layer.trainable]
-    if not pending:
-        raise ValueError(
-            "recalibrate needs normalizations that are not frozen. Received: "
-            f"{model.name} with {f'{len(layers)}, all of them frozen' if layers else 'none'}."
-        )
-    observer = Observer(model, layers, before)
-    passes = len(pending) if exact else 1
-    batches = DatasetBatches(dataset, steps, passes, 0 if workers.rank else verbose)
-    measured: dict[str, MovingStatistics] = {}
-    while pending:
-        seen = _measure(observer, batches, workers)
-        # In the order of execution, without those that have seen nothing.
-        pending = [name for name in seen if name in pending]
-        chosen = pending[:1] if exact else pending
-        for name in chosen:
-            measured[name] = _statistics(name, layers[name], seen[name], before[name])
-            observer.fix(name, measured[name])
-        pending = pending[len(chosen) :]
-    if not measured:
-        raise ValueError(
-            "recalibrate needs elements in the inputs of normalizations. Received: none, as "
-            "batches are empty, masks leave nothing, or the model calls none of them at inference."
-        )
-    set_moving_statistics(model, measured)
-    batches.end()
+    Recalibration(model, communicator).run(dataset, exact=exact, steps=steps, verbose=verbose)
+
+
+class Recalibration:
+    """Recalibrates a model as often as it is asked to, and traces it once; see `recalibrate`."""
+
+    def __init__(self, model: Any, communicator: str | Communicator) -> None:
+        self._model, self._workers = model, job_of(model, communicator).workers()
+        self._observer: Observer | None = None
+
+    def run(
+        self, dataset: Iterable[Any], *, exact: bool, steps: int | None, verbose: int | str
+    ) -> None:
+        """Does what `recalibrate` does; the arguments are its."""
+        model, workers = self._model, self._workers
+        before, layers = moving_statistics(model), normalizations(model)
+        _require_same_call(workers, model, layers, exact)
+        if not model.built:
+            raise ValueError(
+                "recalibrate needs a model that is built. "
+                f"Received: {model.name}, which is not. Call it once on a batch."
+            )
+        pending = [name for name, layer in layers.items() if layer.trainable]
+        if not pending:
+            raise ValueError(
+                "recalibrate needs normalizations that are not frozen. Received: "
+                f"{model.name} with {f'{len(layers)}, all of them frozen' if layers else 'none'}."
+            )
+        if self._observer is None:
+            self._observer = Observer(model, layers)
+        observer = self._observer
+        observer.start(before)
+        passes = len(pending) if exact else 1
+        batches = DatasetBatches(dataset, steps, passes, 0 if workers.rank else verbose)
+        measured: dict[str, MovingStatistics] = {}
+        while pending:
+            seen = _measure(observer, batches, workers)
+            # In the order of execution, without those that have seen nothing.
+            pending = [name for name in seen if name in pending]
+            chosen = pending[:1] if exact else pending
+            for name in chosen:
+                measured[name] = _statistics(name, layers[name], seen[name], before[name])
+                observer.fix(name, measured[name])
+            pending = pending[len(chosen) :]
+        if not measured:
+            raise ValueError(
+                "recalibrate needs elements in the inputs of normalizations. Received: none, as "
+                "batches are empty, masks leave nothing, or the model calls none of them at "
+                "inference."
+            )
+        set_moving_statistics(model, measured)
+        batches.end()
 
 
 def _measure(
@@ -138,29 +155,20 @@ def _measure(
         RuntimeError: another worker was stopped.
         ValueError: there are no batches.
     """
-    seen, started, error = observer.nothing(), 0.0, None
-    try:
+    nothing = observer.nothing()
+    sizes = [1, len(nothing), *(int(tf.size(one)) for one in nothing.values())]
+
+    def own() -> np.ndarray:
+        seen, started = nothing, 0.0
         for batch in batches:
             seen, started = observer(batch, seen), 1.0
+        # Workers without a batch do not know the order, and add nothing to it.
+        order = [observer.order.get(name, 0.0) for name in seen]
         packed = [pack(sums_of(Moments(*tf.unstack(one)))).numpy() for one in seen.values()]
-    except Exception as own_error:
-        # The others wait for this worker's contribution, even a useless one.
-        error, packed = own_error, [np.zeros(tf.size(one)) for one in seen.values()]
-    failed = np.zeros(workers.size)
-    failed[workers.rank] = error is not None
-    # Workers without a batch do not know the order, and add nothing to it.
-    order = np.array([observer.order.get(name, 0.0) for name in seen])
-    parts = [failed, np.array([started]), order, *packed]
-    total = sums(workers)(tf.constant(np.concatenate(parts)), "syncbn/recalibrate").numpy()
-    ends = np.cumsum([len(part) for part in parts])
-    failed, (started,), order, *packed = np.split(total, ends[:-1])
-    if error is not None:
-        raise error
-    if failed.any():
-        raise RuntimeError(
-            "recalibrate must succeed on all workers. Received: an error on rank "
-            f"{', '.join(map(str, np.flatnonzero(failed)))}, which reports it."
-        )
+        return np.concatenate([[started], order, *packed])
+
+    total = sum_of_all(workers, own, sum(sizes), "recalibrate")
+    (started,), order, *packed = np.split(total, np.cumsum(sizes)[:-1])
     if not started:
         raise ValueError(
             "recalibrate needs a batch on one worker at least. Received: an empty `dataset`"
@@ -168,9 +176,9 @@ def _measure(
         )
     merged = {
         name: tf.stack(unpack(tf.constant(part), Sums(*tf.unstack(one)))).numpy()
-        for (name, one), part in zip(seen.items(), packed, strict=True)
+        for (name, one), part in zip(nothing.items(), packed, strict=True)
     }
-    names = [name for _, name in sorted(zip(order, seen, strict=True))]
+    names = [name for _, name in sorted(zip(order, nothing, strict=True))]
     return {name: merged[name] for name in names if merged[name][0].any()}
 
 

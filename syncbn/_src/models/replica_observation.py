@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.fingerprints import sums
-from syncbn._src.communicators.host_collectives import all_gather
+from syncbn._src.communicators.host_collectives import sum_of_all
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.models.activation_statistics import Observer
 from syncbn._src.models.dataset_batches import DatasetBatches
@@ -47,45 +47,63 @@ def observe_replicas(
         workers: The communicator of the workers, all of which make this call.
         verbose: As for `advise`.
     """
-    observed = _observed(model, layers, data, samples, batches, at_once, workers.rank, verbose)
-    return _shared(*observed, layers, workers)
+    observer = Observer(model, layers, replicas=at_once)
+    statistics = moving_statistics(model)  # under a strategy, a call of all workers
+    observer.start({name: statistics[name] for name in layers})
+    moments: list[np.ndarray] = []
+
+    def own() -> np.ndarray:
+        size = _observe(observer, moments, data, samples, batches, at_once, bar)
+        sizes = np.zeros(1 + workers.size)
+        sizes[0], sizes[1 + workers.rank] = sum(one.shape[1] for one in moments), size
+        return sizes
+
+    verbose = 0 if workers.rank else 1 if verbose == "auto" else verbose
+    runs = max(1, math.ceil(batches / at_once))
+    bar = keras_api.keras.utils.Progbar(runs, verbose=verbose, unit_name="run")
+    number, *sizes = sum_of_all(workers, own, 1 + workers.size, "advise")
+    samples = int(max(sizes))
+    if number < 2:
+        raise ValueError(
+            "advise needs two batches of replicas at least. Received: "
+            + (f"fewer samples than {samples} for each of them." if samples else "no data.")
+        )
+    return _distributions(moments, layers, workers), samples
 
 
-def _observed(
-    model: Any,
-    layers: Mapping[str, Any],
+def _observe(
+    observer: Observer,
+    moments: list[np.ndarray],
     data: Any,
     samples: int | None,
     batches: int,
     at_once: int,
-    rank: int,
-    verbose: int | str,
-) -> tuple[list[np.ndarray], int, Exception | None]:
-    """Returns what the layers see in each batch of a replica, and the samples of such a batch.
+    bar: Any,
+) -> int:
+    """Runs the model, and returns the samples of a replica's batch, if there was any data.
 
-    That is an array ``(3, replicas, channels)`` for each time that the model runs, with the
-    channels of all layers one after the other. An error is returned, since other workers wait.
+    Args:
+        observer: The observer of the model.
+        moments: Gets an array ``(3, replicas, channels)`` each time that the model runs, with the
+            channels of all layers one after the other.
+        data: As for `observe_replicas`, as are the next three.
+        samples: Likewise.
+        batches: Likewise.
+        at_once: Likewise.
+        bar: The progress bar.
     """
-    statistics = {name: value for name, value in moving_statistics(model).items() if name in layers}
-    observer = Observer(model, layers, statistics, at_once)
-    runs = max(1, math.ceil(batches / at_once))
-    verbose = 0 if rank else 1 if verbose == "auto" else verbose
-    bar = keras_api.keras.utils.Progbar(runs, verbose=verbose, unit_name="run")
-    moments: list[np.ndarray] = []
-    try:
-        inputs = map(observer.inputs, DatasetBatches(data, sys.maxsize, 1, 0))
-        first = next(inputs, None)
-        if first is not None:
-            samples = samples or _length(first)
-            for whole in _regrouped(itertools.chain([first], inputs), samples * at_once):
-                seen = observer.observe(whole, observer.nothing())
-                moments.append(np.concatenate([value.numpy() for value in seen.values()], 2))
-                bar.update(len(moments))
-                if len(moments) == runs:
-                    break
-    except Exception as error:
-        return moments, 0, error
-    return moments, samples or 0, None
+    inputs = map(observer.inputs, DatasetBatches(data, sys.maxsize, 1, 0))
+    first = next(inputs, None)
+    if first is None:
+        return 0
+    samples = samples or _length(first)
+    for whole in _regrouped(itertools.chain([first], inputs), samples * at_once):
+        seen = observer.observe(whole, observer.nothing())
+        moments.append(np.concatenate([value.numpy() for value in seen.values()], 2))
+        bar.update(len(moments))
+        if len(moments) * at_once >= batches:
+            break
+    return samples
 
 
 def _length(batch: Any) -> int:
@@ -115,29 +133,10 @@ def _regrouped(batches: Iterator[Any], samples: int) -> Iterator[Any]:
         number = rest
 
 
-def _shared(
-    moments: list[np.ndarray],
-    samples: int,
-    error: Exception | None,
-    layers: Mapping[str, Any],
-    workers: Communicator,
-) -> tuple[dict[str, BatchDistribution], int]:
-    """Returns how the batches of all workers are distributed, and the samples of such a batch."""
-    number = sum(one.shape[1] for one in moments)
-    flags = np.array([error is not None, number, samples], np.float64)
-    failed, numbers, sizes = all_gather(workers, flags, "syncbn/advise/batches").T
-    if error is not None:
-        raise error
-    if failed.any():
-        raise RuntimeError(
-            "advise must succeed on all workers. Received: an error on rank "
-            f"{', '.join(map(str, np.flatnonzero(failed)))}, which reports it."
-        )
-    if sum(numbers) < 2:
-        raise ValueError(
-            "advise needs two batches of replicas at least. Received: "
-            + (f"fewer samples than {samples} for each of them." if samples else "no data.")
-        )
+def _distributions(
+    moments: list[np.ndarray], layers: Mapping[str, Any], workers: Communicator
+) -> dict[str, BatchDistribution]:
+    """Returns how the batches of all workers differ, for each layer."""
     channels = [math.prod(layer.moving_mean.shape) for layer in layers.values()]
     own = np.concatenate(moments or [np.zeros([3, 0, sum(channels)])], 1)
 
@@ -153,4 +152,4 @@ def _shared(
                 "advise needs finite activations. Received: NaN or infinity in the inputs of "
                 f"{name}, on some worker. Look at the data, and at the layers that come before it."
             )
-    return named, int(max(sizes))
+    return named

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from syncbn._src.communicators.base import Communicator, process_communicator
-from syncbn._src.communicators.host_collectives import require_agreement, sum_arrays
+from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.resolution import check_communicator, resolve
 from syncbn._src.communicators.strategy import local_replicas
 from syncbn._src.keras_compat import keras_api
@@ -15,6 +13,7 @@ from syncbn._src.keras_compat.layer_names import named_layers
 from syncbn._src.keras_compat.optimizer_state import optimizer_variables
 from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.training.joint_history import train_jointly
+from syncbn._src.training.joint_metrics import joint_logs, joint_results
 from syncbn._src.training.kept_local import shared_variables
 from syncbn._src.training.optimizer import averages_only_inside
 from syncbn._src.training.variable_broadcast import broadcast
@@ -147,9 +146,9 @@ class AverageMetrics(WorkerCallback):
     The sums and counts that make up a metric are summed over the workers, so that every sample has
     the same weight, and metrics that are not means (AUC, say) are right too. What ``train_step``
     logs besides metrics is averaged. Put it before the callbacks that read the logs, such as
-    `EarlyStopping`. Either all workers validate or none does. It is for `fit`: what `evaluate`
-    returns stays each worker's own. Under tf.distribute it does nothing, as Keras does this there;
-    where each process of a job has a strategy, it sums over the processes. As with
+    `EarlyStopping`. Either all workers validate or none does. It is for `fit`; outside of it,
+    `syncbn.training.evaluate` does the same. Under tf.distribute it does nothing, as Keras does
+    this there; where each process of a job has a strategy, it sums over the processes. As with
     `BroadcastVariables`, workers stop together and compare their learning rates.
 
     Args:
@@ -188,31 +187,13 @@ class AverageMetrics(WorkerCallback):
         if logs is None or communicator.name == "tf.distribute" or communicator.size == 1:
             return
         training = self._totals() if self._training is None else self._training
-        known = {**training, **self._validation}
-        others = sorted(name for name in logs if name not in known)
-        own = [np.asarray(logs[name], np.float64) for name in others]
-        totals = sum_arrays(communicator, own, "syncbn/logs")
-        averages = [(total / communicator.size).tolist() for total in totals]
-        averaged = {**known, **dict(zip(others, averages, strict=True))}
-        logs.update({name: averaged[name] for name in logs})
+        logs.update(joint_logs(communicator, logs, {**training, **self._validation}))
         # A worker without validation data has none of these, and callbacks act on them.
         logs.update(self._validation)
 
     def _totals(self) -> dict[str, Any]:
         """Returns the values of the model's metrics over all workers."""
         communicator = self._resolve()
-        variables = [variable for metric in self.model.metrics for variable in metric.variables]
-        if communicator.name == "tf.distribute" or communicator.size == 1 or not variables:
+        if communicator.name == "tf.distribute" or communicator.size == 1:
             return {}
-        own = [np.asarray(variable.numpy()) for variable in variables]
-        totals = sum_arrays(
-            communicator, [value.astype(np.float64) for value in own], "syncbn/metrics"
-        )
-        try:
-            for variable, total in zip(variables, totals, strict=True):
-                variable.assign(total.astype(variable.numpy().dtype))
-            results = self.model.get_metrics_result()
-            return {name: np.asarray(result).tolist() for name, result in results.items()}
-        finally:
-            for variable, value in zip(variables, own, strict=True):
-                variable.assign(value)
+        return joint_results(self.model, communicator)

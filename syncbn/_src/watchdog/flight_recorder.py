@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+
+# Of vectorized loops, for which there is no public API; see communicators/vectorization.py. Tried
+# with TensorFlow 2.21; tests/single/test_watchdog.py covers it.
+from tensorflow.python.ops.parallel_for.pfor import wrap
 
 LENGTH = 200
 """How many of the latest collectives are kept."""
@@ -23,12 +27,20 @@ class Collective:
         number: Of the process's collectives, from 1.
         name: The operation's.
         members: The ranks that take part; ``None`` for all of the job.
+        seconds: Where the time that it takes is added up, by name.
     """
 
-    __slots__ = ("entered", "failed", "left", "members", "name", "number")
+    __slots__ = ("_seconds", "entered", "failed", "left", "members", "name", "number")
 
-    def __init__(self, number: int, name: str, members: Sequence[int] | None):
+    def __init__(
+        self,
+        number: int,
+        name: str,
+        members: Sequence[int] | None,
+        seconds: defaultdict[str, float],
+    ):
         self.number, self.name, self.members = number, name, members
+        self._seconds = seconds
         self.entered = time.time()
         self.left: float | None = None
         self.failed = False
@@ -40,10 +52,11 @@ class Collective:
     def leave(self) -> None:
         """Says that it is done."""
         self.left = time.time()
+        self._seconds[self.name] += self.left - self.entered
 
 
 class Site:
-    """A collective of a graph, which runs without Python: two counters that the graph adds to.
+    """A collective of a graph, which runs without Python: counters that the graph adds to.
 
     Args:
         name: The operation's.
@@ -52,10 +65,13 @@ class Site:
 
     def __init__(self, name: str, members: Sequence[int] | None):
         self.name, self.members = name, members
-        self._entered, self._left = (f"syncbn/site/{next(_numbers)}" for _ in range(2))
+        counters = [f"syncbn/site/{next(_numbers)}" for _ in range(3)]
+        self._entered, self._left, self._clock = counters
+        dtypes = tf.int64, tf.int64, tf.float64
         with tf.init_scope(), tf.device("CPU:0"):
-            for counter in self._entered, self._left:
-                tf.raw_ops.AssignVariableOp(resource=_handle(counter), value=tf.zeros([], tf.int64))
+            for counter, dtype in zip(counters, dtypes, strict=True):
+                zero = tf.zeros([], dtype)
+                tf.raw_ops.AssignVariableOp(resource=_handle(counter, dtype), value=zero)
         self.since: float | None = None
         """When it was seen first that it had been entered, and not left."""
         self._seen = (0, 0)
@@ -63,11 +79,18 @@ class Site:
 
     def enter(self) -> tf.Operation:
         """Returns the operation, of the graph that is being made, that counts an entry."""
-        return _count(self._entered)
+        with tf.control_dependencies([_count(self._entered)]):
+            return _add_time(self._clock, -1)
 
     def leave(self) -> tf.Operation:
         """Likewise, for a leave."""
-        return _count(self._left)
+        with tf.control_dependencies([_add_time(self._clock, 1)]):
+            return _count(self._left)
+
+    def seconds(self) -> float:
+        """Returns how long this process has been in it; zero where it has been left half done."""
+        entered, left = _value(self._entered), _value(self._left)
+        return _value(self._clock, tf.float64) if entered == left else 0.0
 
     def poll(self) -> tuple[int, int]:
         """Returns how often it was entered and left."""
@@ -86,14 +109,15 @@ class Site:
         return counts
 
 
-def _handle(counter: str) -> tf.Tensor:
+def _handle(counter: str, dtype: tf.DType = tf.int64) -> tf.Tensor:
     # By its name, so that no graph captures it: the gradient of a branch takes nothing else in.
-    return tf.raw_ops.VarHandleOp(dtype=tf.int64, shape=[], shared_name=counter)
+    return tf.raw_ops.VarHandleOp(dtype=dtype, shape=[], shared_name=counter)
 
 
-def _value(counter: str) -> int:
+def _value(counter: str, dtype: tf.DType = tf.int64) -> Any:
     with tf.device("CPU:0"):
-        return int(tf.raw_ops.ReadVariableOp(resource=_handle(counter), dtype=tf.int64))
+        value = tf.raw_ops.ReadVariableOp(resource=_handle(counter, dtype), dtype=dtype)
+    return value.numpy().item()
 
 
 def _count(counter: str) -> tf.Operation:
@@ -103,6 +127,17 @@ def _count(counter: str) -> tf.Operation:
         )
     # A vectorized loop makes one collective of all iterations.
     operation.pfor_converter = lambda loop: _count(counter)
+    return operation
+
+
+def _add_time(clock: str, sign: int) -> tf.Operation:
+    """Adds the time to a clock, or takes it away. Their difference is exact to a microsecond."""
+    with tf.device("CPU:0"):
+        now = tf.timestamp()
+        add = tf.raw_ops.AssignAddVariableOp if sign > 0 else tf.raw_ops.AssignSubVariableOp
+        operation = add(resource=_handle(clock, tf.float64), value=now)
+    now.op.pfor_converter = lambda loop: [wrap(tf.timestamp(), False)]
+    operation.pfor_converter = lambda loop: _add_time(clock, sign)
     return operation
 
 
@@ -123,11 +158,12 @@ class FlightRecorder:
         self._latest: deque[Collective] = deque(maxlen=LENGTH)
         self._sites: list[Site] = []
         self._count = 0
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def enter(self, name: str, members: Sequence[int] | None) -> Collective:
         """Makes a record of a collective that Python is about to run."""
         self._count += 1
-        record = Collective(self._count, name, members)
+        record = Collective(self._count, name, members, self._seconds)
         self._latest.append(record)
         return record
 
@@ -178,6 +214,16 @@ class FlightRecorder:
     def counts(self) -> dict[str, int]:
         """Returns how often each operation of a graph has been done."""
         return {site.name: site.poll()[1] for site in list(self._sites)}
+
+    def seconds(self) -> dict[str, float]:
+        """Returns how long this process has been in collectives, all added up, by their names.
+
+        On a GPU, those of a graph count from when they were issued.
+        """
+        seconds = defaultdict(float, self._seconds)
+        for site in list(self._sites):
+            seconds[site.name] += site.seconds()
+        return dict(seconds)
 
     def last(self) -> dict[str, object] | None:
         """Returns the collective that Python has run last, if any."""
