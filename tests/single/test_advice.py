@@ -291,7 +291,7 @@ def test_bad_input():
         advise(model, x, 2, verbose=0)
     with pytest.raises(ValueError, match="must have the same shapes but for the first dimension"):
         advise(model, [x[:3], x[:3, :5]], 2, verbose=0)
-    with pytest.raises(ValueError, match=r"must have batches. Received: single samples"):
+    with pytest.raises(ValueError, match=r"must consist of batches. Received: single samples"):
         advise(model, list(x), 2, verbose=0)
     with pytest.raises(ValueError, match="tolerance=0"):
         advise(model, [x], 2, tolerance=0)
