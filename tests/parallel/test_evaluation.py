@@ -341,6 +341,9 @@ def test_averaged_weights_are_evaluated_with_their_own_statistics(replicas):
         require_statistics_of(evaluated, x)
         # What is trained has its own statistics again.
         assert not np.allclose(trained[4], evaluated[4], rtol=1e-3)
+    for saved, trained in zip(watch.saved, watch.trained, strict=True):
+        for ours, theirs in zip(saved, trained, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
     require_statistics_of(model.get_weights(), x)
     layer = model.layers[-2]
     for copies in replicas.moving([layer]).values():

@@ -60,23 +60,22 @@ class AverageStatistics(WorkerCallback):
         means = [layer.moving_mean for layer in layers.values()]
         shared = [name for name, own in zip(layers, local.among(means), strict=True) if not own]
         weights = [
-            getattr(layers[name], weight)
+            (name, weight)
             for name in shared
             for weight in ("moving_mean", "moving_variance")
-            if getattr(layers[name], weight, None) is not None
+            if hasattr(layers[name], weight)
         ]
-        own = [
-            np.mean([np.float64(copy.numpy()) for copy in job.copies(weight)], axis=0)
-            for weight in weights
-        ]
-        totals = iter(sum_arrays(workers, own, "syncbn/average_statistics"))
-        averages = {}
-        for name in shared:
-            mean = next(totals) / workers.size
-            spread = getattr(layers[name], "moving_variance", None)
-            variance = None if spread is None else next(totals) / workers.size
-            averages[name] = MovingStatistics(mean, variance)
-        set_moving_statistics(self.model, averages)
+        own: list[np.ndarray] = []
+        for name, weight in weights:
+            copies = [copy.numpy() for copy in job.copies(getattr(layers[name], weight))]
+            own.append(np.stack(copies).astype(np.float64).mean(axis=0))
+        totals = sum_arrays(workers, own, "syncbn/average_statistics")
+        averages: dict[str, list[np.ndarray]] = {name: [] for name in shared}
+        for (name, _), total in zip(weights, totals, strict=True):
+            averages[name].append(total / workers.size)
+        set_moving_statistics(
+            self.model, {name: MovingStatistics(*values) for name, values in averages.items()}
+        )
 
 
 class Recalibrate(WorkerCallback):
@@ -85,7 +84,7 @@ class Recalibrate(WorkerCallback):
     At the end of training, the statistics become those of the weights that training ends with,
     averaged ones included: with ``use_ema``, Keras puts the averages of an optimizer in place
     then. With ``every=k``, they are also recalibrated in each k-th epoch, before its validation, or
-    at its end where there is none. In `Model.evaluate`, outside of `fit`, they always are.
+    at its end where there is none. In `Model.evaluate` outside of `fit`, they always are.
 
     Where a callback before this one evaluates other weights than those that are trained, as
     `tf.keras.callbacks.SwapEMAWeights` does, they are recalibrated for these, and come back with
@@ -145,6 +144,8 @@ class Recalibrate(WorkerCallback):
         """That of the weights that are evaluated, and the statistics from before."""
         self._expected: int | None = None
         """What it has to be at the next batch."""
+        self._trained: int | None = None
+        """That of the weights that came back after they had been replaced in validation."""
 
     def set_model(self, model: Any) -> None:
         super().set_model(model)
@@ -156,7 +157,7 @@ class Recalibrate(WorkerCallback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._due = self.every is not None and (epoch + 1) % self.every == 0
         # Where a callback before this one puts back what was trained, one behind it must not.
-        self._expected = self._put_back()
+        self._expected, self._trained = self._put_back(), None
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._require_no_change("on_epoch_begin")
@@ -172,10 +173,11 @@ class Recalibrate(WorkerCallback):
         """Is there so that Keras calls callbacks one after the other, in this thread."""
 
     def on_test_end(self, logs: Any = None) -> None:
-        self._put_back()
+        self._trained = self._put_back()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self._due:
+        # Not what goes on to be trained, where other weights have been evaluated.
+        if self._due and (self._trained is None or self._trained != self._checksum()):
             self._recalibrate()
 
     def on_train_end(self, logs: Any = None) -> None:
