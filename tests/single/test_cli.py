@@ -52,7 +52,7 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"syncbn {syncbn.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["bench", "check", "diagnose", "doctor", "launch", "report"])
+@pytest.mark.parametrize("command", cli._COMMANDS)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
