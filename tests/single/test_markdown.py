@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 import syncbn
 import syncbn.testing
 from syncbn._src import cli
+from syncbn._src.models.equivalence import check_command
 from tests import documentation
 from tests.documentation import PAGES, ROOT
 
@@ -69,7 +70,7 @@ def test_the_links_and_the_code_of_the_pages_are_found():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_code_that_is_not_run_gives_its_reason_and_other_code_is_known(name):
-    known = {"python", "sh", "", "console"}
+    known = {"python", "sh", "", "console", "text"}
     for block in documentation.blocks(ROOT / name):
         assert block.language in known or DIRECTIVES.match(block.language), block
         if block.language == "python":
@@ -100,7 +101,7 @@ def test_the_commands_of_a_page_exist(name):
     code = "\n".join([*shell, *re.findall(r"`([^`\n]+)`", text)])
     for target in re.findall(r"^\s*make ([a-z][\w-]*)", code, re.M):
         assert re.search(rf"^{target}[\w -]*:", MAKEFILE, re.M), target
-    for command in re.findall(r"(?:^|\n|-m )syncbn ([a-z]+)\b", code):
+    for command in re.findall(r"(?:^|\n|-m )syncbn ([a-z][a-z-]+)\b", code):
         assert command in cli._COMMANDS, command
     for path in re.findall(
         r"(?:^|\s)((?:launch|docker|benchmarks|tests|docs)/[\w./-]+\.\w+)", code
@@ -110,7 +111,7 @@ def test_the_commands_of_a_page_exist(name):
 
 def test_the_options_of_check_that_pages_name_exist():
     parser = argparse.ArgumentParser()
-    cli._COMMANDS["check"][0].add_arguments(parser)
+    check_command.add_arguments(parser)
     options = set(re.findall(r"syncbn check \S+ (--[\w-]+)", (ROOT / "docs/start.md").read_text()))
     assert options
     assert options <= {name for action in parser._actions for name in action.option_strings}

@@ -42,6 +42,10 @@ class AverageStatistics(WorkerCallback):
 
     Raises:
         ValueError: an average is not finite.
+
+    Example:
+        >>> callbacks = [syncbn.training.AverageStatistics()]
+        >>> history = model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks)
     """
 
     def __init__(self, communicator: str | Communicator = "auto") -> None:
@@ -113,6 +117,13 @@ class Recalibrate(WorkerCallback):
             evaluated or trained.
 
         And whatever `syncbn.recalibrate` raises.
+
+    Example:
+        >>> callbacks = [syncbn.training.Recalibrate([x], every=1)]
+        >>> history = model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks)
+        >>> mean, variance, _ = syncbn.moving_statistics(model)["normalization"]
+        >>> np.allclose(mean, x.mean(0), atol=1e-6)
+        True
     """
 
     def __init__(

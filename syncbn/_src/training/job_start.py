@@ -21,7 +21,16 @@ _ENGINES = ("auto", "tf.distribute", "horovod", "mpi", "local")
 
 
 class Job(NamedTuple):
-    """The place of this process in a job. `start` returns it."""
+    """The place of this process in a job. `start` returns it.
+
+    Example:
+        >>> job = syncbn.training.start()
+        >>> job.rank, job.size, job.local_rank
+        (0, 1, 0)
+        >>> dataset = job.shard(tf.data.Dataset.range(4))
+        >>> list(dataset.as_numpy_iterator()) == [0, 1, 2, 3]
+        True
+    """
 
     engine: str
     """The name of what joins the processes: a value of ``communicator=``."""
@@ -90,6 +99,11 @@ def start(engine: str = "auto", *, seed: int | None = None, own_gpu: bool = True
         ImportError: the engine is not installed.
         RuntimeError: TensorFlow has started, so that no GPU or strategy can be chosen; the engine
             does not see all processes that were launched.
+
+    Example:
+        >>> job = syncbn.training.start(seed=0)
+        >>> with job.scope():
+        ...     layer = syncbn.SyncBatchNormalization()
     """
     if engine not in _ENGINES:
         raise ValueError(

@@ -50,6 +50,10 @@ def evaluate(
     Raises:
         ValueError: a worker has no batch; workers have different metrics.
         RuntimeError: another worker failed; and see `syncbn.resolve`.
+
+    Example:
+        >>> sorted(syncbn.training.evaluate(model, x, y))
+        ['loss']
     """
     workers = job_of(model, communicator).workers()
     options |= {"return_dict": True, "verbose": 0 if workers.rank else verbose}

@@ -13,10 +13,6 @@ from syncbn._src.keras_compat import keras_api
 def rank_zero_only(*callbacks: Any, communicator: str | Communicator = "auto") -> list[Any]:
     """Returns the callbacks on rank 0, and nothing on other workers.
 
-    ::
-
-        callbacks = [AverageMetrics(), *rank_zero_only(CSVLogger("log.csv"), TensorBoard("logs"))]
-
     They are those that write: logs, pictures, checkpoints. What steers training (`EarlyStopping`,
     learning rates) and what communicates must be on all workers.
 
@@ -29,6 +25,10 @@ def rank_zero_only(*callbacks: Any, communicator: str | Communicator = "auto") -
         ValueError: in a cluster of several workers, a callback of Keras that saves a model, which
             takes all of them.
         RuntimeError: see `syncbn.resolve`.
+
+    Example:
+        >>> own = syncbn.training.rank_zero_only(tf.keras.callbacks.CSVLogger("log.csv"))
+        >>> callbacks = [syncbn.training.AverageMetrics(), *own]
     """
     automatic = communicator == "auto"
     engine = choose_engine() if automatic else getattr(communicator, "name", communicator)

@@ -83,6 +83,12 @@ class StatisticsMonitor(WorkerCallback):
         ValueError: an unknown ``update_freq`` or ``logs``.
         NotImplementedError: in training: the model calls a normalization in a loop or branch.
         RuntimeError: in training: another worker failed.
+
+    Example:
+        >>> monitor = syncbn.training.StatisticsMonitor(x)
+        >>> history = model.fit(x, y, batch_size=4, verbose=0, callbacks=[monitor])
+        >>> monitor.latest["normalization"].dead_channels
+        0
     """
 
     def __init__(
