@@ -36,7 +36,8 @@ EXIT_CODE = 70
 PERIOD = 1.0
 """Seconds between two looks."""
 GRACE = 3.0
-"""Seconds that a rank waits for one that has ended, whose last messages may be under way."""
+"""Seconds that a rank waits for what may be under way: the last messages of one that has ended, or
+where one is that it has asked."""
 ENDED = "has ended"
 """The status of a rank that has come to the end of its script."""
 _OUT_OF_DATA = " (if it ran out of batches, syncbn.training.join(dataset) gives it empty ones)"
@@ -132,7 +133,10 @@ class Watchdog(threading.Thread):
         waited = 0.0 if waiting is None else time.time() - waiting.since
         # Asked for before it is to be told.
         asks = waited > min(GRACE, limits.warn - 2 * PERIOD)
+        asked_before = self._asked
         answer = self._exchange(waiting, asks)
+        if self._asked is not None and asked_before is None:
+            answer = self._exchange(waiting, asks)  # now, with what somebody asks for
         if answer.get("end"):
             self._end(answer["end"]["reason"], told=True)
         if waiting is None:
@@ -144,7 +148,9 @@ class Watchdog(threading.Thread):
         if waited > limits.end:
             self._end(self._sentence(waiting, missing) + f", the limit of {limits.end:g} s")
         call = (waiting.name, waiting.call)
-        if waited > limits.warn and self._warned != call:
+        # A rank that was asked where it is may be slow to say so, on a busy machine.
+        unheard = any(one.get("status") == "running" and "stack" not in one for one in missing)
+        if waited > limits.warn + GRACE * unheard and self._warned != call:
             self._warned = call
             _say(self._sentence(waiting, missing))
             for one in missing:
