@@ -187,12 +187,13 @@ def test_networks_that_end_at_one_pixel_and_at_four_are_told_apart(digits_batche
     keras.utils.set_random_seed(seed)
     needs_it, does_not = (advise(digits(pixels), digits_batches, 8, verbose=0) for pixels in (1, 2))
     assert needs_it.needed == ("norm_2",)
-    assert needs_it.layers[2].enough == 8
+    assert needs_it.layers[2].enough is None
+    assert "Even all 8 replicas leave norm_2 beyond" in str(needs_it)
     assert needs_it.group_size is None
     assert needs_it.target_batch == 16
     assert needs_it.plain == does_not.plain == ("norm_0",)
     assert does_not.needed == ()
-    assert does_not.layers[2].enough == 2
+    assert does_not.layers[2].enough == 4
     assert "None needs it" in str(does_not)
     assert "None needs it" not in str(needs_it)
 

@@ -22,7 +22,7 @@ from syncbn._src.models.statistics_errors import (
 )
 from syncbn._src.models.training_job import TrainingJob, job_of
 
-TOLERANCE = 0.35
+TOLERANCE = 0.25
 """The largest error, in standard deviations; what it rests on is in docs/advice.md."""
 _AT_ONCE = 8
 _CALL = 39e-6
@@ -210,8 +210,8 @@ class Advice(NamedTuple):
         short = [layer.name for layer in self.layers if layer.errors and layer.enough is None]
         if short:
             lines.append(
-                f"Not even all {self.replicas} replicas are enough for {', '.join(short)}: use "
-                "more samples."
+                f"Even all {self.replicas} replicas leave {', '.join(short)} beyond the "
+                "tolerance: more samples would gain more."
             )
         return lines
 
