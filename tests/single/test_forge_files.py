@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from syncbn._src.version import VERSION
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 MAKEFILE = (ROOT / "Makefile").read_text()
-VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
 
 
 def steps(workflow):

@@ -191,7 +191,7 @@ def test_the_command_gives_tables_and_a_picture(tmp_path):
     (tmp_path / "known.json").write_text(json.dumps(measurements()))
     options = ["--measurements", str(tmp_path / "known.json"), "--out", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks.studies.scaling", *options, "--call", "10"]
-    finished = processes.run([("scaling", command, {})])
+    finished = processes.run([("scaling", command, {})], hide=False)
     assert finished.code == 0, finished.output
     assert "- CPU: imagined" in finished.output
     assert "| ring | 0.70 | 2.00 | 3.50 | 5.6 | 0%, at most 0% |" in finished.output
