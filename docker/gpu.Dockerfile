@@ -29,6 +29,7 @@ COPY constraints.txt docker/requirements-gpu.txt launch/install_horovod.sh ./
 RUN pip install -q --require-hashes -r requirements-gpu.txt \
   && ./install_horovod.sh --nccl --python /opt/syncbn/bin/python --cache /tmp/horovod
 COPY pyproject.toml README.md LICENSE ./
+COPY benchmarks benchmarks
 COPY launch launch
 COPY syncbn syncbn
 RUN pip install -q --no-deps --no-build-isolation .

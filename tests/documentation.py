@@ -45,7 +45,7 @@ class Script(NamedTuple):
 
     @property
     def engine(self) -> str:
-        words = {"horovodrun": "horovod", "mpirun": "mpi", "multiworker.py": "multiworker"}
+        words = {"horovodrun": "horovod", "mpirun": "mpi", "multiworker": "multiworker"}
         return next((words[word] for word in words if word in self.command), "one process")
 
     @property

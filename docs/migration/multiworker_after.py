@@ -1,6 +1,6 @@
 """`syncbn` under MultiWorkerMirroredStrategy, one process for each worker.
 
-launch/multiworker.py --workers 2 -- python multiworker_after.py FOLDER
+syncbn launch multiworker --workers 2 -- python multiworker_after.py FOLDER
 """
 
 import sys

@@ -1,6 +1,6 @@
 """MultiWorkerMirroredStrategy with tf_keras, one process for each worker.
 
-TF_USE_LEGACY_KERAS=1 launch/multiworker.py --workers 2 -- python multiworker_before.py FOLDER
+TF_USE_LEGACY_KERAS=1 syncbn launch multiworker --workers 2 -- python multiworker_before.py FOLDER
 """
 
 import sys

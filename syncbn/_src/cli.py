@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from syncbn._src.communicators.launcher import launched
+from syncbn._src.named_functions import UsageError
 from syncbn._src.version import VERSION
 
 
@@ -65,8 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments, or ``None`` for those of the process.
 
     Returns:
-        The exit code: 0 if all is well, 1 if the command found a fault. Wrong arguments exit with
-        2.
+        The exit code: 0 if all is well, 1 if the command found a fault, 2 if it could not do what
+        it was to do. Wrong arguments exit with 2.
+
+    Raises:
+        Exception: in a job of several processes, what the command raises.
     """
     parser = argparse.ArgumentParser("syncbn", description="Synchronized batch normalization.")
     parser.add_argument("--version", action="version", version=f"syncbn {VERSION}")
@@ -89,4 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.passed_on = passed_on
     if _COMMANDS[asked or ""].imports_package:
         importlib.import_module("syncbn._src.interface")
-    return given.run(given)
+    try:
+        return given.run(given)
+    except Exception as error:
+        if launched().processes > 1:
+            raise  # which ends the job, where other ranks wait for this one
+        if isinstance(error, UsageError):
+            print(f"syncbn {asked}: {error}", file=sys.stderr)
+        else:  # it may be the user's code that fails, which needs the traceback
+            traceback.print_exc()
+        return 2

@@ -1,5 +1,6 @@
 """The public names of `syncbn`. Importing this imports TensorFlow, and registers the layers."""
 
+from syncbn import testing as testing
 from syncbn import training
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.horovod import HorovodCommunicator

@@ -20,8 +20,10 @@ def named_function(name: str) -> Callable[..., Any]:
         UsageError: there is no such module or function. Other errors are those of the module.
     """
     module_name, _, path = name.partition(":")
-    if not module_name or not path:
+    if not module_name or not path or module_name.startswith("."):
         raise UsageError(f"A function is given as module:function. Received: {name}")
+    if module_name.endswith(".py"):
+        raise UsageError(f"A module is given by its name, without .py. Received: {name}")
     folder = os.getcwd()
     # `python -m` looks there too; a script, such as `syncbn`, in its own folder instead.
     if folder not in sys.path and "" not in sys.path:

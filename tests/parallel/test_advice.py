@@ -9,6 +9,7 @@ import syncbn
 from syncbn._src.communicators.host_collectives import all_gather
 from syncbn._src.models.training_job import job_of
 from tests.keras import keras
+from tests.parallel.conftest import ENGINE
 from tests.replicas import Strategy
 
 L = keras.layers
@@ -73,3 +74,10 @@ def test_an_error_on_one_worker_is_one_on_all(made):
     expected = RuntimeError if workers.rank else TypeError
     with pytest.raises(expected, match=r"rank 0|iterable of batches"):
         syncbn.advise(model, own, 2, verbose=0)
+
+
+@pytest.mark.skipif(ENGINE == "mirrored", reason="one worker")
+def test_batches_of_other_sizes_are_an_error_on_all(made):
+    model, workers = made
+    with pytest.raises(ValueError, match=r"batches of one size. Received: workers with"):
+        syncbn.advise(model, [data_of(0)[: 8 + workers.rank]], 2, verbose=0)

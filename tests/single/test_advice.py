@@ -126,13 +126,18 @@ def test_it_observes_what_replicas_see_and_changes_nothing():
     for layer in found.layers:
         rows = np.concatenate([run[layer.name] for run in runs])
         batches = rows.reshape(20, -1, rows.shape[-1])
-        epsilon = 0.0 if layer.name == "center" else 1e-3
+        centers = layer.name == "center"
+        epsilon = 0.0 if centers else 1e-3
         mean = batches.mean((0, 1))
         variance = np.mean(batches.var(1) + (batches.mean(1) - mean) ** 2, 0)
         error = measured(batches, mean, variance, epsilon)
         # Estimated without bias: the mean of all is nearer to these batches than the true one.
         assert layer.errors[0].mean == pytest.approx(error[0] * np.sqrt(20 / 19), rel=1e-3)
-        assert layer.errors[0].variance == pytest.approx(error[1], rel=0.1)
+        if centers:
+            assert layer.errors[0].variance is None
+            assert layer.errors[0].output == layer.errors[0].mean
+        else:
+            assert layer.errors[0].variance == pytest.approx(error[1], rel=0.1)
         assert layer.elements == batches.shape[1]
         assert [one.replicas for one in layer.errors] == [1, 2, 4]
     assert (found.replicas, found.batch) == (REPLICAS, SAMPLES)
@@ -223,6 +228,37 @@ def test_the_error_of_a_replica_is_within_a_fifth_of_that_measured(digits_batche
         np.testing.assert_allclose(layer.errors[0][1:], error, rtol=0.2)
 
 
+@pytest.mark.parametrize(("replicas", "batch", "group"), [(6, 24, 3), (12, 16, 6), (7, 32, None)])
+def test_groups_divide_the_replicas(digits_batches, replicas, batch, group):
+    keras.utils.set_random_seed(0)
+    found = advise(digits(1), digits_batches, replicas, batch=batch, tolerance=0.15, verbose=0)
+    assert found.synchronized
+    assert found.group_size == group
+    # One more message, for the moving statistics, over all replicas.
+    every, advised = found.seconds
+    chosen = sum(layer.seconds for layer in found.layers if layer.synchronize)
+    assert (advised > chosen) == (group is not None)
+    assert every >= chosen
+
+
+def test_groups_that_are_given_come_before_those_of_an_advice(digits_batches):
+    keras.utils.set_random_seed(0)
+    model = digits(1)
+    found = advise(model, digits_batches, 8, verbose=0)
+    syncbn.convert_sync_batchnorm(model, only=found, target_batch=4)
+    config = model.get_layer("norm_2").get_config()
+    assert (config["target_batch"], config["group_size"]) == (4, None)
+
+
+def test_what_only_centers_is_not_converted(caplog):
+    model, x = make_model(), samples(48)
+    found = advise(model, [x], 8, batch=2, tolerance=1e-3, verbose=0)
+    assert found.synchronized == ("first", "center", "last")
+    assert [*found.options()] == ["first", "last"]
+    syncbn.convert_sync_batchnorm(model, only=found)
+    assert not caplog.text
+
+
 def test_convert_follows_an_advice_and_returns_the_model(digits_batches):
     keras.utils.set_random_seed(0)
     model = digits(1)
@@ -262,7 +298,8 @@ def test_what_could_not_be_converted_is_logged(caplog):
 
     model = keras.Sequential([keras.Input((3,)), Own(name="own"), L.BatchNormalization()])
     assert syncbn.convert_sync_batchnorm(model) is model
-    assert "own: is a Own, with methods of its own: call" in caplog.text
+    assert "Not converted in" in caplog.text
+    assert ": own: is a Own, with methods of its own: call" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -271,6 +308,8 @@ def test_what_could_not_be_converted_is_logged(caplog):
         (["norm_0", "nrm_*"], "Received: nrm_"),
         ({"dense": {}}, "Received: dense"),
         ({"norm_0": {"axis": 1}}, "Received: axis"),
+        ({"norm_0": None}, "Received: None in it"),
+        ([L.Dense], "Received: .*Dense"),
     ],
 )
 def test_a_wrong_choice_changes_nothing(only, error):
@@ -286,8 +325,11 @@ def test_bad_input():
         advise(model, [x])
     with pytest.raises(ValueError, match=r"two batches of replicas at least. Received: no data"):
         advise(model, [], 2, verbose=0)
-    with pytest.raises(ValueError, match="Received: fewer samples than 16 for each"):
+    with pytest.raises(ValueError, match="needs 32 samples at least, for 2 replicas with 16 each"):
         advise(model, [x], 2, batch=16, batches=30, verbose=0)
+    for wrong in {"batch": -2}, {"batch": 0}, {"batch": 2.0}, {"batches": 0}, {"replicas": 0}:
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be a positive integer"):
+            advise(model, [x], **{"replicas": 2, **wrong})
     with pytest.raises(TypeError, match=r"from_tensor_slices\(x\).batch\(32\)"):
         advise(model, x, 2, verbose=0)
     with pytest.raises(ValueError, match="must have the same shapes but for the first dimension"):
@@ -348,12 +390,12 @@ def arrays():
 def test_on_the_command_line(tmp_path, capsys):
     name = "tests.single.test_advice"
     words = ["advise", f"{name}:built", "--batch-from", f"{name}:arrays"]
-    options = ["--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.png")]
+    options = ["--json", str(tmp_path / "new" / "a.json"), "--picture", str(tmp_path / "a.png")]
     assert main([*words, "--replicas", "4", "--batch", "2", *options]) == 0
     assert "Synchronize" in capsys.readouterr().out
-    assert json.loads((tmp_path / "a.json").read_text())["replicas"] == 4
+    assert json.loads((tmp_path / "new" / "a.json").read_text())["replicas"] == 4
     assert (tmp_path / "a.png").exists()
     assert main([*words, "--replicas", "4"]) == 2
     assert "Received: no --batch" in capsys.readouterr().err
     assert main([*words, "--batch", "2"]) == 2
-    assert "advise is about several replicas" in capsys.readouterr().err
+    assert "--replicas 8" in capsys.readouterr().err

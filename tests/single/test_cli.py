@@ -370,7 +370,7 @@ def test_children_get_no_cluster_of_this_process_and_no_gpu(monkeypatch):
     assert probe_processes.run([python(code, OWN="1")], patience.limit()) == ("", "")
 
 
-class Replaced(Exception):  # noqa: N818
+class Replaced(BaseException):
     """Instead of the end of this process."""
 
 

@@ -1,6 +1,5 @@
 """`check_equivalence`: a right model passes, and each fault is found and named."""
 
-import argparse
 import re
 
 import numpy as np
@@ -8,7 +7,8 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn._src.models.equivalence import check_command, diagnosis
+from syncbn._src import cli
+from syncbn._src.models.equivalence import diagnosis
 from syncbn._src.models.equivalence.check import check_equivalence
 from syncbn.testing import assert_equivalent
 from tests import processes
@@ -360,9 +360,7 @@ def test_among_workers_of_tf_distribute_it_is_refused(monkeypatch):
 
 
 def command(*arguments):
-    parser = argparse.ArgumentParser()
-    check_command.add_arguments(parser)
-    return check_command.run(parser.parse_args(arguments))
+    return cli.main(["check", *arguments])
 
 
 HERE = "tests.single.test_equivalence"

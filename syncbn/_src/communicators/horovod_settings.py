@@ -21,7 +21,7 @@ class Setting(NamedTuple):
     own: str
     """Horovod's default."""
     better: str
-    """The better value for small messages; launch/horovod.sh has the figures."""
+    """The better value for small messages; `syncbn launch horovod --help` has the figures."""
 
     @property
     def is_given(self) -> bool:
@@ -72,7 +72,7 @@ def advice(controller: str | None = None, size: int | None = None) -> str | None
         f"Horovod has {' and '.join(map(str, unmade))}, its default, with which small messages are "
         f"slow: set {' and '.join(f'{one.name}={one.better}' for one in unmade)} before it is "
         "initialized, by syncbn.training.init_horovod() in place of hvd.init(), or as "
-        "launch/horovod.sh does"
+        "`syncbn launch horovod` does"
     )
 
 

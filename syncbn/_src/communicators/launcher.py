@@ -80,7 +80,7 @@ def cluster_task() -> ClusterTask | None:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "TF_CONFIG must describe a cluster of workers, and the task of this one. Received: "
-            f"TF_CONFIG={text!r} ({error!r}). launch/multiworker.py sets it."
+            f"TF_CONFIG={text!r} ({error!r}). `syncbn launch multiworker` sets it."
         ) from error
     hosts = [address.rpartition(":")[0] for address in tasks.values()]
     return ClusterTask(rank, hosts[:rank].count(hosts[rank]), len(names))

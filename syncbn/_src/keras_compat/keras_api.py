@@ -34,23 +34,13 @@ KERAS_3 = hasattr(keras, "Variable")
 """Whether `tf.keras` is Keras 3; Keras 2 had no variables of its own."""
 
 
-def require_keras_asked_for() -> None:
-    """Raises where `tf.keras` is another Keras than the environment now asks for.
-
-    Raises:
-        RuntimeError: TF_USE_LEGACY_KERAS was set too late.
-    """
-    if KERAS_3 and _asked_for_keras_2():
-        raise RuntimeError(
-            "TF_USE_LEGACY_KERAS must be set before TensorFlow is imported, which then decides "
-            f"what `tf.keras` is. Received: TF_USE_LEGACY_KERAS="
-            f"{os.environ['TF_USE_LEGACY_KERAS']}, set when `tf.keras` was Keras 3 already, whose "
-            "layers no model of tf_keras takes. Set it in the shell, or above the first import of "
-            "the script; or unset it."
-        )
-
-
-require_keras_asked_for()
+if KERAS_3 and _asked_for_keras_2():
+    raise RuntimeError(
+        "TF_USE_LEGACY_KERAS must be set before TensorFlow is imported, which then decides what "
+        f"`tf.keras` is. Received: TF_USE_LEGACY_KERAS={os.environ['TF_USE_LEGACY_KERAS']}, set "
+        "when `tf.keras` was Keras 3 already, whose layers no model of tf_keras takes. Set it in "
+        "the shell, or above the first import of the script; or unset it."
+    )
 
 if KERAS_3 and keras.config.backend() != "tensorflow":
     raise ImportError(

@@ -24,7 +24,7 @@ from syncbn._src.keras_compat.untrained_traces import never_trains
 from syncbn._src.layers.momentum import MomentumAttribute, momentum_of
 from syncbn._src.layers.replica_groups import ReplicaGroups
 from syncbn._src.ops.channels import normalized_axes, statistics_dtype
-from syncbn._src.ops.empty_convolutions import with_checked_shape
+from syncbn._src.ops.empty_convolutions import with_checked_channels
 from syncbn._src.ops.moments import expand_mask
 from syncbn._src.ops.replicas import Replicas
 from syncbn._src.ops.shared_traces import shared
@@ -46,7 +46,6 @@ class SynchronizedLayer(StatisticsLayer):
         grouping: Grouping,
         **kwargs: Any,
     ) -> None:
-        keras_api.require_keras_asked_for()
         self._communicator = check_communicator(communicator)
         self._groups = ReplicaGroups(grouping)
         super().__init__(**kwargs)
@@ -193,7 +192,7 @@ class SynchronizedLayer(StatisticsLayer):
     ) -> tuple[tf.Tensor, ...]:
         """Returns the outputs, and the batch's arguments for `_move`."""
         axes = normalized_axes(self.axis, inputs.shape.as_list())
-        inputs = with_checked_shape(inputs)
+        inputs = with_checked_channels(inputs, axes)
         if mask is not None:
             mask = expand_mask(mask, inputs)
         replicas = self._replicas(inputs.shape[0])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from syncbn._src.communicators.launcher import launched
 from syncbn._src.named_functions import UsageError, named_function
 from syncbn._src.terminal import show
 
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        metavar="0.35",
+        metavar="0.25",
         type=float,
         help="the largest error of a normalized element, in standard deviations",
     )
@@ -49,33 +48,34 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the advice that the arguments ask for.
 
     Returns:
-        0, or 2 if there is none.
-    """
-    from syncbn._src.models.synchronization_advice import TOLERANCE, advise  # takes seconds
+        0.
 
-    try:
-        model = named_function(arguments.build_model)()
-        data = named_function(arguments.batch_from)()
-        advice = advise(
-            model,
-            _batches(data, arguments.batch),
-            arguments.replicas,
-            batch=arguments.batch,
-            batches=arguments.batches,
-            tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
-        )
+    Raises:
+        UsageError: what the arguments name does not exist, or does not suffice.
+    """
+    # They take seconds.
+    from syncbn._src.models.synchronization_advice import TOLERANCE, advise
+    from syncbn._src.models.training_job import job_of
+
+    if arguments.replicas is None and launched().processes == 1:
+        raise UsageError("Give the replicas that the model is to be trained on: --replicas 8.")
+    model = named_function(arguments.build_model)()
+    data = named_function(arguments.batch_from)()
+    advice = advise(
+        model,
+        _batches(data, arguments.batch),
+        arguments.replicas,
+        batch=arguments.batch,
+        batches=arguments.batches,
+        tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
+    )
+    if 0 in job_of(model).ranks:
+        show(advice, {})
         if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(advice.to_json() + "\n")
         if arguments.picture:
             advice.draw(arguments.picture)
-    except UsageError as error:
-        print(f"syncbn advise: {error}", file=sys.stderr)
-        return 2
-    except Exception:
-        # It may be the user's code that fails, which needs the traceback.
-        traceback.print_exc()
-        return 2
-    show(advice, {})
     return 0
 
 

@@ -234,6 +234,22 @@ def _advice(rows: Sequence[LayerReport]) -> list[str]:
     return [f"{them} the statistics of each replica alone: {convert} {makes}"]
 
 
+def best_group(replicas: int, batch: int, at_least: int = 1) -> int:
+    """Returns the size of the groups of replicas that is best for statistics.
+
+    It divides the number of replicas, and is the largest with at most `BEST_BATCH` samples, or the
+    smallest where none has so few.
+
+    Args:
+        replicas: Their number.
+        batch: The samples of each.
+        at_least: The smallest size.
+    """
+    sizes = [size for size in range(at_least, replicas + 1) if replicas % size == 0]
+    small = [size for size in sizes if size * batch <= BEST_BATCH]
+    return max(small) if small else min(sizes)
+
+
 def _measured_advice(rows: Sequence[LayerReport], job: TrainingJob) -> list[str]:
     advice = []
     if job.communicator.name == "horovod":
@@ -244,8 +260,7 @@ def _measured_advice(rows: Sequence[LayerReport], job: TrainingJob) -> list[str]
     batches = {row.input_shape[0] for row in rows if row.forward and row.input_shape}
     batch = batches.pop() if len(batches) == 1 else None
     if batch and batch * job.size > BEST_BATCH and job.size > 1 and job.strategy is None:
-        sizes = [size for size in range(1, job.size) if job.size % size == 0]
-        best = max(size for size in sizes if size == 1 or size * batch <= BEST_BATCH)
+        best = best_group(job.size, batch)
         remedy = f"group_size={best}" if best > 1 else "communicator='local'"
         advice.append(
             f"{job.size} replicas with {batch} samples each normalize with {batch * job.size} "

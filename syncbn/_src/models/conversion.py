@@ -29,6 +29,7 @@ __all__ = ["Conversion", "convert_sync_batchnorm", "revert_sync_batchnorm"]
 _log = logging.getLogger("syncbn")
 _NOT_CHOSEN = "is not one of those to convert"
 _PLAIN_ALREADY = "is plain already"
+_GROUPING = {"group_size", "groups", "target_batch"}
 
 Only = (
     str
@@ -125,7 +126,7 @@ def convert_sync_batchnorm(
     """
     taken = _arguments(SyncBatchNormalization) - _arguments(PLAIN_BATCH_NORMALIZATION)
     taken = {name for name in taken if not name.startswith("renorm")} | {"momentum"}
-    chosen = _chosen(only, convertible(model))
+    chosen = _chosen(only, convertible(model), options)
     for given in (options, *chosen.values()):
         if unknown := sorted(set(given) - taken):
             raise TypeError(
@@ -204,24 +205,40 @@ def _returned(result: Conversion, return_conversion: bool, expected: str) -> Any
     """Returns what is asked for; logs why layers were not converted, unless that is expected."""
     if return_conversion:
         return result
-    failed = {name: why for name, why in result.unchanged.items() if why != expected}
+    failed = [
+        f"{name}: {why}"
+        for name, why in result.unchanged.items()
+        if why != expected and not why.endswith(" already")
+    ]
     if failed:
-        _log.warning("%s", result._replace(unchanged=failed))
+        _log.warning("Not converted in %s: %s", result.model.name, "; ".join(failed))
     return result.model
 
 
-def _chosen(only: Only, layers: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Returns the layers that are to be converted: options, by their names."""
+def _chosen(
+    only: Only, layers: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+    """Returns the layers that are to be converted, by name: what they have besides ``options``."""
     if only is None:
         return {name: {} for name in layers}
     if isinstance(only, Advice):
         only = only.options()
+        if _GROUPING & set(options):  # of the caller's own
+            only = {name: {} for name in only}
     elif callable(only):
         return {name: {} for name, layer in layers.items() if only(name, layer)}
     if isinstance(only, Mapping):
         chosen, unknown = dict(only), sorted(set(only) - set(layers))
+        wrong = [one for one in chosen.values() if not isinstance(one, Mapping)]
     else:
         patterns = [only] if isinstance(only, str) else list(only)
+        wrong = [one for one in patterns if not isinstance(one, str)]
+    if wrong:
+        raise TypeError(
+            "`only` must be names or patterns, a function, an Advice, or a mapping from names to "
+            f"mappings of options. Received: {wrong[0]!r} in it."
+        )
+    if not isinstance(only, Mapping):
         matches = {pattern: fnmatch.filter(layers, pattern) for pattern in patterns}
         chosen = {name: {} for names in matches.values() for name in names}
         unknown = [pattern for pattern, names in matches.items() if not names]

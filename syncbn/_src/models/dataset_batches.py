@@ -15,8 +15,15 @@ from syncbn._src.keras_compat import keras_api
 class DatasetBatches:
     """The batches of a dataset, and a progress bar over all passes."""
 
-    def __init__(self, dataset: Any, steps: int | None, passes: int, verbose: int | str) -> None:
-        self._dataset, self._steps, self._passes = dataset, steps, passes
+    def __init__(
+        self,
+        dataset: Any,
+        steps: int | None,
+        passes: int,
+        verbose: int | str,
+        name: str = "dataset",
+    ) -> None:
+        self._dataset, self._steps, self._passes, self._name = dataset, steps, passes, name
         self._verbose = 1 if verbose == "auto" else verbose
         self._bar: Any = None
         self._seen = 0
@@ -55,14 +62,14 @@ class DatasetBatches:
             raise ValueError(f"`steps` must be 1 at least, or None. Received: steps={steps}.")
         if isinstance(dataset, np.ndarray | tf.Tensor) or not isinstance(dataset, Iterable):
             raise TypeError(
-                "`dataset` must be an iterable of batches, such as a tf.data.Dataset. Received: "
-                f"{type(dataset).__name__}. For an array x, give "
+                f"`{self._name}` must be an iterable of batches, such as a tf.data.Dataset. "
+                f"Received: {type(dataset).__name__}. For an array x, give "
                 "tf.data.Dataset.from_tensor_slices(x).batch(32)."
             )
         if isinstance(dataset, tf.distribute.DistributedDataset):
             raise TypeError(
-                "`dataset` must be an ordinary one under tf.distribute too: each worker's own "
-                "batches. Received: a DistributedDataset. Give what it was made from."
+                f"`{self._name}` must be an ordinary one under tf.distribute too: each worker's "
+                "own batches. Received: a DistributedDataset. Give what it was made from."
             )
         if (
             self._passes > 1

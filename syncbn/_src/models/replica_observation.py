@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.fingerprints import sums
-from syncbn._src.communicators.host_collectives import sum_of_all
+from syncbn._src.communicators.host_collectives import require_agreement, sum_of_all
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.models.activation_statistics import Observer
 from syncbn._src.models.dataset_batches import DatasetBatches
@@ -47,63 +47,54 @@ def observe_replicas(
         workers: The communicator of the workers, all of which make this call.
         verbose: As for `advise`.
     """
+    kinds = [f"{name} {layer.moving_mean.shape}" for name, layer in layers.items()]
+    require_agreement(workers, kinds, list(layers), "normalizations")
     observer = Observer(model, layers, replicas=at_once)
     statistics = moving_statistics(model)  # under a strategy, a call of all workers
     observer.start({name: statistics[name] for name in layers})
-    moments: list[np.ndarray] = []
+    inputs = map(observer.inputs, DatasetBatches(data, sys.maxsize, 1, 0, "data"))
+    given: list[Any] = []
 
-    def own() -> np.ndarray:
-        size = _observe(observer, moments, data, samples, batches, at_once, bar)
-        sizes = np.zeros(1 + workers.size)
-        sizes[0], sizes[1 + workers.rank] = sum(one.shape[1] for one in moments), size
-        return sizes
+    def first_length() -> np.ndarray:
+        given.extend(itertools.islice(inputs, 1))
+        lengths = np.zeros(workers.size)
+        lengths[workers.rank] = _length(given[0]) if given else 0
+        return lengths
 
-    verbose = 0 if workers.rank else 1 if verbose == "auto" else verbose
-    runs = max(1, math.ceil(batches / at_once))
-    bar = keras_api.keras.utils.Progbar(runs, verbose=verbose, unit_name="run")
-    number, *sizes = sum_of_all(workers, own, 1 + workers.size, "advise")
-    samples = int(max(sizes))
-    if number < 2:
+    lengths = {int(one) for one in sum_of_all(workers, first_length, workers.size, "advise")} - {0}
+    if not lengths:
+        raise ValueError("advise needs two batches of replicas at least. Received: no data.")
+    if samples is None and len(lengths) > 1:
         raise ValueError(
-            "advise needs two batches of replicas at least. Received: "
-            + (f"fewer samples than {samples} for each of them." if samples else "no data.")
+            "advise needs batches of one size. Received: workers with first batches of "
+            f"{' and '.join(map(str, sorted(lengths)))} samples. Give the samples of a replica: "
+            "batch=."
+        )
+    samples = samples or lengths.pop()
+    moments: list[np.ndarray] = []
+    verbose = 0 if workers.rank else 1 if verbose == "auto" else verbose
+    runs = math.ceil(batches / at_once)
+    bar = keras_api.keras.utils.Progbar(runs, verbose=verbose, unit_name="run")
+
+    def observe() -> np.ndarray:
+        for whole in _regrouped(itertools.chain(given, inputs), samples * at_once):
+            seen = observer.observe(whole, observer.nothing())
+            moments.append(np.concatenate([value.numpy() for value in seen.values()], 2))
+            bar.update(len(moments))
+            if len(moments) == runs:
+                break
+        return np.array([len(moments)], np.float64)
+
+    (number,) = sum_of_all(workers, observe, 1, "advise")
+    if moments and len(moments) < runs:
+        bar.target = len(moments)
+        bar.update(len(moments), finalize=True)
+    if not number:
+        raise ValueError(
+            f"advise needs {samples * at_once} samples at least, for {at_once} replicas with "
+            f"{samples} each. Received: fewer."
         )
     return _distributions(moments, layers, workers), samples
-
-
-def _observe(
-    observer: Observer,
-    moments: list[np.ndarray],
-    data: Any,
-    samples: int | None,
-    batches: int,
-    at_once: int,
-    bar: Any,
-) -> int:
-    """Runs the model, and returns the samples of a replica's batch, if there was any data.
-
-    Args:
-        observer: The observer of the model.
-        moments: Gets an array ``(3, replicas, channels)`` each time that the model runs, with the
-            channels of all layers one after the other.
-        data: As for `observe_replicas`, as are the next three.
-        samples: Likewise.
-        batches: Likewise.
-        at_once: Likewise.
-        bar: The progress bar.
-    """
-    inputs = map(observer.inputs, DatasetBatches(data, sys.maxsize, 1, 0))
-    first = next(inputs, None)
-    if first is None:
-        return 0
-    samples = samples or _length(first)
-    for whole in _regrouped(itertools.chain([first], inputs), samples * at_once):
-        seen = observer.observe(whole, observer.nothing())
-        moments.append(np.concatenate([value.numpy() for value in seen.values()], 2))
-        bar.update(len(moments))
-        if len(moments) * at_once >= batches:
-            break
-    return samples
 
 
 def _length(batch: Any) -> int:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import traceback
 from typing import TYPE_CHECKING, Any
 
-from syncbn._src.named_functions import UsageError, named_function
+from syncbn._src.named_functions import named_function
 from syncbn._src.terminal import DOUBTFUL, HEADING, show
 
 if TYPE_CHECKING:
@@ -40,22 +38,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the report of a model.
 
     Returns:
-        0, or 2 if there is none: what the arguments name does not exist, or it fails.
+        0.
+
+    Raises:
+        UsageError: what the arguments name does not exist.
     """
     from syncbn._src.models.communication_report import report
     from syncbn._src.models.training_job import job_of
 
-    try:
-        model = named_function(arguments.build_model)()
-        found = report(model, arguments.communicator)
-        first = arguments.communicator is None or 0 in job_of(model, arguments.communicator).ranks
-    except UsageError as error:
-        print(f"syncbn report: {error}", file=sys.stderr)
-        return 2
-    except Exception:
-        # It may be the user's code that fails, which needs the traceback.
-        traceback.print_exc()
-        return 2
+    model = named_function(arguments.build_model)()
+    found = report(model, arguments.communicator)
+    first = arguments.communicator is None or 0 in job_of(model, arguments.communicator).ranks
     if first and arguments.json:
         print(json.dumps(_as_json(found), indent=2))
     elif first:

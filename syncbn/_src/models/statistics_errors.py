@@ -75,8 +75,8 @@ class StatisticsError(NamedTuple):
     replicas: int
     mean: float
     """Of the mean, in standard deviations."""
-    variance: float
-    """Of the variance, as a part of it."""
+    variance: float | None
+    """Of the variance, as a part of it; ``None`` where a layer has none."""
     output: float
     """Of a normalized element, whose own standard deviation is one."""
 
@@ -115,16 +115,22 @@ def batch_distribution(
     )
 
 
-def statistics_error(batch: BatchDistribution, replicas: int, epsilon: float) -> StatisticsError:
+def statistics_error(
+    batch: BatchDistribution, replicas: int, epsilon: float | None
+) -> StatisticsError:
     """Returns how far the statistics of so many replicas are from those of the data.
 
     Args:
         batch: How the batches of replicas are distributed.
         replicas: Their number, g.
-        epsilon: What the normalization adds to the variance, here too.
+        epsilon: What the normalization adds to the variance, here too; ``None`` where it removes
+            the mean only.
     """
     g, square = replicas, batch.mean_square
     of_mean = square / g
+    if epsilon is None:
+        error = _root_mean(of_mean, batch.variance)
+        return StatisticsError(replicas, error, None, error)
     spread = batch.second_variance / g - 2 * batch.covariance / g**2
     spread += (batch.fourth_power + (2 * g - 3) * square**2) / g**3
     spread = np.maximum(spread, 0)

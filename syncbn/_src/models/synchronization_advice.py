@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.groups import at_least_one
 from syncbn._src.models import network_costs
-from syncbn._src.models.communication_report import BEST_BATCH
+from syncbn._src.models.communication_report import best_group
 from syncbn._src.models.replica_observation import observe_replicas
 from syncbn._src.models.statistics import all_normalizations, normalizations
 from syncbn._src.models.statistics_errors import (
@@ -44,7 +45,9 @@ class LayerAdvice(NamedTuple):
     enough: int | None = None
     """The fewest of these replicas with an error within the tolerance; ``None`` if not even all."""
     seconds: float = 0.0
-    """How long a step waits if it is synchronized over all replicas."""
+    """How long a step waits for it if it is synchronized over all replicas."""
+    seconds_in_groups: float = 0.0
+    """Likewise, in groups as they are advised; the same where that is all replicas."""
     note: str = ""
     """Why nothing is said of it."""
 
@@ -80,9 +83,7 @@ class Advice(NamedTuple):
         needed = [layer.enough or self.replicas for layer in self.layers if layer.synchronize]
         if not needed:
             return 1
-        sizes = [size for size in _sizes(self.replicas) if size >= max(needed)]
-        best = [size for size in sizes if size * self.batch <= BEST_BATCH]
-        size = max(best) if best else min(sizes)
+        size = best_group(self.replicas, self.batch, max(needed))
         return None if size == self.replicas else size
 
     @property
@@ -109,14 +110,20 @@ class Advice(NamedTuple):
     def seconds(self) -> tuple[float, float]:
         """How long a step waits: with all layers synchronized, and as advised."""
         every = sum(layer.seconds for layer in self.layers)
-        return every, sum(layer.seconds for layer in self.layers if layer.synchronize)
+        chosen = (layer for layer in self.layers if layer.synchronize)
+        return every, sum(layer.seconds_in_groups for layer in chosen)
 
     def _needs(self, layer: LayerAdvice) -> bool:
         return bool(layer.errors) and layer.errors[0].output > 2 * self.tolerance
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Returns the arguments of `SyncBatchNormalization` for each layer to synchronize."""
-        return {name: {"group_size": self.group_size} for name in self.synchronized}
+        return {
+            layer.name: {"group_size": self.group_size}
+            for layer in self.layers
+            # Nothing is converted to what only centers, which always is synchronized.
+            if layer.synchronize and layer.errors[0].variance is not None
+        }
 
     def to_json(self) -> str:
         """Returns everything in JSON."""
@@ -277,15 +284,17 @@ def advise(
         communicator: The one to measure, as for `syncbn.report`.
         batches: The batches of replicas to take, on each worker.
         tolerance: The largest error of a normalized element, in its standard deviations.
-        network: Where the job has one replica, and so nothing is measured: the seconds that a
-            message takes, and those for each byte; as assumed of TCP with 25 Gbit/s by default.
+        network: Where the job does not have ``replicas``, so that nothing is measured: the seconds
+            that a message takes, and those for each byte; as assumed of TCP with 25 Gbit/s by
+            default.
         verbose: 1 or ``"auto"`` for a progress bar on rank 0, 0 for silence.
 
     Returns:
         The advice: a table, when printed by `print` or by rich.
 
     Raises:
-        ValueError: a single replica; fewer than two batches; the model is not built, or has no
+        ValueError: a single replica, or a number that is not positive; too few samples; workers
+            with other models, or batches of other sizes; the model is not built, or has no
             normalization that is not frozen; what one sees is not finite; batches that differ in
             more than their first dimension, or a layer that does not keep the samples in order
             along the first dimension.
@@ -302,6 +311,9 @@ def advise(
         (2.0, [1, 2, 4])
         >>> model = syncbn.convert_sync_batchnorm(model, only=advice)
     """
+    for name, given in ("replicas", replicas), ("batch", batch), ("batches", batches):
+        if given is not None:
+            at_least_one(name, given)
     job = job_of(model, communicator)
     size = job.size if replicas is None else replicas
     if size < 2:
@@ -334,9 +346,10 @@ def advise(
             rows.append(row._replace(note="sees nothing"))
         else:
             rows.append(_judged(row, layer, distributions[name], size, tolerance))
-    rows = _timed(rows, layers, job, size, network)
-    engine = job.communicator.name if job.size > 1 else ""
-    return Advice(tuple(rows), size, samples, tolerance, engine)
+    advice = Advice(tuple(rows), size, samples, tolerance)
+    if job.size == size:
+        return _measured(advice, layers, job)
+    return _calculated(advice, layers, network)
 
 
 def _sizes(replicas: int) -> list[int]:
@@ -347,8 +360,7 @@ def _sizes(replicas: int) -> list[int]:
 def _judged(
     row: LayerAdvice, layer: Any, batch: BatchDistribution, replicas: int, tolerance: float
 ) -> LayerAdvice:
-    # `SyncCentering` has no variance, and so nothing to add to it.
-    epsilon = getattr(layer, "epsilon", 0.0)
+    epsilon = layer.epsilon if hasattr(layer, "moving_variance") else None
     errors = tuple(statistics_error(batch, size, epsilon) for size in _sizes(replicas))
     within = (error.replicas for error in errors if error.output <= tolerance)
     return row._replace(
@@ -359,30 +371,48 @@ def _judged(
     )
 
 
-def _timed(
-    rows: Sequence[LayerAdvice],
-    layers: Mapping[str, Any],
-    job: TrainingJob,
-    replicas: int,
-    network: tuple[float, float],
-) -> list[LayerAdvice]:
-    """Returns the rows with what a step waits for each layer, measured where the job can."""
-    costs, workers = network_costs.network(*network), 2 ** (replicas - 1).bit_length()
+def _measured(advice: Advice, layers: Mapping[str, Any], job: TrainingJob) -> Advice:
+    """Returns the advice with what a step waits for each layer, measured in the job."""
     latencies: dict[int, float] = {}
-
-    def seconds(length: int) -> float:
-        if job.size == 1:
-            return _CALL + network_costs.seconds(costs, workers, length)
-        if length not in latencies:
-            latencies[length] = job.latency(length, tf.float64)
-        return latencies[length]
+    # Groups make one more, but for those of a strategy, of which each has a row in the same.
+    messages = 2 if advice.group_size is None or job.strategy is not None else 3
 
     def timed(row: LayerAdvice) -> LayerAdvice:
         if not row.errors:
             return row
-        channels = math.prod(layers[row.name].moving_mean.shape)
-        moments = 2 if hasattr(layers[row.name], "moving_variance") else 1
         # Back goes one number less, which takes no less time.
-        return row._replace(seconds=2 * seconds(moments * channels + 1))
+        length = _channels(layers[row.name]) + 1
+        if length not in latencies:
+            latencies[length] = job.latency(length, tf.float64)
+        second = latencies[length]
+        return row._replace(seconds=2 * second, seconds_in_groups=messages * second)
 
-    return [timed(row) for row in rows]
+    rows = tuple(timed(row) for row in advice.layers)
+    return advice._replace(layers=rows, measured=job.communicator.name)
+
+
+def _calculated(advice: Advice, layers: Mapping[str, Any], network: tuple[float, float]) -> Advice:
+    """Returns the advice with what a step waits for each layer, by a model of the network."""
+    costs, workers = network_costs.network(*network), _power_of_two(advice.replicas)
+    group = None if advice.group_size is None else _power_of_two(advice.group_size)
+
+    def timed(row: LayerAdvice) -> LayerAdvice:
+        if not row.errors:
+            return row
+        # The model counts two numbers for each channel.
+        channels = [math.ceil(_channels(layers[row.name]) / 2)]
+        every, in_groups = (
+            network_costs.added(costs, channels, workers, size, _CALL) for size in (None, group)
+        )
+        return row._replace(seconds=every, seconds_in_groups=in_groups)
+
+    return advice._replace(layers=tuple(timed(row) for row in advice.layers))
+
+
+def _channels(layer: Any) -> int:
+    """Returns how many numbers a layer has of its channels: means, and maybe variances."""
+    return math.prod(layer.moving_mean.shape) * (2 if hasattr(layer, "moving_variance") else 1)
+
+
+def _power_of_two(number: int) -> int:
+    return 2 ** (number - 1).bit_length()

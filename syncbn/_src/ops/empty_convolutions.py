@@ -8,6 +8,7 @@ With oneDNN, TensorFlow's convolution on x86 gives an empty batch the shape of i
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -22,8 +23,10 @@ _ELEMENTWISE = {
 _DEPTH = 6
 
 
-def with_checked_shape(x: tf.Tensor) -> tf.Tensor:
-    """Returns ``x``, which fails where it is an empty batch of a convolution with a wrong shape.
+def with_checked_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """Returns ``x``, which fails where it is an empty batch of a convolution with other channels.
+
+    Where only other sizes are wrong, what follows is right.
 
     The name of the operation that fails, which TensorFlow shows, says why and what to do. Only
     where that can be, in a graph in which ``x`` comes from a convolution and has any number of
@@ -40,7 +43,8 @@ def with_checked_shape(x: tf.Tensor) -> tf.Tensor:
         name = (
             "oneDNN_gave_an_empty_batch_of_a_convolution_this_shape.Set_TF_ENABLE_ONEDNN_OPTS_to_0"
         )
-        return tf.ensure_shape(x, x.shape, name=name)
+        channels = [size if axis in axes else None for axis, size in enumerate(x.shape)]
+        return tf.ensure_shape(x, channels, name=name)
     return x
 
 

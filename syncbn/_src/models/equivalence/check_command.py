@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,17 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the check that the arguments ask for, and prints what it finds.
 
     Returns:
-        0 if the model is equivalent, 1 if it is not, 2 if that could not be determined.
+        0 if the model is equivalent, 1 if it is not.
+
+    Raises:
+        UsageError: what the arguments name does not exist, or the batch cannot be shared out.
     """
-    try:
-        found = _found(arguments)
-    except UsageError as error:
-        print(f"syncbn check: {error}", file=sys.stderr)
-        return 2
-    except Exception:
-        # It may be the user's code that fails, which needs the traceback.
-        traceback.print_exc()
-        return 2
+    found = _found(arguments)
     show(found, _STYLES)
     return 0 if found.equivalent else 1
 
@@ -84,7 +77,9 @@ def _found(arguments: argparse.Namespace) -> Any:
     from syncbn._src.models.equivalence.check import check_equivalence
 
     split = arguments.split
-    replicas = arguments.replicas or (len(split) if split else 2)
+    # In a job, its processes.
+    processes = max(2, launched().processes)
+    replicas = arguments.replicas or (len(split) if split else processes)
     samples = arguments.batch or (sum(split) if split else _BATCH)
     if not arguments.batch_from:
         _require_shares(samples, replicas, split, f"--batch {samples}")
