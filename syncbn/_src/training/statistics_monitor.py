@@ -124,7 +124,8 @@ class StatisticsMonitor(WorkerCallback):
     def on_train_begin(self, logs: Any = None) -> None:
         self._observer, self._writer = None, None
         iterations = getattr(getattr(self.model, "optimizer", None), "iterations", 0)
-        self._steps = self._observed = self._before_epoch = int(iterations)
+        before = int(tf.convert_to_tensor(iterations))  # of a strategy's variable, too
+        self._steps = self._observed = self._before_epoch = before
         self._waited = RECORDER.seconds()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
