@@ -57,7 +57,7 @@ class Job(NamedTuple):
 
         The shares differ by one element where ``size`` does not divide the dataset. A worker that
         runs out of batches leaves the others waiting, so join them where their numbers may differ:
-        ``training.join(job.shard(dataset).batch(8))``, see `join`.
+        ``training.join(job.shard(dataset).batch(8))``, called in `scope`; see `join`.
 
         Args:
             dataset: A `tf.data.Dataset`, whole.
