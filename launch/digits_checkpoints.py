@@ -11,6 +11,9 @@ from digits_job import DigitsJob
 
 from syncbn import training
 
+_UNREADABLE = -1
+"""In place of the epoch, where rank 0 cannot go on: the others would wait for it."""
+
 
 class Checkpoints(tf.keras.callbacks.Callback):
     """Saves model, optimizer and epoch after each epoch, and finds them again.
@@ -39,22 +42,26 @@ class Checkpoints(tf.keras.callbacks.Callback):
         """Restores the last checkpoint, if there is one, and returns the epochs that it has seen.
 
         Raises:
-            SystemExit: it is not one of this model and optimizer.
+            SystemExit: it is not one of this model and optimizer. Raised on all workers.
         """
         separate = self._job.processes > 1 and self._job.strategy is None
+        fault = ""
         path = tf.train.latest_checkpoint(str(self._folder))
         if path and not (separate and self._job.rank):
             try:
                 self._checkpoint.restore(path).assert_consumed()
             except (AssertionError, ValueError, tf.errors.OpError) as error:
                 reason = str(error).partition("\n")[0]
-                raise SystemExit(
-                    f"--checkpoint must hold checkpoints of this network and optimizer. "
-                    f"Received: {path} ({reason}). Name another folder."
-                ) from error
+                fault = f"{path} ({reason})"
+                self._epoch.assign(_UNREADABLE)
         if separate:
             # The callback BroadcastVariables does the same for all the rest.
             training.broadcast(self._epoch)
+        if self._epoch.numpy() == _UNREADABLE:
+            raise SystemExit(
+                "--checkpoint must hold checkpoints of this network and optimizer. "
+                f"Received: {fault or 'others, as rank 0 says'}. Name another folder."
+            )
         return int(self._epoch.numpy())
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+import syncbn
 from syncbn import training
 
 ENGINES = {"mirrored": "local", "multiworker": "tf.distribute", "horovod": "horovod", "mpi": "mpi"}
@@ -80,15 +81,33 @@ def require_same_arguments(job: DigitsJob, arguments: dict[str, object]) -> None
     """Compares the arguments of the job's processes.
 
     Raises:
-        SystemExit: they differ from those of rank 0.
+        SystemExit: some have other ones than rank 0. Raised on all, as none could go on alone.
     """
     text = repr(sorted(arguments.items()))
-    own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    of_rank_0 = tf.Variable(own)
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    rows = np.zeros((job.processes, len(digest)))
+    rows[job.rank] = digest
+    rows = _sum(job, rows)
+    others = [str(rank) for rank, row in enumerate(rows) if not np.array_equal(row, rows[0])]
+    if others:
+        raise SystemExit(
+            f"Rank {', '.join(others)} was started with other arguments than rank 0. "
+            f"Those of rank {job.rank}: {text}"
+        )
+
+
+def _sum(job: DigitsJob, own: np.ndarray) -> np.ndarray:
+    """Returns the sum over the processes."""
+    if job.processes == 1:
+        return own
+
+    def total() -> tf.Tensor:
+        communicator = syncbn.resolve()
+        return communicator.all_reduce_sum(tf.constant(own / job.replicas_here), "digits")
+
     if job.strategy is None:
-        training.broadcast(of_rank_0, communicator="local" if job is ALONE else "auto")
-    if not np.array_equal(own, of_rank_0.numpy()):
-        raise SystemExit(f"Rank {job.rank} was started with other arguments than rank 0: {text}")
+        return total().numpy()
+    return job.strategy.experimental_local_results(job.strategy.run(total))[0].numpy()
 
 
 def _mirrored(replicas: int, process: training.Job) -> DigitsJob:

@@ -1,7 +1,8 @@
 """The code of the README and of the other pages runs as it stands, under the engine that it is for.
 
 Few launches run all of it, since most of the time of each goes into starting TensorFlow: one for
-each engine and Keras, but for tf.distribute over several processes, which has one strategy in each.
+each engine and Keras, but for tf.distribute over several processes, which has one strategy in each
+(of scripts that leave it to `start`, the same).
 """
 
 import re
@@ -33,6 +34,8 @@ def jobs():
     for script in SCRIPTS.values():
         alone = script.name if script.engine == "multiworker" else ""
         found.setdefault((script.engine, script.keras_2, alone), []).append(script)
+    # Whatever the pages' commands are: they say that all of it works there, too.
+    found["multiworker", False, "everyday"] = [SCRIPTS[name] for name in EVERYDAY]
     # What is to run with both.
     found["horovod", True, ""].append(SCRIPTS["horovod_after.py"])
     for engine in "horovod", "mpi":

@@ -150,16 +150,26 @@ def test_a_job_ends_when_one_worker_finds_a_fault(tmp_path):
         finished = run([(launcher, job(launcher, *train), {})])
         assert finished.code not in (0, 124), finished.output
         assert "must hold checkpoints of this network" in finished.output, finished.output
+        # It is told by rank 0 itself, and not found out by waiting.
+        assert "others, as rank 0 says" in finished.output, finished.output
         assert "ended after the limit" not in finished.output, finished.output
 
 
 def test_workers_with_other_arguments_are_told():
-    python, *rest = TRAIN
-    train = [python, *rest[:-1], "$((32 + 32 * OMPI_COMM_WORLD_RANK))"]
-    command = ["bash", "-c", " ".join(train)]
-    finished = run([("mpirun", job("mpirun", *command), {})])
-    assert finished.code not in (0, 124), finished.output
-    assert "Rank 1 was started with other arguments than rank 0" in finished.output, finished.output
+    ranks = {
+        "mpirun": "$OMPI_COMM_WORLD_RANK",
+        "multiworker": """$(python -c "import json, os; """
+        """print(json.loads(os.environ['TF_CONFIG'])['task']['index'])")""",
+    }
+    for launcher, rank in ranks.items():
+        train = " ".join([*TRAIN[:-1], f"$((32 + 32 * {rank}))"])
+        finished = run([(launcher, job(launcher, "bash", "-c", train), {})])
+        assert finished.code not in (0, 124), finished.output
+        # Each says so, and with what it was started itself.
+        told = "Rank 1 was started with other arguments than rank 0. Those of rank"
+        for number, batch in enumerate([32, 64]):
+            own = rf"{told} {number}: .*\('batch_per_replica', {batch}\)"
+            assert re.search(own, finished.output), finished.output
 
 
 def test_workers_with_other_models_are_told():

@@ -404,6 +404,22 @@ def test_evaluation_outside_of_fit_is_recalibrated_too(replicas):
     require_statistics_of(watch.evaluated[0][1], x)
 
 
+def test_evaluation_after_a_fit_that_was_interrupted_is_recalibrated_too(replicas):
+    model = make(replicas)
+    x, y = samples(2 * BATCH * replicas.size)
+    watch = Watch()
+    recalibrate = training.Recalibrate([own_part(replicas, x)])
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, replicas, x, y, callbacks=[recalibrate, Interrupt()])
+    training.evaluate(model, x, y, callbacks=[recalibrate, watch])
+    require_statistics_of(watch.evaluated[0][1], x)
+
+
 # Callbacks of one worker
 
 
@@ -416,12 +432,19 @@ def test_callbacks_of_rank_zero(replicas, tmp_path):
     if isinstance(replicas, Strategy):
         with replicas.strategy.scope():
             assert training.rank_zero_only(callback) == expected
-    saving = keras.callbacks.ModelCheckpoint(str(tmp_path / "model.keras"))
-    if ENGINE == "multiworker":
-        with pytest.raises(ValueError, match="ModelCheckpoint for rank 0 only"):
-            training.rank_zero_only(saving)
-    else:
-        assert training.rank_zero_only(callback, saving) == (expected and [callback, saving])
+    reading = [
+        keras.callbacks.ModelCheckpoint(str(tmp_path / "model.keras")),
+        keras.callbacks.TensorBoard(str(tmp_path), histogram_freq=1),
+        keras.callbacks.TensorBoard(str(tmp_path), embeddings_freq=1),
+    ]
+    for one in reading:
+        if ENGINE == "multiworker":
+            with pytest.raises(ValueError, match=f"{type(one).__name__} for rank 0 only"):
+                training.rank_zero_only(one)
+        else:
+            assert training.rank_zero_only(callback, one) == (expected and [callback, one])
+    curves = keras.callbacks.TensorBoard(str(tmp_path))
+    assert training.rank_zero_only(curves) == (expected and [curves])
     x, y = samples(BATCH * replicas.size)
     fit(make(replicas), replicas, x, y, callbacks=training.rank_zero_only(callback))
     assert (tmp_path / "log.csv").exists() == (rank == 0)
@@ -440,6 +463,12 @@ def test_a_start_finds_the_engine_that_is_initialized(replicas):
     assert len({*rows[:, 0]}) == len({*rows[:, 1]}) == job.size
     keras.utils.set_random_seed(5 + job.rank)
     assert drawn == (np.random.random(), float(tf.random.uniform([])))
-    shard = [int(one) for one in job.shard(tf.data.Dataset.range(7))]
-    assert shard == list(range(job.rank, 7, job.size))
+    data = job.shard(tf.data.Dataset.range(7))
+    assert [int(one) for one in data] == list(range(job.rank, 7, job.size))
+    # Whatever order each goes through them in, the shares are all of the data, each element once.
+    for shuffled in data.shuffle(7), data.shuffle(7, seed=3):
+        own = np.zeros(7)
+        np.add.at(own, [int(one) for one in shuffled], 1)
+        total = syncbn.resolve().all_reduce_sum(tf.constant(own), "shares").numpy()
+        np.testing.assert_array_equal(total, np.ones(7))
     assert training.start(ENGINE) == job

@@ -7,11 +7,13 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
 import syncbn
 from syncbn._src.communicators import launcher, resolution
+from syncbn._src.communicators.host_collectives import sum_of_all
 from syncbn._src.communicators.order import Order
 from syncbn._src.communicators.resolution import choose_engine
 from tests.keras import keras
@@ -148,6 +150,23 @@ def test_every_communicator_keeps_the_protocol():
     assert isinstance(syncbn.LocalCommunicator(), syncbn.Communicator)
     assert isinstance(syncbn.DistributeCommunicator(), syncbn.Communicator)
     assert not isinstance(keras.layers.Layer(), syncbn.Communicator)
+
+
+def test_a_failure_of_ones_own_is_not_hidden_by_that_of_the_collective():
+    class Failing:
+        name, supports_jit, size, rank, finds_mixups = "local", False, 2, 0, True
+
+        def all_reduce_sum(self, tensor, name):
+            raise ConnectionError("the others are gone")
+
+    def own():
+        raise ValueError("no data")
+
+    with pytest.raises(ValueError, match="no data") as raised:
+        sum_of_all(Failing(), own, 1, "this")
+    assert isinstance(raised.value.__cause__, ConnectionError)
+    with pytest.raises(ConnectionError, match="the others are gone"):
+        sum_of_all(Failing(), lambda: np.zeros(1), 1, "this")
 
 
 def test_a_sum_waits_for_those_in_second_derivatives_of_a_nested_function():

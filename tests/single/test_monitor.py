@@ -7,7 +7,7 @@ import tensorflow as tf
 import syncbn
 from syncbn import training
 from syncbn._src.models.replica_spread import JointStatistics
-from syncbn._src.training.statistics_monitor import _figures
+from syncbn._src.training.statistics_monitor import _figures, _shared_out
 from syncbn._src.watchdog import flight_recorder
 from tests.keras import keras
 from tests.summaries import summaries
@@ -56,6 +56,17 @@ def test_it_observes_after_so_many_batches_across_epochs(tmp_path):
     (file,) = tmp_path.glob("statistics/events.*")
     assert {step for step, _ in summaries(file)} == {4, 8, 12}
     assert len(history["mean_drift"]) == 2
+
+
+def test_the_steps_of_the_summaries_go_on_in_the_next_fit(tmp_path):
+    made = model()
+    monitor = training.StatisticsMonitor(X, tmp_path, update_freq=4)
+    fit(monitor, made)
+    fit(monitor, made)
+    fit(training.StatisticsMonitor(X, tmp_path, update_freq=4), made)  # as in a new process
+    files = tmp_path.glob("statistics/events.*")
+    found = [step for file in files for step, tag in summaries(file) if tag == "mean_drift/norm"]
+    assert sorted(found) == [4, 8, 12, 16]
 
 
 def test_several_batches_in_one_execution_are_counted(tmp_path):
@@ -109,6 +120,24 @@ def test_wrong_arguments_are_refused(options, message):
 def test_a_dataset_is_no_batch():
     with pytest.raises(TypeError, match=r"Give next\(iter\(dataset\)\)"):
         training.StatisticsMonitor(tf.data.Dataset.from_tensors(X))
+
+
+def test_each_collective_counts_once():
+    seconds = {
+        "syncbn/norm/statistics": 1.0,
+        "syncbn/norm/call_2/gradient": 3.0,
+        "syncbn/block/norm/statistics": 8.0,
+        "syncbn/block/statistics": 16.0,
+        "syncbn/last_norm/statistics": 32.0,
+        "syncbn/average_statistics/float64": 64.0,
+    }
+    scopes = ["syncbn/norm", "syncbn/block/norm", "syncbn/block", "syncbn/last_norm"]
+    assert _shared_out(seconds, scopes) == [4, 8, 16, 32]
+    # In Keras 2 layers in different models may have the same scope.
+    alike = ["syncbn/norm", "syncbn/last_norm", "syncbn/norm"]
+    assert _shared_out({name: seconds[name] for name in seconds if "block" not in name}, alike) == [
+        *(2, 32, 2)
+    ]
 
 
 def test_the_recorder_adds_up_the_time_in_collectives(monkeypatch):

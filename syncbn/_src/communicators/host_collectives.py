@@ -64,7 +64,7 @@ def sum_of_all(
         what: The name of what must succeed.
 
     Raises:
-        Exception: what ``own`` has raised on this worker.
+        Exception: what ``own`` has raised on this worker, also where the collective fails then.
         RuntimeError: it has raised on another worker.
     """
     error, vector = None, np.zeros(length)
@@ -75,7 +75,12 @@ def sum_of_all(
     failed = np.zeros(communicator.size)
     failed[communicator.rank] = error is not None
     message = tf.constant(np.concatenate([failed, vector]))
-    total = sums(communicator)(message, f"syncbn/{what}").numpy()
+    try:
+        total = sums(communicator)(message, f"syncbn/{what}").numpy()
+    except Exception as failure:
+        if error is not None:
+            raise error from failure
+        raise
     if error is not None:
         raise error
     failed, total = np.split(total, [communicator.size])

@@ -161,6 +161,7 @@ class Recalibrate(WorkerCallback):
     def set_model(self, model: Any) -> None:
         super().set_model(model)
         self._recalibration = self._measured = None
+        self._in_fit = False  # also after a `fit` that was interrupted
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._in_fit, self._due, self._replaced, self._expected = True, False, None, None

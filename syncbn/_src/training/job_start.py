@@ -50,9 +50,14 @@ class Job(NamedTuple):
     def shard(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         """Returns this process's share of a dataset: one element of ``size``.
 
-        The order has to be the same on all processes, so shuffle before with a seed, or after. Call
-        it before ``batch``. Under tf.distribute, where the strategy shards what `fit` is given, the
-        dataset is returned unchanged.
+        Call it before ``shuffle`` and ``batch``. The order has to be the same on all processes, or
+        their shares overlap; a shuffle before it has another order on each, whatever seed it is
+        given, once ``start(seed=)`` has given each process a seed of its own. Under tf.distribute,
+        where the strategy shards what `fit` is given, the dataset is returned unchanged.
+
+        The shares differ by one element where ``size`` does not divide the dataset. A worker that
+        runs out of batches leaves the others waiting, so join them where their numbers may differ:
+        ``training.join(job.shard(dataset).batch(8))``, called in `scope`; see `join`.
 
         Args:
             dataset: A `tf.data.Dataset`, whole.
@@ -94,8 +99,9 @@ def start(engine: str = "auto", *, seed: int | None = None, own_gpu: bool = True
         ``scope()``, and ``shard(dataset)``.
 
     Raises:
-        ValueError: an unknown engine; ``TF_CONFIG`` does not describe a cluster and this process; a
-            machine has fewer GPUs than processes.
+        ValueError: an unknown engine; ``TF_CONFIG`` does not describe a cluster and this process;
+            this process sees several GPUs, and fewer than its machine has processes. (Where each
+            sees just one, they may share it: a launcher that gives each its own looks the same.)
         ImportError: the engine is not installed.
         RuntimeError: TensorFlow has started, so that no GPU or strategy can be chosen; the engine
             does not see all processes that were launched.

@@ -16,14 +16,18 @@ def rank_zero_only(*callbacks: Any, communicator: str | Communicator = "auto") -
     They are those that write: logs, pictures, checkpoints. What steers training (`EarlyStopping`,
     learning rates) and what communicates must be on all workers.
 
+    Under MultiWorkerMirroredStrategy, reading a non-trainable weight, such as a moving mean, takes
+    all workers, and rank 0 alone would wait for the others forever. So none of the callbacks may
+    read, save or summarize these there. Those of Keras that do are refused; yours are not known.
+
     Args:
         callbacks: For `Model.fit`.
         communicator: As for `syncbn.SyncBatchNormalization`. ``"auto"`` also finds the worker in a
             cluster of tf.distribute by ``TF_CONFIG``, outside of its strategy's scope.
 
     Raises:
-        ValueError: in a cluster of several workers, a callback of Keras that saves a model, which
-            takes all of them.
+        ValueError: in a cluster of several workers, a callback of Keras that reads all weights:
+            `ModelCheckpoint`, `BackupAndRestore`, and `TensorBoard` with histograms or embeddings.
         RuntimeError: see `syncbn.resolve`.
 
     Example:
@@ -44,14 +48,18 @@ def rank_zero_only(*callbacks: Any, communicator: str | Communicator = "auto") -
 
 
 def _require_no_reading(callbacks: Any, workers: int) -> None:
-    of_keras = keras_api.keras.callbacks
     for callback in callbacks:
-        if workers > 1 and isinstance(
-            callback, of_keras.ModelCheckpoint | of_keras.BackupAndRestore
-        ):
+        if workers > 1 and _reads_all_weights(callback):
             raise ValueError(
-                "Saving a model reads moving statistics, which all workers of "
+                "Saving or summarizing a model reads moving statistics, which all workers of "
                 "MultiWorkerMirroredStrategy do together. Received: "
                 f"{type(callback).__name__} for rank 0 only. Give it to all workers, each with a "
-                "path of its own."
+                "path of its own; or leave out TensorBoard's histogram_freq and embeddings_freq."
             )
+
+
+def _reads_all_weights(callback: Any) -> bool:
+    of_keras = keras_api.keras.callbacks
+    if isinstance(callback, of_keras.TensorBoard):
+        return bool(callback.histogram_freq or callback.embeddings_freq)
+    return isinstance(callback, of_keras.ModelCheckpoint | of_keras.BackupAndRestore)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,15 +47,18 @@ class StatisticsMonitor(WorkerCallback):
       the batches of all replicas. At 0.1, what should have variance 1 has some 10 % more or less.
     - ``replica_spread``: √ mean over channels of b / (v + ε), with the variance between the
       replicas, b = Σ n_r (m_r - m)² / Σ n_r, of their counts n_r and means m_r. It is how far, in
-      standard deviations, the mean of a replica lies from that of all, so the error of a layer that
-      is not synchronized. Its square is the correlation ratio η² of Fisher (1925): the share of
-      the variance between replicas. With one replica there is none.
+      standard deviations, the mean of a replica lies from that of all R. Its square is the
+      correlation ratio η² of Fisher (1925): the share of the variance between replicas. With one
+      replica there is none. Of N samples drawn at random on each, and one position, it is about
+      √((1 - 1/R) / N). It is of this batch: the error of a layer that is not synchronized, in a
+      training step with a smaller one, is larger, and `syncbn.advise` estimates it.
     - ``dead_channels``: the number of channels with v ≤ ε / 100. What they give has a standard
       deviation of a tenth at most, before gamma. (v = 0 where a layer has no ε.)
     - ``waiting_ms``: the time in the layer's collectives, in milliseconds for each step, the mean
       over the workers. Who comes last does not wait. One process does not wait at all, and has no
       such figure. On a GPU it includes what the GPU had still to compute when the step issued them,
-      except over MPI.
+      except over MPI. Layers whose collectives have the same name (in Keras 2 that is the layer's,
+      without those around it) get equal shares of their time. A call that fails does not count.
 
     `SyncCentering` has no moving variance: its drift is in units of v. Where layers are not
     synchronized, moving statistics are the mean of those of the workers.
@@ -69,7 +73,8 @@ class StatisticsMonitor(WorkerCallback):
         log_dir: Where to write for TensorBoard, as the run ``statistics`` beside those of Keras'
             own callback; ``None`` for nowhere. The tags are such as ``mean_drift/block/norm``.
         update_freq: ``"epoch"``, or a number of batches after which to observe, also within an
-            epoch. It is the step of the summaries.
+            epoch. The steps of the summaries are epochs, or batches, which count on from the
+            optimizer's ``iterations`` at the beginning of `fit`.
         logs: What the logs of each epoch get, and so `History`, `CSVLogger` and `EarlyStopping`:
             ``"largest"``, for each figure the largest of all layers (of dead channels and waiting,
             the sum); ``"layers"``, the figures of each layer too, such as
@@ -118,7 +123,9 @@ class StatisticsMonitor(WorkerCallback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._observer, self._writer = None, None
-        self._steps = self._observed = self._before_epoch = 0
+        iterations = getattr(getattr(self.model, "optimizer", None), "iterations", 0)
+        before = int(tf.convert_to_tensor(iterations))  # of a strategy's variable, too
+        self._steps = self._observed = self._before_epoch = before
         self._waited = RECORDER.seconds()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -162,10 +169,7 @@ class StatisticsMonitor(WorkerCallback):
         """Returns the milliseconds of a step in each layer's collectives, where they are known."""
         before, now = self._waited, RECORDER.seconds()
         seconds = {name: time - before.get(name, 0.0) for name, time in now.items()}
-        own = [
-            sum(time for name, time in seconds.items() if f"{collective_scope(layer)}/" in name)
-            for layer in layers.values()
-        ]
+        own = _shared_out(seconds, [collective_scope(layer) for layer in layers.values()])
         (total,) = sum_arrays(workers, [np.array(own)], "syncbn/waiting")
         means = 1e3 * total / workers.size / max(self._steps - self._observed, 1)
         return {name: float(mean) for name, mean in zip(layers, means, strict=True) if mean}
@@ -201,6 +205,18 @@ class StatisticsMonitor(WorkerCallback):
             if column
         }
         return largest | (self._by_tag() if self.logs == "layers" else {})
+
+
+def _shared_out(seconds: dict[str, float], scopes: list[str]) -> list[float]:
+    """Returns the time of each scope's collectives, which those that are the same share equally."""
+    of_scope: defaultdict[str, float] = defaultdict(float)
+    for name, time in seconds.items():
+        # Names may have something before the scope, and one scope may begin with another one.
+        found = [scope for scope in scopes if f"{scope}/" in name]
+        if found:
+            of_scope[max(found, key=len)] += time
+    layers = Counter(scopes)
+    return [of_scope[scope] / layers[scope] for scope in scopes]
 
 
 def _figures(joint: JointStatistics, epsilon: float, replicas: int) -> LayerFigures:

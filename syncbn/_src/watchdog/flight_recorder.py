@@ -77,20 +77,19 @@ class Site:
         self._seen = (0, 0)
         self._outstanding: deque[int] = deque(maxlen=3)
 
-    def enter(self) -> tf.Operation:
-        """Returns the operation, of the graph that is being made, that counts an entry."""
+    def enter(self) -> tf.Tensor:
+        """Counts an entry, in the graph that is being made, and returns its time."""
         with tf.control_dependencies([_count(self._entered)]):
-            return _add_time(self._clock, -1)
+            return _now()
 
-    def leave(self) -> tf.Operation:
-        """Likewise, for a leave."""
-        with tf.control_dependencies([_add_time(self._clock, 1)]):
+    def leave(self, since: tf.Tensor) -> tf.Operation:
+        """Returns the operation that counts a leave, and the time since the entry."""
+        with tf.control_dependencies([_add_seconds(self._clock, _now() - since)]):
             return _count(self._left)
 
     def seconds(self) -> float:
-        """Returns how long this process has been in it; zero where it has been left half done."""
-        entered, left = _value(self._entered), _value(self._left)
-        return _value(self._clock, tf.float64) if entered == left else 0.0
+        """Returns how long this process has been in it, in the calls that it has left."""
+        return _value(self._clock, tf.float64)
 
     def poll(self) -> tuple[int, int]:
         """Returns how often it was entered and left."""
@@ -130,14 +129,19 @@ def _count(counter: str) -> tf.Operation:
     return operation
 
 
-def _add_time(clock: str, sign: int) -> tf.Operation:
-    """Adds the time to a clock, or takes it away. Their difference is exact to a microsecond."""
+def _now() -> tf.Tensor:
     with tf.device("CPU:0"):
         now = tf.timestamp()
-        add = tf.raw_ops.AssignAddVariableOp if sign > 0 else tf.raw_ops.AssignSubVariableOp
-        operation = add(resource=_handle(clock, tf.float64), value=now)
-    now.op.pfor_converter = lambda loop: [wrap(tf.timestamp(), False)]
-    operation.pfor_converter = lambda loop: _add_time(clock, sign)
+    now.op.pfor_converter = lambda loop: [wrap(_now(), False)]
+    return now
+
+
+def _add_seconds(clock: str, seconds: tf.Tensor) -> tf.Operation:
+    with tf.device("CPU:0"):
+        operation = tf.raw_ops.AssignAddVariableOp(
+            resource=_handle(clock, tf.float64), value=seconds
+        )
+    operation.pfor_converter = lambda loop: _add_seconds(clock, loop.unstacked_input(1))
     return operation
 
 
@@ -195,7 +199,7 @@ class FlightRecorder:
             with tf.control_dependencies([entered]):
                 totals = collective(tensors)
             with tf.control_dependencies(tf.nest.flatten(totals)):
-                left = site.leave()
+                left = site.leave(entered)
             with tf.control_dependencies([left]):
                 return tf.nest.map_structure(tf.identity, totals)
 
