@@ -70,5 +70,7 @@ parser.add_argument("--fork", action="store_true")
 parser.add_argument("folder", type=Path)
 parser.add_argument("scripts", type=Path, nargs="+")
 given = parser.parse_args()
-for one in given.scripts:
-    (run_in_a_process_of_its_own if given.fork else run)(one.resolve(), given.folder)
+folder, scripts = given.folder.resolve(), [one.resolve() for one in given.scripts]
+os.chdir(folder)  # where scripts leave their logs and models
+for one in scripts:
+    (run_in_a_process_of_its_own if given.fork else run)(one, folder)
