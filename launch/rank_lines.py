@@ -244,7 +244,7 @@ class Copier(threading.Thread):
         self._writing += time.monotonic() - start
 
 
-def wait(job: "subprocess.Popen[bytes]", passed_on: "list[int]") -> int:
+def job_code(job: "subprocess.Popen[bytes]", passed_on: "list[int]") -> int:
     """Waits for the end, and returns the exit code, as Popen has it.
 
     A signal may end the shell that has started mpirun, and mpirun pass it on to ranks, which go on.
@@ -264,7 +264,7 @@ def main() -> int:
     """Runs mpirun, and ends as it does."""
     tag, *command = sys.argv[1:]
     prctl, set_parent_death_signal, set_child_subreaper = ctypes.CDLL(None).prctl, 1, 36
-    prctl(set_child_subreaper, 1)  # for `wait`
+    prctl(set_child_subreaper, 1)  # for `job_code`
     passed_on = []
     job = subprocess.Popen(  # noqa: S603  (the user's own command, and no shell)
         command,
@@ -300,7 +300,7 @@ def main() -> int:
     ]
     for copier in copiers:
         copier.start()
-    code = wait(job, passed_on)
+    code = job_code(job, passed_on)
     for copier in copiers:
         copier.ended.set()
     for copier in copiers:
