@@ -37,6 +37,7 @@
 set -euo pipefail
 
 die() { echo "horovod.sh: $*" >&2; exit 1; }
+refuse() { echo "horovod.sh: $*" >&2; exit 2; }  # wrong arguments
 
 size=
 controller=--gloo
@@ -45,32 +46,32 @@ hostfile=
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-    -np) [ $# -ge 2 ] || die "-np needs a value"; size=$2; shift 2 ;;
+    -np) [ $# -ge 2 ] || refuse "-np needs a value"; size=$2; shift 2 ;;
     --gloo|--mpi) controller=$1; shift ;;
     --xla) export TF_XLA_FLAGS="--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit ${TF_XLA_FLAGS:-}"; shift ;;
-    --timeout) [ $# -ge 2 ] || die "--timeout needs a value"; export SYNCBN_TIMEOUT_SECONDS=$2; shift 2 ;;
-    --hosts) [ $# -ge 2 ] || die "--hosts needs a value"; hosts=$2; shift 2 ;;
-    --hostfile) [ $# -ge 2 ] || die "--hostfile needs a value"; hostfile=$2; shift 2 ;;
+    --timeout) [ $# -ge 2 ] || refuse "--timeout needs a value"; export SYNCBN_TIMEOUT_SECONDS=$2; shift 2 ;;
+    --hosts) [ $# -ge 2 ] || refuse "--hosts needs a value"; hosts=$2; shift 2 ;;
+    --hostfile) [ $# -ge 2 ] || refuse "--hostfile needs a value"; hostfile=$2; shift 2 ;;
     --) shift; break ;;
-    -*) die "unknown argument: $1 (see --help)" ;;
+    -*) refuse "unknown argument: $1 (see --help)" ;;
     *) break ;;
   esac
 done
 [[ ${SYNCBN_TIMEOUT_SECONDS:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]] \
-  || die "--timeout must be a number of seconds. Received: '$SYNCBN_TIMEOUT_SECONDS'"
+  || refuse "--timeout must be a number of seconds. Received: '$SYNCBN_TIMEOUT_SECONDS'"
 # horovodrun takes 0, starts nothing, and exits with 0.
-[[ $size =~ ^[1-9][0-9]*$ ]] || die "-np must be a positive number of ranks. Received: '$size'"
-[ -z "$hosts" ] || [ -z "$hostfile" ] || die "--hosts and --hostfile exclude each other"
+[[ $size =~ ^[1-9][0-9]*$ ]] || refuse "-np must be a positive number of ranks. Received: '$size'"
+[ -z "$hosts" ] || [ -z "$hostfile" ] || refuse "--hosts and --hostfile exclude each other"
 # horovodrun --mpi passes hosts to a shell unquoted.
 if [ -n "$hostfile" ]; then
-  [ -r "$hostfile" ] || die "no such file: $hostfile (from --hostfile)"
+  [ -r "$hostfile" ] || refuse "no such file: $hostfile (from --hostfile)"
   hosts=$(sed -n 's/[[:space:]]\{1,\}slots=/:/p' "$hostfile" | paste -sd, -)
 fi
 [ -z "$hosts$hostfile" ] || [[ $hosts =~ ^[A-Za-z0-9_.-]+:[0-9]+(,[A-Za-z0-9_.-]+:[0-9]+)*$ ]] \
-  || die "hosts must be host1:2,host2:2, or lines of 'host1 slots=2'. Received: '$hosts'"
-[ $# -gt 0 ] || die "a command is required, such as: python train.py"
+  || refuse "hosts must be host1:2,host2:2, or lines of 'host1 slots=2'. Received: '$hosts'"
+[ $# -gt 0 ] || refuse "a command is required, such as: python train.py"
 # With its path, the command is that of this environment on every host.
-command=$(type -P -- "$1") || die "no such command: $1"
+command=$(type -P -- "$1") || refuse "no such command: $1"
 shift
 type -P horovodrun >/dev/null || die "Horovod is required: syncbn install-horovod"
 if [ "$controller" = --mpi ]; then

@@ -27,6 +27,7 @@ cmake_version=3.31.10
 requirements=(cloudpickle psutil pyyaml packaging cffi)
 
 die() { echo "install_horovod.sh: $*" >&2; exit 1; }
+refuse() { echo "install_horovod.sh: $*" >&2; exit 2; }  # wrong arguments
 
 python=python3
 cache=${SYNCBN_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/syncbn}
@@ -35,11 +36,11 @@ rebuild=0
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-    --python) [ $# -ge 2 ] || die "--python needs a value"; python=$2; shift 2 ;;
-    --cache) [ $# -ge 2 ] || die "--cache needs a value"; cache=$2; shift 2 ;;
+    --python) [ $# -ge 2 ] || refuse "--python needs a value"; python=$2; shift 2 ;;
+    --cache) [ $# -ge 2 ] || refuse "--cache needs a value"; cache=$2; shift 2 ;;
     --nccl) nccl=1; shift ;;
     --rebuild) rebuild=1; shift ;;
-    *) die "unknown argument: $1 (see --help)" ;;
+    *) refuse "unknown argument: $1 (see --help)" ;;
   esac
 done
 
@@ -49,7 +50,7 @@ if [ -f "${PIP_CONSTRAINT:-}" ]; then
   export PIP_CONSTRAINT
 fi
 
-python=$(command -v "$python") || die "no such interpreter: give one with --python"
+python=$(command -v "$python") || refuse "no such interpreter: give one with --python"
 python=$(realpath -s "$python")  # not through links: an environment's python is one
 PATH=$(dirname "$python"):$PATH
 command -v g++ >/dev/null || die "a C++ compiler is required: apt-get install g++"

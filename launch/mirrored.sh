@@ -18,22 +18,23 @@
 set -euo pipefail
 
 die() { echo "mirrored.sh: $*" >&2; exit 1; }
+refuse() { echo "mirrored.sh: $*" >&2; exit 2; }  # wrong arguments
 
 gpus=
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-    --gpus) [ $# -ge 2 ] || die "--gpus needs a value"; gpus=$2
-      [[ $gpus =~ ^[1-9][0-9]*$ ]] || die "--gpus must be a positive number. Received: '$gpus'"
+    --gpus) [ $# -ge 2 ] || refuse "--gpus needs a value"; gpus=$2
+      [[ $gpus =~ ^[1-9][0-9]*$ ]] || refuse "--gpus must be a positive number. Received: '$gpus'"
       shift 2 ;;
     --xla) export TF_XLA_FLAGS="--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit ${TF_XLA_FLAGS:-}"; shift ;;
     --) shift; break ;;
-    -*) die "unknown argument: $1 (see --help)" ;;
+    -*) refuse "unknown argument: $1 (see --help)" ;;
     *) break ;;
   esac
 done
-[ $# -gt 0 ] || die "a command is required, such as: python train.py"
-type -P -- "$1" >/dev/null || die "no such command: $1"
+[ $# -gt 0 ] || refuse "a command is required, such as: python train.py"
+type -P -- "$1" >/dev/null || refuse "no such command: $1"
 [ -z "${TF_CONFIG:-}" ] \
   || die "MirroredStrategy() would take the devices of all workers in TF_CONFIG. Unset TF_CONFIG"
 

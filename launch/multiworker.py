@@ -37,6 +37,8 @@ import threading
 import time
 from typing import IO
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+
 from process_groups import end, ended, free_addresses, settle
 
 SETTLE, TERMINATE = 5.0, 5.0
@@ -83,6 +85,8 @@ def multiworker_arguments() -> argparse.Namespace:
         del given.command[0]
     if not given.command:
         parser.error("a command is required, such as: -- python train.py")
+    if not shutil.which(given.command[0]):
+        parser.error(f"no such command: {given.command[0]}")
     if given.workers is not None and given.workers < 1:
         parser.error(f"--workers must be a positive number. Received: {given.workers}")
     if given.workers is not None and given.index is not None:
@@ -205,8 +209,6 @@ def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> in
 def main() -> int:
     """Starts the workers, and returns the exit code of the job."""
     given = multiworker_arguments()
-    if not shutil.which(given.command[0]):
-        sys.exit(f"multiworker.py: no such command: {given.command[0]}")
     check_inherited(given.host)
     if given.xla:
         own = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"

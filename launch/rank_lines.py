@@ -3,73 +3,269 @@
 
 usage: launch/rank_lines.py TAG MPIRUN...
 
-mpi.sh starts mpirun through this. What a rank writes reaches mpirun in pieces, which need not end
-where lines do. mpirun tags each piece with its rank, and forwards those of several ranks as they
-come, so that tags stand between words, and one line within another. Here pieces are put together
-again: each line is printed once it has ended, as `[RANK] line`. What mpirun itself says is left
-unmarked.
+mpi.sh and horovod.sh --mpi start mpirun through this. What a rank writes reaches mpirun in pieces,
+which need not end where lines do. mpirun tags each piece with its rank, and forwards those of
+several ranks as they come, so that tags stand between words, and one line within another. Here
+pieces are put together again: each line is printed once it has ended, as `[RANK] line`. What mpirun
+itself says is left unmarked.
 
-TAG is the regular expression of a tag; its group is the rank. Signals go to mpirun, in a session of
-its own, once; the end is mpirun's, by exit code or by signal. Should this process be killed, mpirun
-ends with it.
+A line that has not ended after a second is printed as far as it is there: a question, or dots. What
+follows continues it, or is a line of its own, marked again, where something else has been printed
+since. A line that is written again and again after carriage returns, as by a progress bar, is
+printed as it stands, once a second at most, and as it is in the end.
+
+TAG is the regular expression of a tag, which begins with [ or the control character 1e; its group
+is the rank. MPIRUN may be a command that starts mpirun: signals go to its process group, a session
+of its own. The end is the command's, by exit code or by signal; where its output cannot be passed
+on, it is ended, and the exit code is 1. Should this process be killed, the command is told to end.
+
+Any python3 may come first on a PATH, so this keeps to what Python 3.6 has.
 """
-
-from __future__ import annotations
 
 import ctypes
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import threading
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import IO
+import time
+from typing import IO, Callable, Pattern  # noqa: UP035  (Python 3.6 has no others)
 
 FORWARDED = (
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
     *(signal.SIGUSR1, signal.SIGUSR2),
 )
+PATIENCE = 1.0
+"""Seconds after which what has come of a line is printed, finished or not."""
 AFTERWARDS = 5.0
-"""Seconds for output after the end of mpirun, which somebody else may keep open."""
+"""Seconds to wait for output after the end of mpirun, which somebody else may keep open."""
+LOOK = 0.5
+"""Seconds between looks at whether mpirun has ended, where nothing comes."""
+
+ENDED = re.compile(rb"[^\n]*\n|[^\n]+")
+WRITTEN_OVER = re.compile(rb"\r+(?=[^\r\n])")
+PERHAPS_A_TAG = re.compile(rb"[\[\x1e][^\r\n]*\Z")
+LONGEST_TAG = 300
 
 
-def whole_lines(pieces: Iterable[bytes], tag: re.Pattern[bytes]) -> Iterator[bytes]:
-    """Yields lines, each with a mark of its rank.
+class Line:
+    """What has come of a line and is not printed yet."""
+
+    def __init__(self) -> None:
+        self.text = bytearray()
+        self.state = b""  # what `text` is written over
+        self.since = 0.0  # when the first of these came
+        self.begun = False  # whether a beginning is printed
+
+
+class Lines:
+    """Puts the pieces of one stream together.
 
     Args:
-        pieces: What mpirun prints, up to a newline or the end: pieces of several ranks, with tags.
         tag: That before each piece of a rank.
+        write: Is given a rank (b"" for mpirun), a text, and whether it continues the rank's last.
     """
-    begun: defaultdict[bytes, bytes] = defaultdict(bytes)  # by rank
-    for piece in pieces:
-        own, *tagged = tag.split(piece)
-        if own:
-            yield own if own.endswith(b"\n") else own + b"\n"
-        for rank, text in zip(tagged[::2], tagged[1::2], strict=True):
-            begun[rank] += text
-            if text.endswith(b"\n"):
-                yield b"[%s] %s" % (rank, begun.pop(rank))
-    for rank, text in begun.items():
-        yield b"[%s] %s\n" % (rank, text)
+
+    def __init__(self, tag: Pattern[bytes], write: Callable[[bytes, bytes, bool], None]) -> None:
+        self._tag = tag
+        self._write = write
+        self._lines: dict[bytes, Line] = {}  # by rank
+        self._rank = b""
+        self._held = b""  # the beginning of a tag, perhaps
+        self._came = 0.0
+
+    def add(self, data: bytes, now: float) -> None:
+        """Takes what has come, and writes the lines that have ended."""
+        data = self._held + data
+        self._came = now
+        start = 0
+        for found in self._tag.finditer(data):
+            self._add_text(data[start : found.start()], now)
+            self._end(b"")  # mpirun's own words, had they no newline
+            self._rank, start = found.group(1), found.end()
+        held = PERHAPS_A_TAG.search(data, max(start, len(data) - LONGEST_TAG))
+        end = held.start() if held else len(data)
+        self._held = data[end:]
+        self._add_text(data[start:end], now)
+
+    def write_late(self, now: float) -> None:
+        """Writes what has waited for `PATIENCE`, as far as it is there."""
+        if self._held and now >= self._came + PATIENCE:
+            self._release()
+        for rank, line in self._lines.items():
+            if now < line.since + PATIENCE:
+                continue
+            line.since = now
+            if line.state:
+                self._write(rank, line.state + b"\n", False)
+                line.state = b""
+                continue
+            text = bytes(line.text).rstrip(b"\r")  # which may be half of an end
+            if text:
+                del line.text[: len(text)]
+                self._write(rank, text, line.begun)
+                line.begun = True
+
+    def due(self) -> float:
+        """Returns when there will be something for `write_late`."""
+        lines = self._lines.values()
+        waiting = [line.since for line in lines if line.state or line.text.rstrip(b"\r")]
+        if self._held:
+            waiting.append(self._came)
+        return min(waiting, default=float("inf")) + PATIENCE
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._release()
+        for rank in list(self._lines):
+            self._end(rank)
+
+    def _release(self) -> None:
+        held, self._held = self._held, b""
+        self._add_text(held, self._came)
+
+    def _add_text(self, text: bytes, now: float) -> None:
+        for part in ENDED.findall(text):
+            self._add_part(part, now)
+            if part.endswith(b"\n"):
+                self._end(self._rank)
+                self._rank = b""  # until the next tag
+
+    def _add_part(self, part: bytes, now: float) -> None:
+        line = self._lines.setdefault(self._rank, Line())
+        if not line.text.rstrip(b"\r") and not line.state:
+            line.since = now
+        new = max(len(line.text) - 1, 0)
+        line.text += part
+        if not WRITTEN_OVER.search(line.text, new):
+            return
+        *states, text = WRITTEN_OVER.split(bytes(line.text))
+        if line.begun:
+            self._write(self._rank, states.pop(0) + b"\n", True)
+            line.begun = False
+        for state in states:
+            line.state = state.rstrip(b"\b") or line.state
+        line.text = bytearray(text)
+
+    def _end(self, rank: bytes) -> None:
+        line = self._lines.pop(rank, None)
+        if line is None:
+            return
+        text = bytes(line.text)
+        if not text.endswith(b"\n"):  # nor will it
+            text = text.rstrip(b"\r") or line.state
+            if not text and not line.begun:
+                return
+            text += b"\n"
+        self._write(rank, text, line.begun)
 
 
-def copy(source: IO[bytes], target: int, tag: re.Pattern[bytes]) -> None:
-    """Copies lines to a file descriptor, until there are no more or nobody reads them."""
-    with source:  # whose end mpirun then sees as if it had written there itself
+class Target:
+    """A file that lines of one or two streams go to."""
+
+    def __init__(self) -> None:
+        self._unfinished: object = None  # whose line is the last in the file
+        self._lock = threading.Lock()
+
+    def write(self, descriptor: int, rank: bytes, text: bytes, continues: bool) -> None:
+        """Writes a text with a mark, or without, where it continues the last line in the file."""
+        with self._lock:
+            if not (continues and self._unfinished == (descriptor, rank)):
+                if continues and not text.strip():
+                    return
+                before = b"\n" if self._unfinished else b""
+                text = before + (b"[%s] " % rank if rank else b"") + text
+            self._unfinished = None if text.endswith(b"\n") else (descriptor, rank)
+            while text:
+                text = text[os.write(descriptor, text) :]
+
+
+class Copier(threading.Thread):
+    """Copies a stream's lines, until there are no more or nobody reads them.
+
+    Args:
+        source: What mpirun prints.
+        target: What the lines go to, and by which descriptor.
+        descriptor: See ``target``.
+        tag: That before each piece of a rank.
+        fail: Is told why output is lost, if any is.
+    """
+
+    def __init__(
+        self,
+        source: IO[bytes],
+        target: Target,
+        descriptor: int,
+        tag: Pattern[bytes],
+        fail: Callable[[str], None],
+    ) -> None:
+        super().__init__(daemon=True)
+        self.ended = threading.Event()  # mpirun has
+        self._fail = fail
+        self._source, self._target, self._descriptor = source, target, descriptor
+        self._lines = Lines(tag, self._write)
+        self._writing = 0.0
+
+    def run(self) -> None:
+        """Copies."""
         try:
-            for line in whole_lines(source, tag):
-                while line:
-                    line = line[os.write(target, line) :]
+            with self._source:  # whose end mpirun then sees as if it had written there itself
+                self._copy()
         except BrokenPipeError:
             return
+        except Exception as error:  # whatever it is
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _copy(self) -> None:
+        waited = 0.0
+        while waited < AFTERWARDS:
+            start = self._now()
+            timeout = min(max(self._lines.due() - start, 0), LOOK)
+            readable, _, _ = select.select([self._source], [], [], timeout)
+            if self.ended.is_set():
+                waited += self._now() - start
+            if readable:
+                data = os.read(self._source.fileno(), 1 << 16)
+                if not data:
+                    break
+                self._lines.add(data, self._now())
+            self._lines.write_late(self._now())
+        self._lines.close()
+
+    def _now(self) -> float:
+        # Without the time in which nobody took what was written: what came then has not been read.
+        return time.monotonic() - self._writing
+
+    def _write(self, rank: bytes, text: bytes, continues: bool) -> None:
+        start = time.monotonic()
+        self._target.write(self._descriptor, rank, text, continues)
+        self._writing += time.monotonic() - start
+
+
+def job_code(job: "subprocess.Popen[bytes]", passed_on: "list[int]") -> int:
+    """Waits for the end, and returns the exit code, as Popen has it.
+
+    A signal may end the shell that has started mpirun, and mpirun pass it on to ranks, which go on.
+    mpirun is a child of this process then.
+    """
+    code = job.wait()
+    while -code in passed_on:
+        try:
+            _, status = os.waitpid(-job.pid, 0)
+        except ChildProcessError:  # no other in its group
+            break
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    return code
 
 
 def main() -> int:
     """Runs mpirun, and ends as it does."""
     tag, *command = sys.argv[1:]
-    prctl, set_parent_death_signal = ctypes.CDLL(None).prctl, 1
+    prctl, set_parent_death_signal, set_child_subreaper = ctypes.CDLL(None).prctl, 1, 36
+    prctl(set_child_subreaper, 1)  # for `job_code`
+    passed_on = []
     job = subprocess.Popen(  # noqa: S603  (the user's own command, and no shell)
         command,
         stdout=subprocess.PIPE,
@@ -78,19 +274,42 @@ def main() -> int:
         start_new_session=True,
         preexec_fn=lambda: prctl(set_parent_death_signal, signal.SIGTERM),
     )
+
+    def pass_on(number: int, _: object) -> None:
+        passed_on.append(number)
+        try:
+            os.killpg(job.pid, number)
+        except ProcessLookupError:  # it has ended, and nobody may be reading its last words
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
     for number in FORWARDED:
-        signal.signal(number, lambda number, _: job.send_signal(number))
+        signal.signal(number, pass_on)
+    failures = []
+
+    def fail(message: str) -> None:
+        failures.append(message)
+        pass_on(signal.SIGTERM, None)
+        print(f"rank_lines.py: output could not be passed on: {message}", file=sys.stderr)
+
+    output = Target()
+    errors = output if os.path.sameopenfile(1, 2) else Target()
     copiers = [
-        threading.Thread(target=copy, args=(source, target, re.compile(tag.encode())), daemon=True)
-        for source, target in ((job.stdout, 1), (job.stderr, 2))
+        Copier(source, target, descriptor, re.compile(tag.encode()), fail)
+        for source, target, descriptor in ((job.stdout, output, 1), (job.stderr, errors, 2))
     ]
     for copier in copiers:
         copier.start()
-    code = job.wait()
+    code = job_code(job, passed_on)
     for copier in copiers:
-        copier.join(AFTERWARDS)
+        copier.ended.set()
+    for copier in copiers:
+        copier.join()
+    if failures:
+        return 1
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if signal.getsignal(-code) != signal.SIG_DFL:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     return code
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.cases import Case
-from launch.process_groups import end
+from syncbn._src.bundled.launch.process_groups import end
 
 TERMINATE = 10.0
 """Seconds that a job may take to end when told to."""

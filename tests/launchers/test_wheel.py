@@ -158,6 +158,9 @@ def test_a_module_of_the_working_folder_is_found(syncbn, tmp_path):
 
 
 def test_a_benchmark_runs(syncbn, tmp_path):
-    finished = syncbn("bench", "--case", "tiny", "--quick", "--repeats", "1", PYTHONPATH="")
+    # A module of the user's, of a name that the package has a folder of.
+    (tmp_path / "launch.py").write_text("raise AssertionError('the user has not asked for this')")
+    options = ["--case", "tiny", "--quick", "--repeats", "1"]
+    finished = syncbn("bench", *options, PYTHONPATH=str(tmp_path))
     assert finished.code == 0, finished.output
     assert (tmp_path / "build" / "benchmarks" / "benchmarks.md").is_file()
