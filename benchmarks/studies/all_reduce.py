@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measuring import jobs, machine
-from launch.process_groups import end
+from syncbn._src.bundled.launch.process_groups import end
 
 ALGORITHMS = {"recursive doubling": 3, "ring": 4, "tree": 2}
 """The numbers that Open MPI 4 gives them."""
