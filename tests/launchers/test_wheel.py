@@ -68,7 +68,9 @@ def environment():
 
 
 def python(*arguments, cwd):
-    finished = processes.run([("python", [sys.executable, *arguments], {})], takes=20, cwd=cwd)
+    # Without the checkout, which pip would take for installed.
+    command = [sys.executable, *arguments]
+    finished = processes.run([("python", command, {"PYTHONPATH": HIDDEN})], takes=20, cwd=cwd)
     assert finished.code == 0, finished.output
 
 
