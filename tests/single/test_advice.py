@@ -231,7 +231,7 @@ def test_the_error_of_a_replica_is_within_a_fifth_of_that_measured(digits_batche
 @pytest.mark.parametrize(("replicas", "batch", "group"), [(6, 24, 3), (12, 16, 6), (7, 32, None)])
 def test_groups_divide_the_replicas(digits_batches, replicas, batch, group):
     keras.utils.set_random_seed(0)
-    found = advise(digits(1), digits_batches, replicas, batch=batch, tolerance=0.15, verbose=0)
+    found = advise(digits(1), digits_batches, replicas, batch=batch, tolerance=0.2, verbose=0)
     assert found.synchronized
     assert found.group_size == group
     # One more message, for the moving statistics, over all replicas.
