@@ -16,14 +16,15 @@ from tests import patience, processes
 BENCHMARKS = [sys.executable, "-m", "benchmarks"]
 
 
-def bench(*options, takes=12, hide=True):
+def bench(*options, takes=12):
+    # With matplotlib, for their pictures.
     command = [*BENCHMARKS, *options]
-    return processes.run([("benchmarks", command, {})], takes=takes, hide=hide)
+    return processes.run([("benchmarks", command, {})], takes=takes, hide=False)
 
 
 def test_a_case_gives_json_a_table_and_a_picture(tmp_path):
     options = ["--quick", "--case", "tiny", "--repeats", "2", "--out", str(tmp_path)]
-    finished = bench(*options, hide=False)
+    finished = bench(*options)
     assert finished.code == 0, finished.output
     assert "[1/1] tiny, round 1/1" in finished.output
 
