@@ -135,5 +135,5 @@ def test_the_horovod_script_has_help_and_refuses_unknown_arguments():
     assert finished.code == 0
     assert "--nccl" in finished.output
     finished = processes.run([("unknown", [script, "--nothing"], {})])
-    assert finished.code == 1
+    assert finished.code == 2
     assert "unknown argument: --nothing" in finished.output
