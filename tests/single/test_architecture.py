@@ -13,6 +13,7 @@ PACKAGE = Path(syncbn.__file__).parent
 FLOORS = {
     "syncbn._src.autograph": 0,
     "syncbn._src.call_stack": 0,
+    "syncbn._src.text_tables": 0,
     "syncbn._src.bundled": 0,
     "syncbn._src.named_functions": 0,
     "syncbn._src.terminal": 0,

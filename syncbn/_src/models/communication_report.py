@@ -15,6 +15,7 @@ from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.models.communication_cost import Payload, trace_payloads
 from syncbn._src.models.statistics import all_normalizations
 from syncbn._src.models.training_job import TrainingJob, job_of
+from syncbn._src.text_tables import rich_table, with_rule
 from syncbn._src.watchdog import watchdog
 
 
@@ -85,29 +86,14 @@ class Report(NamedTuple):
         )
 
     def __str__(self) -> str:
-        rows = [_HEADINGS, *self._rows()]
-        columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, columns, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, *self._notes()])
+        return with_rule(self._rows(), self._notes(), right=())
 
     def __rich__(self) -> Any:
         """Returns the table that rich prints."""
-        from rich.box import SIMPLE
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*_HEADINGS, box=SIMPLE)
-        for row in self._rows():
-            table.add_row(*map(Text, row))  # not strings, whose brackets rich takes for styles
-        return Group(table, *map(Text, self._notes()))
+        return rich_table(self._rows(), self._notes(), right=())
 
     def _rows(self) -> list[tuple[str, ...]]:
-        return [_row(layer) for layer in (*self.layers, self.total)]
+        return [_HEADINGS, *(_row(layer) for layer in (*self.layers, self.total))]
 
     def _notes(self) -> list[str]:
         settings = f", with {self.settings}" if self.settings else ""

@@ -22,6 +22,7 @@ from syncbn._src.models.statistics_errors import (
     statistics_error,
 )
 from syncbn._src.models.training_job import TrainingJob, job_of
+from syncbn._src.text_tables import rich_table, with_rule
 
 TOLERANCE = 0.25
 """The largest error, in standard deviations; what it rests on is in docs/advice.md."""
@@ -163,32 +164,16 @@ class Advice(NamedTuple):
         draw_advice(self, path)
 
     def __str__(self) -> str:
-        rows = [self._headings(), *map(self._row, self.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if 0 < column < len(row) - 1 else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, *self.sentences()])
+        return with_rule(*self._table())
 
     def __rich__(self) -> Any:
         """Returns the table that rich prints."""
-        from rich.box import SIMPLE
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
+        return rich_table(*self._table())
 
-        table = Table(box=SIMPLE)
+    def _table(self) -> tuple[list[list[str]], list[str], range]:
         headings = self._headings()
-        for column, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if 0 < column < len(headings) - 1 else "left")
-        for row in map(self._row, self.layers):
-            table.add_row(*map(Text, row))  # not strings, whose brackets rich takes for styles
-        return Group(table, *map(Text, self.sentences()))
+        rows = [headings, *map(self._row, self.layers)]
+        return rows, self.sentences(), range(1, len(headings) - 1)
 
     def sentences(self) -> list[str]:
         """Returns what is advised, in sentences."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from syncbn._src.terminal import HEADING, show
+from syncbn._src.text_tables import aligned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,12 +60,7 @@ def _table(records: Sequence[dict[str, Any]]) -> str:
                 _place(record["stack"]),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return "\n".join(aligned(rows))
 
 
 def _last_done(record: dict[str, Any]) -> str:

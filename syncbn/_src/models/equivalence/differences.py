@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from syncbn._src.text_tables import aligned
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -93,11 +95,4 @@ def table(rows: Sequence[Row], limit: int = 10) -> str:
         if rest := own[limit:]:
             differing = sum(not row.ok for row in rest)
             lines.append((f"  and {len(rest)} more, of which {differing} differ", "", "", "", ""))
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in (0, 4) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return "\n".join(aligned(lines, right=(1, 2, 3)))
