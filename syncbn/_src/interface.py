@@ -11,6 +11,7 @@ from syncbn._src.communicators.resolution import resolve
 from syncbn._src.communicators.tf_distribute import DistributeCommunicator
 from syncbn._src.layers.sync_batch_normalization import SyncBatchNormalization
 from syncbn._src.layers.sync_centering import SyncCentering
+from syncbn._src.models.advice_estimation import advise
 from syncbn._src.models.agreement import assert_synchronized
 from syncbn._src.models.communication_report import Report, report
 from syncbn._src.models.conversion import Conversion, convert_sync_batchnorm, revert_sync_batchnorm
@@ -21,7 +22,7 @@ from syncbn._src.models.statistics import (
     moving_statistics,
     set_moving_statistics,
 )
-from syncbn._src.models.synchronization_advice import Advice, advise
+from syncbn._src.models.synchronization_advice import Advice
 from syncbn._src.watchdog.exits import install as _watch_exits
 
 __all__ = [

@@ -8,12 +8,12 @@ import tensorflow as tf
 
 import syncbn
 from syncbn._src.cli import main
+from syncbn._src.models.advice_estimation import advise
 from syncbn._src.models.statistics_errors import (
     ReplicaMoments,
     batch_distribution,
     statistics_error,
 )
-from syncbn._src.models.synchronization_advice import advise
 from tests.keras import keras
 
 L = keras.layers

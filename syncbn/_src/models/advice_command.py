@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: what the arguments name does not exist, or does not suffice.
     """
     # They take seconds.
-    from syncbn._src.models.synchronization_advice import TOLERANCE, advise
+    from syncbn._src.models.advice_estimation import TOLERANCE, advise
     from syncbn._src.models.training_job import job_of
 
     if arguments.replicas is None and launched().processes == 1:
