@@ -68,9 +68,10 @@ def environment():
 
 
 def python(*arguments, cwd):
-    # Without the checkout, which pip would take for installed.
-    command = [sys.executable, *arguments]
-    finished = processes.run([("python", command, {"PYTHONPATH": HIDDEN})], takes=20, cwd=cwd)
+    # Without the checkout, which pip would take for installed, and the constraints of `make`, whose
+    # file is named relative to the checkout.
+    env = {"PYTHONPATH": HIDDEN, "PIP_CONSTRAINT": ""}
+    finished = processes.run([("python", [sys.executable, *arguments], env)], takes=20, cwd=cwd)
     assert finished.code == 0, finished.output
 
 
