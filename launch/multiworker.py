@@ -13,8 +13,9 @@ In a checkout also launch/multiworker.py instead of `syncbn launch multiworker`.
 
 Each line of output is prefixed with the worker's index. When a worker fails, the others get a few
 seconds to fail by themselves and to say why; then all are ended, with what they have started, and
-the exit code is that of the first: 128 + n where signal n ended it. A signal to this script ends
-the workers too.
+the exit code is that of the first: 128 + n where signal n ended it. SIGTERM, SIGUSR1 and SIGUSR2
+to this script are passed on to the workers. After SIGTERM they have two minutes to end by
+themselves, and so to save; after another one, SIGINT or SIGHUP they are ended at once.
 
 The ports of --workers were free a moment before. Should another process take one in that moment,
 the worker fails, and with it the job: start it again. Workers on a machine with GPUs see
@@ -39,10 +40,13 @@ from typing import IO
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
-from process_groups import end, ended, free_addresses, settle
+from process_groups import end, ended, free_addresses, settle, signal_groups
 
 SETTLE, TERMINATE = 5.0, 5.0
 """Seconds that workers get to fail by themselves, and to end when told to."""
+SAVE = 120.0
+"""Seconds that they get to end by themselves when this script is told to end, as by a scheduler."""
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def multiworker_arguments() -> argparse.Namespace:
@@ -182,7 +186,7 @@ def copy_lines(index: int, source: IO[bytes], target: IO[bytes]) -> None:
 
 
 def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> int:
-    """Waits until all have succeeded, one has failed, or a signal has arrived.
+    """Waits until all have succeeded, one has failed, or a signal has arrived that ends the job.
 
     Args:
         workers: The workers, by index.
@@ -191,7 +195,15 @@ def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> in
     Returns:
         The exit code of the job.
     """
-    while not received:
+    deadline = float("inf")
+    while time.monotonic() < deadline:
+        for number in received[:]:
+            if number not in PASSED_ON or (number == signal.SIGTERM and deadline < float("inf")):
+                return 128 + number
+            received.remove(number)
+            signal_groups(list(workers.values()), number)
+            if number == signal.SIGTERM:
+                deadline = time.monotonic() + SAVE
         ends = {index: ended(worker) for index, worker in workers.items()}
         for index, it in ends.items():
             if it and it[0]:
@@ -203,7 +215,7 @@ def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> in
         if None not in ends.values():
             return 0
         time.sleep(0.05)
-    return 128 + received[0]
+    return 128 + signal.SIGTERM
 
 
 def main() -> int:
@@ -216,7 +228,7 @@ def main() -> int:
     if given.timeout is not None:
         os.environ["SYNCBN_TIMEOUT_SECONDS"] = f"{given.timeout:g}"
     received: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, *PASSED_ON):
         signal.signal(number, lambda number, _: received.append(number))
     workers: dict[int, subprocess.Popen[bytes]] = {}
     copiers = []

@@ -52,14 +52,15 @@ def end(processes: Sequence[subprocess.Popen], seconds: float) -> None:
         processes: The leaders. Launchers pass the signal on to what they have started elsewhere.
         seconds: How long they may take to end by themselves, once told to.
     """
-    _signal(processes, signal.SIGTERM)
+    signal_groups(processes, signal.SIGTERM)
     settle(processes, seconds)
-    _signal(processes, signal.SIGKILL)
+    signal_groups(processes, signal.SIGKILL)
     for process in processes:
         process.wait()
 
 
-def _signal(processes: Sequence[subprocess.Popen], number: int) -> None:
+def signal_groups(processes: Sequence[subprocess.Popen], number: int) -> None:
+    """Sends a signal to the groups that processes lead."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):  # reaped before, and its group is empty
             os.killpg(process.pid, number)

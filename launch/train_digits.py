@@ -33,7 +33,6 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import numpy as np
 import tensorflow as tf
-from digits_checkpoints import Checkpoints
 from digits_data import TRAINING_IMAGES, Split, load_data, test_batches, training_batches
 from digits_job import ALONE, ENGINES, DigitsJob, require_same_arguments, start_replicas
 from digits_report import Run, draw_digits, print_table
@@ -143,10 +142,10 @@ def train(
         # The test uses the moving statistics. Those of the plain layer differ from replica to
         # replica: each tests with its own, and the first one's are what a saved model gets.
         callbacks = [training.BroadcastVariables(), training.AverageMetrics(), recorder]
+    checkpoints = []
     if schedule.checkpoint:
-        checkpoints = Checkpoints(schedule.checkpoint, model, job)
-        callbacks.append(checkpoints)
-        first = checkpoints.restore()
+        checkpoints = [training.PreemptionCheckpoint(schedule.checkpoint)]
+        first, _ = checkpoints[0].restore(model, model.optimizer)
         if first and job.rank == 0:
             print(f"Going on after epoch {first}, from {schedule.checkpoint}", flush=True)
         if first >= epochs:
@@ -163,7 +162,7 @@ def train(
         validation_data=validation,
         validation_steps=validation_steps,
         shuffle=False,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *checkpoints],
         verbose=0 if job.rank else 1 if sys.stdout.isatty() and job.processes == 1 else 2,
     ).history
     timed = recorder.seconds[EARLY_STEPS:]
@@ -251,7 +250,8 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint",
         metavar="FOLDER",
         type=Path,
-        help="where to save model and optimizer after each epoch; resumes from what is there",
+        help="where to save model and optimizer after each epoch, and after a signal (SIGTERM or "
+        "SIGUSR1 to any process), before exiting with 75; goes on from what is there",
     )
     parser.add_argument(
         "--metrics", metavar="FILE.csv", type=Path, help="where to write the metrics of each epoch"

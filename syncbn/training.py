@@ -10,6 +10,7 @@ from syncbn._src.training.joined_dataset import join
 from syncbn._src.training.joint_metrics import evaluate
 from syncbn._src.training.learning_rate import LearningRateSchedule, LearningRateWarmup
 from syncbn._src.training.optimizer import distribute
+from syncbn._src.training.preemption_checkpoint import PreemptionCheckpoint
 from syncbn._src.training.rank_zero import rank_zero_only
 from syncbn._src.training.sessions import prediction_variables
 from syncbn._src.training.statistics_monitor import StatisticsMonitor
@@ -24,6 +25,7 @@ __all__ = [
     "Job",
     "LearningRateSchedule",
     "LearningRateWarmup",
+    "PreemptionCheckpoint",
     "Recalibrate",
     "StatisticsMonitor",
     "broadcast",

@@ -17,7 +17,7 @@ SCRIPTS = {script.name: script for script in documentation.scripts()}
 FIT = ["mirrored.py", "multiworker_job.py", "horovod_job.py", "mpi_job.py", "join.py", "warmup.py"]
 LOOPS = ["horovod_loop.py", "mpi_loop.py", "nested_job.py"]
 # They print their rank, and what is the same on all.
-EVERYDAY = ["everyday.py", "averaged.py", "plain.py", "monitored.py"]
+EVERYDAY = ["everyday.py", "averaged.py", "plain.py", "monitored.py", "preempted.py"]
 
 # Of docstrings, those that need a job.
 EXAMPLES = """

@@ -629,20 +629,29 @@ def test_the_slurm_template_starts_the_workers_of_one_cluster(tmp_path):
     lines = script.read_text().splitlines()
     options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
     assert "--ntasks-per-node=1" in options
-    assert all(re.fullmatch(r"--[a-z-]+=\S+", option) for option in options), options
+    assert all(re.fullmatch(r"--[a-z-]+(=\S+)?", option) for option in options), options
     # Slurm reads options up to the first command only.
     first = next(number for number, line in enumerate(lines) if line and line[0] != "#")
     assert not [line for line in lines[first:] if line.startswith("#SBATCH")]
     fake(tmp_path, "srun", code=7)
-    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
+    names = 'if [ "$1" = show ]; then printf \'node1\\nnode2\\n\'; else echo "told $*"; fi'
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{names}\n")
     (tmp_path / "scontrol").chmod(0o755)
     env = {"PATH": path(tmp_path), "SLURM_JOB_ID": "20005", "SLURM_JOB_NODELIST": "node[1-2]"}
-    finished = processes.run([("sbatch", ["bash", str(script), *ARGUMENTS], env)])
+    job = [("sbatch", ["bash", str(script), *ARGUMENTS], env)]
+    finished = processes.run(job)
     assert finished.code == 7, finished.output
     assert printed(finished.output) == [
         *("--kill-on-bad-exit=1", "launch/multiworker.py", "--host", "node1:12005,node2:12005"),
         *("--", "python", "launch/train_digits.py", *ARGUMENTS),
     ]
+    assert "told" not in finished.output
+    # That of a job that has saved and is to go on, and the time that it needs before.
+    fake(tmp_path, "srun", code=os.EX_TEMPFAIL)
+    finished = processes.run(job)
+    assert finished.code == os.EX_TEMPFAIL, finished.output
+    assert "told requeue 20005\n" in finished.output, finished.output
+    assert {"--signal=TERM@120", "--requeue"} <= {*options}
 
 
 def test_the_kubernetes_template_is_a_job_of_the_image():

@@ -52,9 +52,7 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
     env = {"TF_USE_LEGACY_KERAS": str(int(legacy))}
 
     killed, over = [], threading.Event()
-    killer = threading.Thread(
-        target=_kill_a_worker, args=(marker, checkpoints / "checkpoint", killed, over)
-    )
+    killer = threading.Thread(target=_kill_a_worker, args=(marker, checkpoints, killed, over))
     killer.start()
     command = job(launcher, *train, "--epochs", "5000", "--metrics", str(tmp_path / marker))
     finished = run([(launcher, command, {})], takes=25, env=env)
@@ -69,7 +67,8 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
     assert re.search("signal 9|SIGKILL|Exit code: 137", finished.output), finished.output
     assert not _workers(marker), "processes are still there"
 
-    epochs = int((checkpoints / "checkpoint").read_text().split('"')[1].rpartition("-")[2])
+    (progress,) = checkpoints.glob("checkpoint-*/progress.json")
+    epochs = json.loads(progress.read_text())["epoch"]
     command = job(launcher, *train, "--epochs", str(epochs + 2), "--metrics", str(metrics))
     finished = run([(launcher, command, {})], env=env)
     assert finished.code == 0, finished.output
@@ -87,10 +86,10 @@ def test_a_job_runs_where_horovodrun_chooses_what_carries_messages():
     assert finished.output.count("synchronized, 2 replicas x 64  ") == 1, finished.output
 
 
-def _kill_a_worker(marker, checkpoint, killed, over):
+def _kill_a_worker(marker, checkpoints, killed, over):
     """Kills one of the job's workers once there is a checkpoint; they are in a later epoch then."""
     while not over.wait(0.05):
-        if checkpoint.exists() and len(workers := _workers(marker)) == 2:
+        if list(checkpoints.glob("checkpoint-*")) and len(workers := _workers(marker)) == 2:
             os.kill(max(workers), signal.SIGKILL)
             killed.append(time.monotonic())
             return
@@ -136,22 +135,21 @@ def test_the_script_says_what_is_wrong(arguments, env, message):
     assert message in finished.output, finished.output
 
 
-def test_a_job_ends_when_one_worker_finds_a_fault(tmp_path):
-    """Rank 0 alone reads the checkpoint, and finds that it is of another model."""
+def test_a_job_ends_when_the_checkpoint_is_of_another_model(tmp_path):
     other = (
-        "import tensorflow as tf\n"
+        "import tensorflow as tf, syncbn\n"
         "model = tf.keras.Sequential([tf.keras.Input((3,)), tf.keras.layers.Dense(1)])\n"
-        "checkpoint = tf.train.Checkpoint(model=model)\n"
-        f"tf.train.CheckpointManager(checkpoint, {str(tmp_path)!r}, 1).save()\n"
+        f"preemption = syncbn.training.PreemptionCheckpoint({str(tmp_path)!r}, every=1)\n"
+        "preemption.restore(model)\n"
+        "preemption.step(0, 1)\n"
     )
-    assert processes.python(other).code == 0
+    finished = processes.python(other)
+    assert finished.code == 0, finished.output
     train = [*TRAIN, "--epochs", "1", "--checkpoint", str(tmp_path)]
     for launcher in "mpirun", "horovodrun --gloo":
         finished = run([(launcher, job(launcher, *train), {})])
         assert finished.code not in (0, 124), finished.output
-        assert "must hold checkpoints of this network" in finished.output, finished.output
-        # It is told by rank 0 itself, and not found out by waiting.
-        assert "others, as rank 0 says" in finished.output, finished.output
+        assert "A checkpoint must be of this model. Received" in finished.output, finished.output
         assert "ended after the limit" not in finished.output, finished.output
 
 

@@ -82,6 +82,7 @@ def test_the_public_names():
         "Job",
         "LearningRateSchedule",
         "LearningRateWarmup",
+        "PreemptionCheckpoint",
         "Recalibrate",
         "StatisticsMonitor",
         "broadcast",

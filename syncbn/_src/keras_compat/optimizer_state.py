@@ -35,6 +35,17 @@ def build_optimizer(optimizer: Any, variables: Sequence[Any]) -> None:
             optimizer.built = True
 
 
+def create_state(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Makes an optimizer of either Keras create the state that it does not have yet."""
+    if KERAS_3:
+        build_optimizer(optimizer, variables)
+        return
+    # There is no public way for those of `legacy`. Both may be called again.
+    create = getattr(optimizer, "build", None) or optimizer._create_all_weights
+    with tf.init_scope():
+        create(variables)
+
+
 def optimizer_variables(optimizer: Any) -> list[Any]:
     """Returns the state of an optimizer, as far as it has been created."""
     variables = optimizer.variables

@@ -69,7 +69,12 @@ class TrainingJob:
         Returns:
             The tensors of each of them, in a list.
         """
-        outputs = self._compiled(function)(*self._inputs(values))
+        return self._results(self._compiled(function), values)
+
+    def _results(
+        self, function: Callable[..., Any], values: Sequence[np.ndarray]
+    ) -> list[list[np.ndarray]]:
+        outputs = function(*self._inputs(values))
         flat = [self._local(output) for output in tf.nest.flatten(outputs)]
         return [[tensor.numpy() for tensor in own] for own in zip(*flat, strict=True)]
 
@@ -148,11 +153,16 @@ class _Workers:
         self._job = job
         self.size = job.size // len(job.ranks)
         self.rank = job.ranks[0] // len(job.ranks)
+        self._sums: dict[Any, Callable[..., Any]] = {}
+        """Compiled, as some are asked for again and again: by name, dtype and shape."""
 
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         values = [tensor.numpy() * (number == 0) for number in range(len(self._job.ranks))]
         add_up = self._job.communicator.all_reduce_sum
-        return tf.constant(self._job.run(lambda value: add_up(value, name), values)[0][0])
+        call = name, tensor.dtype, tuple(tensor.shape)
+        if call not in self._sums:
+            self._sums[call] = self._job._compiled(lambda value: add_up(value, name))
+        return tf.constant(self._job._results(self._sums[call], values)[0][0])
 
 
 def job_of(model: Any, communicator: str | Communicator = "auto") -> TrainingJob:

@@ -1,0 +1,76 @@
+"""A `fit` that goes on where another one has ended: at an epoch, and at a step within it.
+
+A callback has no public way to say so. The attributes set here are those that Keras' own
+`BackupAndRestore` sets for the epoch. Tried with Keras 3.15 and tf_keras 2.21, whose trainers call
+``model.train_function`` for each step; tests/parallel/test_preemption.py holds it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from syncbn._src.keras_compat.keras_api import KERAS_3
+
+
+def resume_at_epoch(model: Any, epoch: int | None) -> None:
+    """Makes the `fit` that begins start at an epoch; ``None`` leaves that to its argument."""
+    if KERAS_3:
+        model._initial_epoch = epoch
+    else:
+        model._training_state = None if epoch is None else _Counters(epoch)
+
+
+class _Counters:
+    """What tf_keras asks for where to start."""
+
+    def __init__(self, epoch: int):
+        self._epoch = epoch
+
+    def maybe_load_initial_counters_from_ckpt(self, *_: Any, **__: Any) -> tuple[int, int]:
+        # Not the step: an epoch without any left would have no logs, which tf_keras refuses.
+        return self._epoch, 0
+
+
+class SkippedSteps:
+    """Lets the first steps of an epoch pass without training.
+
+    Args:
+        model: What is fitted.
+        steps: Their number.
+        drop_batches: Whether the batches of these steps are drawn from the data, and dropped;
+            otherwise the data begin behind them.
+    """
+
+    def __init__(self, model: Any, steps: int, drop_batches: bool):
+        self._model, self._steps, self._drop_batches = model, steps, drop_batches
+        self._step = 0
+        self._train = model.train_function
+        model.train_function = self._train_or_skip
+
+    def begin(self, step: int) -> None:
+        """Is told of each step before it is made."""
+        self._step = step
+
+    def end(self) -> None:
+        """Lets all further steps train."""
+        self._model.train_function = self._train
+
+    def _train_or_skip(self, iterator: Any) -> Any:
+        if self._step < self._steps:
+            return {}
+        if self._step > self._steps:
+            raise ValueError(
+                "Training can go on at the first step of an execution only. Received: a checkpoint "
+                f"of {self._steps} steps of an epoch, and steps_per_execution that does not divide "
+                "that. Compile the model with the one that the checkpoint was made with."
+            )
+        if self._drop_batches:
+            for number in range(self._steps):
+                if next(iterator, None) is None:
+                    raise ValueError(
+                        "The data must have the batches that the checkpoint has seen, and more. "
+                        f"Received: data that end after {number} batches of an epoch, and a "
+                        f"checkpoint of {self._steps}. Give the data that it was made with."
+                    )
+        self.end()
+        return self._train(iterator)

@@ -1,0 +1,388 @@
+"""A callback that saves and ends a job that is preempted, and goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+
+from syncbn._src.communicators.base import Communicator, process_communicator
+from syncbn._src.communicators.host_collectives import sum_of_all
+from syncbn._src.communicators.resolution import resolve
+from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.optimizer_state import create_state
+from syncbn._src.keras_compat.resumed_fit import SkippedSteps, resume_at_epoch
+from syncbn._src.models.training_job import job_of
+from syncbn._src.terminal import say
+from syncbn._src.training.callbacks import WorkerCallback
+from syncbn._src.training.checkpoint_files import CheckpointFiles, read_with_others
+from syncbn._src.training.kept_local import local_variables
+from syncbn._src.training.preemption_notice import PreemptionNotice
+from syncbn._src.training.sample_order import SampleOrder
+from syncbn._src.version import __version__
+
+
+class PreemptionCheckpoint(WorkerCallback):
+    """Saves when the job is told to end, ends it, and goes on from there when it is started again.
+
+    A signal to any process of the job is enough. About once a second the workers ask one another
+    whether one has got one; then all of them save after the same step, and exit with a code of
+    their own. The same job, started again, goes on after that step: with the same weights, moving
+    statistics, optimizer state, epoch and batch. It may have another number of workers.
+
+    A checkpoint is a folder in ``path``, which is there as a whole or not at all, and takes the
+    place of the one before. All workers need to see ``path``: rank 0 writes, all read. Besides, one
+    is written every so often, see ``every``, and at the end of training, after which there is
+    nothing to go on with: to train anew, name another folder. What is not saved is what other
+    callbacks remember, the state of random generators such as that of dropout, and what the metrics
+    have added up in the epoch that was interrupted.
+
+    **The data** of an epoch go on behind the batches that have been seen, for which it takes data
+    whose order is the same in each run. `indices` gives such an order, shuffled anew in each epoch,
+    from which nothing is read in vain, and which takes another number of workers and another batch.
+    Any other data are read again, and the batches that have been seen are dropped: that is right
+    where the order of an epoch does not depend on how many there were before, and where the batch
+    of all workers together is the same.
+
+    In `fit` it belongs on all workers, behind the other callbacks. A loop of one's own calls
+    `restore` once, and `step` after each step.
+
+    Args:
+        path: The folder of the checkpoints of this job, and of no other.
+        every: When to save besides: ``"epoch"`` for after each epoch, or a number of steps, or
+            ``None`` for not at all.
+        signals: The signals that announce the end.
+        exit_code: The code that all processes exit with after a signal. The default is 75,
+            ``EX_TEMPFAIL``: a failure that another try may mend.
+        communicator: As for `syncbn.SyncBatchNormalization`.
+
+    Raises:
+        ValueError: an argument is none of these. When training begins: the checkpoint is of another
+            model, optimizer or order of the data, or is not the same one on all workers; the model
+            is not built; or the optimizer keeps variables local (see `distribute`), which are not
+            the same on all workers.
+        RuntimeError: when training begins: not in the main thread, where alone signals can be
+            caught. Later: a checkpoint cannot be written, as where the disk is full. The one before
+            is still there.
+        SystemExit: after a signal.
+
+    Example:
+        >>> import tempfile
+        >>> preemption = syncbn.training.PreemptionCheckpoint(tempfile.mkdtemp())
+        >>> data = preemption.indices(len(x), batch_size=4, epochs=2, seed=0)
+        >>> batches = data.map(lambda index: (tf.gather(x, index), tf.gather(y, index)))
+        >>> history = model.fit(
+        ...     batches, epochs=2, steps_per_epoch=4, callbacks=[preemption], verbose=0
+        ... )
+        >>> preemption.restore(model, model.optimizer)  # the epoch and the step to go on with
+        (2, 0)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        every: int | Literal["epoch"] | None = "epoch",
+        *,
+        signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1),
+        exit_code: int = os.EX_TEMPFAIL,
+        communicator: str | Communicator = "auto",
+    ) -> None:
+        super().__init__(communicator)
+        if not (every in ("epoch", None) or (isinstance(every, int) and every > 0)):
+            raise ValueError(
+                "`every` must be a positive number of steps, 'epoch' or None. "
+                f"Received: every={every!r}."
+            )
+        if not 0 < exit_code < 128:
+            raise ValueError(
+                "`exit_code` must be one that stands for no success and for no signal, 1 to 127. "
+                f"Received: exit_code={exit_code}."
+            )
+        self.path, self.every, self.exit_code = os.fspath(path), every, exit_code
+        self._files = CheckpointFiles(path)
+        self._notice = PreemptionNotice(signals)
+        self._order: SampleOrder | None = None
+        self._found: tuple[int, dict[str, Any]] | None = None
+        """The last checkpoint when it was looked for, by its number, and what it says."""
+        self._position = 0, 0
+        self._resumed: dict[str, Any] = {}
+        """What the checkpoint says that training goes on from."""
+        self._unsaved = 0
+        self._in_fit = False
+        self._skipped: SkippedSteps | None = None
+
+    def indices(
+        self, samples: int, batch_size: int, epochs: int, seed: int | None = None
+    ) -> tf.data.Dataset:
+        """Returns batches of the numbers of samples, in an order for all workers and epochs.
+
+        In epoch ``e`` the order is a permutation that depends on ``seed`` and ``e`` alone. Step
+        ``t`` has the samples at places ``t * batch_size`` to ``(t + 1) * batch_size - 1`` of it,
+        and each worker every ``size``-th of these, so that the batch of all workers is the same
+        whatever their number. After an interruption it goes on at the first place that nobody has
+        seen. The samples that are left at the end of an epoch, too few for a batch, are left out.
+
+        All workers call it, before `fit`; under a strategy in its scope. It makes one run through
+        all epochs: give `fit` ``steps_per_epoch=samples // batch_size``. Map numbers to samples::
+
+            data = preemption.indices(len(x), 32, epochs=10, seed=0)
+            data = data.map(lambda index: (tf.gather(x, index), tf.gather(y, index)))
+
+        Args:
+            samples: How many samples there are.
+            batch_size: The batch of all workers together, a multiple of their number.
+            epochs: As for `fit`.
+            seed: Shuffles; ``None`` takes the samples as they come, in each epoch.
+
+        Returns:
+            Batches of int64: over Horovod and MPI this worker's part, ``(batch_size / size,)``, and
+            under tf.distribute, which shares them out, ``(batch_size,)``.
+
+        Raises:
+            ValueError: the batch is no multiple of the number of workers, or larger than
+                ``samples``; or the checkpoint was made with other samples or another seed.
+        """
+        order = SampleOrder(samples, batch_size, seed)
+        workers = process_communicator(resolve(self._communicator))
+        shared = workers.name == "tf.distribute"
+        rank, size = (0, 1) if shared else (workers.rank, workers.size)
+        if not 0 < batch_size <= samples or batch_size % size:
+            raise ValueError(
+                "`batch_size` is that of all workers together: a multiple of their number, and no "
+                f"more than `samples`. Received: batch_size={batch_size} for {size} workers and "
+                f"samples={samples}."
+            )
+        _, progress = self._find()
+        made_with = progress.get("order")
+        if progress and made_with != [samples, seed]:
+            was = "other data" if made_with is None else "samples={}, seed={}".format(*made_with)
+            raise ValueError(
+                "An epoch can go on in the order only in which it was begun. Received: "
+                f"samples={samples}, seed={seed}, and a checkpoint in {self.path} made with {was}."
+            )
+        self._order = order
+        return order.batches(
+            progress.get("epoch", 0), progress.get("seen") or 0, epochs, rank, size
+        )
+
+    def restore(self, model: Any, optimizer: Any = None) -> tuple[int, int]:
+        """Restores the last checkpoint, if there is one, and listens for signals from now on.
+
+        For loops of one's own; `fit` does it by itself. All workers call it.
+
+        Args:
+            model: A built model.
+            optimizer: Its optimizer, if any.
+
+        Returns:
+            The epoch and the number of its steps that have been made: where to go on.
+
+        Raises:
+            ValueError, RuntimeError: see `PreemptionCheckpoint`.
+        """
+        job = job_of(model, self._communicator)
+        self._workers = workers = job.workers()
+        with job.scope():
+            self._variables = _checkpoint_of(model, optimizer, workers)
+        self._shapes = [list(weight.shape) for weight in model.weights]
+        self._require_same(workers)
+        number, progress = self._find()
+        self._found = None  # there may be others when it is asked again
+        if progress:
+            sum_of_all(workers, lambda: self._read(number, progress), 0, "Restoring")
+        self._resumed, self._unsaved = progress, 0
+        self._position = progress.get("epoch", 0), progress.get("batch", 0)
+        if progress and self._order is not None:  # whose batches may have another size now
+            left = self._order.steps_behind(progress["seen"])
+            self._position = progress["epoch"], self._order.steps - left
+        self._notice.listen()
+        return self._position
+
+    def step(self, epoch: int, steps: int) -> None:
+        """Is to be called after each step, by all workers: saves, and exits after a signal.
+
+        For loops of one's own, after `restore`; `fit` does it by itself.
+
+        Args:
+            epoch: The epoch.
+            steps: The number of its steps that have been made.
+
+        Raises:
+            SystemExit: a worker has got a signal.
+            RuntimeError: the checkpoint cannot be written.
+        """
+        self._unsaved += 1
+        self._exit_if_told(epoch, steps)
+        if isinstance(self.every, int) and self._unsaved >= self.every:
+            self._save(epoch, steps)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.restore(self.model, self.model.optimizer)
+        self._in_fit, self._skipped = True, None
+        if self._order is not None and self.params.get("steps") != self._order.steps:
+            raise ValueError(
+                "`indices` makes one run through all epochs, so `fit` has to be told of how many "
+                f"steps one is. Received: {self.params.get('steps')} of them. Give it "
+                f"steps_per_epoch={self._order.steps}."
+            )
+        if not self._resumed:
+            return
+        if self._order is None and self._resumed["order"] is not None:
+            raise ValueError(
+                "An epoch can go on in the order only in which it was begun. Received: a "
+                f"checkpoint in {self.path} of data from PreemptionCheckpoint.indices, and others."
+            )
+        steps = self._resumed["steps"]
+        if self._order is None and self._position[1] and steps != self.params.get("steps"):
+            raise ValueError(
+                "An epoch can go on in the batches only in which it was begun. Received: an epoch "
+                f"of {self.params.get('steps')} steps, and a checkpoint of one of {steps} in "
+                f"{self.path}. Keep the batch of all workers together, or take the data from "
+                "PreemptionCheckpoint.indices, which goes on with any."
+            )
+        epoch, steps = self._position
+        if self._workers.rank == 0:
+            say(f"goes on at epoch {epoch + 1}, after {steps} of its steps, from {self.path}")
+        resume_at_epoch(self.model, epoch)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._epoch = epoch
+        if self._steps_skipped(epoch):
+            self._skipped = SkippedSteps(
+                self.model, self._steps_skipped(epoch), drop_batches=self._order is None
+            )
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if self._skipped is not None:
+            self._skipped.begin(batch)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if batch >= self._steps_skipped(self._epoch):
+            self.step(self._epoch, batch + 1)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self._skipped is not None:
+            self._skipped.end()
+            self._skipped = None
+        self._exit_if_told(epoch + 1, 0, ask=True)
+        if self.every == "epoch":
+            self._save(epoch + 1, 0)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        resume_at_epoch(self.model, None)
+        # Where training was stopped before its last epoch, it is not to go on either.
+        self._save(max(self.params["epochs"], self._position[0]), 0)
+        self._notice.stop()
+        self._in_fit = False
+
+    def _steps_skipped(self, epoch: int) -> int:
+        """Returns the steps of an epoch that were made before training went on."""
+        first, steps = self._position
+        return steps if self._resumed and epoch == first else 0
+
+    def _find(self) -> tuple[int, dict[str, Any]]:
+        """Returns the number of the last checkpoint and what it says; 0 and nothing without one."""
+        if self._found is None:
+            number = self._files.latest()
+            self._found = number, self._files.progress(number) if number else {}
+        return self._found
+
+    def _require_same(self, workers: Communicator) -> None:
+        """Raises where workers would go on from different places."""
+
+        def own() -> np.ndarray:
+            number, progress = self._find()
+            rows = np.zeros((workers.size, 3))
+            rows[workers.rank] = number, progress.get("epoch", 0), progress.get("batch", 0)
+            return rows.ravel()
+
+        total = sum_of_all(workers, own, 3 * workers.size, "Restoring")
+        rows = total.reshape(workers.size, 3).astype(int)
+        if (rows != rows[0]).any():
+            raise ValueError(
+                f"All workers must go on from the same checkpoint in {self.path}. Received: number "
+                f"{', '.join(map(str, rows[:, 0]))} on ranks 0 to {len(rows) - 1}, where 0 is "
+                "none. Name a folder that all of them see."
+            )
+
+    def _read(self, number: int, progress: dict[str, Any]) -> np.ndarray:
+        if progress["weights"] != self._shapes:
+            raise ValueError(
+                "A checkpoint must be of this model. Received: one of weights with the shapes "
+                f"{progress['weights']} in {self.path}, for a model with {self._shapes}. Name "
+                "another folder."
+            )
+        self._files.read(number, self._variables)
+        return np.zeros(0)
+
+    def _exit_if_told(self, epoch: int, steps: int, ask: bool = False) -> None:
+        """Saves and exits if a worker has got a signal."""
+        heard = self._notice.heard(self._workers, ask)
+        if not heard:
+            return
+        self._save(epoch, steps)
+        if self._workers.rank == 0:
+            who = ", ".join(f"{name} on rank {rank}" for rank, name in heard.items())
+            where = f"epoch {epoch + 1}, after {steps} of its steps"
+            say(f"{who}: saved {where}, in {self.path}; exits with {self.exit_code}")
+        # A second signal must not cut the end short: the signals stay caught.
+        sys.stdout.flush()
+        sys.exit(self.exit_code)
+
+    def _save(self, epoch: int, steps: int) -> None:
+        progress = {
+            "epoch": epoch,
+            "batch": steps,
+            "steps": self.params.get("steps") if self._in_fit else None,
+            "order": self._order and [self._order.samples, self._order.seed],
+            "seen": self._seen(epoch, steps),
+            "workers": self._workers.size,
+            "weights": self._shapes,
+            "syncbn": __version__,
+        }
+
+        workers = self._workers
+        in_cluster = workers.name == "tf.distribute" and workers.size > 1
+
+        def write() -> np.ndarray:
+            if workers.rank == 0:
+                self._files.write(self._variables, progress, others_read=in_cluster)
+            elif in_cluster:
+                read_with_others(self._variables)
+            return np.zeros(0)
+
+        # All wait for it: a worker that exits earlier may end the job.
+        sum_of_all(workers, write, 0, "Saving")
+        self._unsaved = 0
+
+    def _seen(self, epoch: int, steps: int) -> int | None:
+        """Returns how many samples of an epoch all workers together have seen, if it is known."""
+        if self._order is None:
+            return None
+        skipped = self._steps_skipped(epoch)
+        before = self._resumed["seen"] if skipped else 0
+        return before + (steps - skipped) * self._order.batch_size
+
+
+def _checkpoint_of(model: Any, optimizer: Any, workers: Communicator) -> tf.train.Checkpoint:
+    """Returns what is saved of a model and its optimizer, whose state exists from now on."""
+    if not model.built:
+        raise ValueError(
+            "The model must be built, or its weights cannot be restored. Received: "
+            f"{model.name}, which is not. Give it an Input, or call it on a batch first."
+        )
+    if workers.size > 1 and local_variables(optimizer):
+        raise ValueError(
+            "One checkpoint is for all workers. Received: an optimizer with variables that each "
+            "worker has for itself. Save these by a callback of your own."
+        )
+    weights: Sequence[Any] = [keras_api.variable(weight) for weight in model.weights]
+    if optimizer is None:
+        return tf.train.Checkpoint(weights=weights)
+    create_state(optimizer, model.trainable_variables)
+    return tf.train.Checkpoint(weights=weights, optimizer=optimizer)

@@ -1,0 +1,98 @@
+"""The notice that a job has to end soon: a signal to any of its processes, which all agree on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.host_collectives import all_gather
+
+PERIOD = 1.0
+"""Seconds from one question to the next: what a notice may take to be heard, and no more than a
+thousandth of which a small collective takes."""
+_GROWTH = 2
+"""How many times as many steps as before there may be between two questions: a step that was slow,
+as the first is, says little of the next ones."""
+
+
+class PreemptionNotice:
+    """Listens for signals, and tells all workers at the same step that one of them has got one.
+
+    Args:
+        numbers: The signals.
+
+    Raises:
+        ValueError: one of them is no signal, or cannot be caught.
+    """
+
+    def __init__(self, numbers: Iterable[int]):
+        try:
+            self._numbers = [signal.Signals(number) for number in numbers]
+        except ValueError as error:
+            raise ValueError(
+                f"`signals` must be of the module signal. Received: {error}."
+            ) from error
+        fatal = {signal.SIGKILL, signal.SIGSTOP} & {*self._numbers}
+        if fatal:
+            raise ValueError(
+                f"`signals` must be ones that a process can catch. Received: {fatal.pop().name}."
+            )
+        self._received = 0
+        self._before: dict[int, Any] = {}
+        self._steps, self._steps_between, self._asked = 0, 1, 0.0
+
+    def listen(self) -> None:
+        """Catches the signals from now on, in place of what did before.
+
+        Raises:
+            RuntimeError: the call is not made in the main thread.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(
+                "Only the main thread of a process can catch signals. Received: training in "
+                f"{threading.current_thread().name}. Call it from the main thread."
+            )
+        self._steps, self._steps_between, self._asked = 0, 1, time.monotonic()
+        for number in self._numbers:
+            before = signal.signal(number, self._receive)
+            self._before.setdefault(number, before)
+
+    def stop(self) -> None:
+        """Leaves the signals to what caught them before."""
+        while self._before:
+            number, before = self._before.popitem()
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+
+    def heard(self, workers: Communicator, ask: bool = False) -> dict[int, str]:
+        """Returns the signals that workers have got, by rank. All workers call it after each step.
+
+        They ask one another about once in `PERIOD`, and each time one worker alone would.
+
+        Args:
+            workers: The communicator of the workers.
+            ask: Whether to ask now, whatever time it is; the same on all workers.
+        """
+        self._steps += 1
+        if workers.size == 1:
+            return {0: signal.Signals(self._received).name} if self._received else {}
+        if self._steps < self._steps_between and not ask:
+            return {}
+        seconds = time.monotonic() - self._asked
+        rows = all_gather(workers, np.array([self._received, seconds]), "syncbn/preemption")
+        # All compute it from the same rows, and so ask again after as many steps.
+        of_a_step = max(rows[:, 1].max() / self._steps, 1e-9)
+        most = _GROWTH * self._steps_between
+        self._steps_between = max(1, min(most, int(PERIOD / of_a_step)))
+        self._steps, self._asked = 0, time.monotonic()
+        numbers = {rank: int(number) for rank, number in enumerate(rows[:, 0]) if number}
+        return {rank: signal.Signals(number).name for rank, number in numbers.items()}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number

@@ -1,0 +1,229 @@
+"""Checkpoints of a job that may be told to end: what they hold, their files, the order of data."""
+
+import json
+import os
+import resource
+import signal
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import syncbn
+from syncbn import training
+from syncbn._src.training import preemption_notice
+from syncbn._src.training.preemption_notice import PreemptionNotice
+from syncbn._src.training.sample_order import SampleOrder
+from tests.keras import KERAS_3, keras
+from tests.replicas import Threads
+
+if KERAS_3:
+    LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
+else:
+    LossScaleOptimizer = keras.mixed_precision.LossScaleOptimizer
+
+
+def compiled(optimizer, units=4):
+    layers = [keras.layers.Dense(units), syncbn.SyncBatchNormalization(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    model.compile(optimizer, "mse", jit_compile=False)
+    return model
+
+
+def samples(count=32):
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(2, 3, (count, 3)), rng.normal(size=(count, 1))
+    return x.astype("float32"), y.astype("float32")
+
+
+def fit(model, *callbacks, epochs=2, **options):
+    options = {"batch_size": 4, "shuffle": False, "verbose": 0, **options}
+    return model.fit(*samples(), epochs=epochs, callbacks=list(callbacks), **options).history
+
+
+OPTIMIZERS = {
+    "SGD": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+    "Adam": lambda: training.distribute(keras.optimizers.Adam(0.1)),
+    "loss scale": lambda: LossScaleOptimizer(keras.optimizers.RMSprop(0.1)),
+    "schedule": lambda: keras.optimizers.Adam(
+        keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
+    ),
+}
+if not KERAS_3:
+    OPTIMIZERS["legacy"] = lambda: keras.optimizers.legacy.Adam(0.1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_follows_is_what_would_have_followed(name, tmp_path):
+    # All of an optimizer's state shows in the next steps: slots, iterations, rate, loss scale.
+    model = compiled(OPTIMIZERS[name]())
+    fit(model, training.PreemptionCheckpoint(tmp_path))
+    if name != "schedule":
+        model.optimizer.learning_rate = 0.03
+    if name == "loss scale" and KERAS_3:
+        model.optimizer.dynamic_scale.assign(64.0)
+    saved = training.PreemptionCheckpoint(tmp_path / "later", every=1)
+    saved.restore(model, model.optimizer)
+    saved.step(2, 3)
+    other = compiled(OPTIMIZERS[name]())
+    there = training.PreemptionCheckpoint(tmp_path / "later")
+    assert there.restore(other, other.optimizer) == (2, 3)
+    for preemption in saved, there:
+        preemption._notice.stop()
+    if name == "loss scale":
+        assert scale(other.optimizer) == scale(model.optimizer)
+    for one in model, other:
+        fit(one, initial_epoch=0, epochs=1)
+    assert int(other.optimizer.iterations.numpy()) == int(model.optimizer.iterations.numpy())
+    for ours, theirs in zip(other.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def scale(optimizer):
+    return float(optimizer.dynamic_scale if KERAS_3 else optimizer.loss_scale)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    model = compiled("sgd")
+    preemption = training.PreemptionCheckpoint(tmp_path, every=1)
+    preemption.restore(model, model.optimizer)
+    preemption.step(0, 1)
+    saved = model.get_weights()
+    model.set_weights([weight + 1 for weight in saved])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # no file may have more bytes
+    try:
+        with pytest.raises(RuntimeError, match="checkpoint-1 is whole, and still there"):
+            preemption.step(0, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        preemption._notice.stop()
+    assert os.listdir(tmp_path) == ["checkpoint-1"]
+    again = training.PreemptionCheckpoint(tmp_path)
+    assert again.restore(model, model.optimizer) == (0, 1)
+    again._notice.stop()
+    for ours, theirs in zip(model.get_weights(), saved, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_a_killed_process_has_left_half_written_is_no_checkpoint(tmp_path):
+    model = compiled("sgd")
+    fit(model, training.PreemptionCheckpoint(tmp_path))
+    (found,) = os.listdir(tmp_path)
+    (tmp_path / ".writing-9").mkdir()
+    (tmp_path / ".writing-9" / "progress.json").write_text("{")
+    fit(model, training.PreemptionCheckpoint(tmp_path), epochs=3)
+    (later,) = os.listdir(tmp_path)
+    assert int(later.rpartition("-")[2]) > int(found.rpartition("-")[2])
+
+
+def test_training_that_is_over_is_not_begun_again(tmp_path):
+    stop = keras.callbacks.EarlyStopping("loss", patience=0, baseline=0.0)
+    assert len(fit(compiled("sgd"), stop, training.PreemptionCheckpoint(tmp_path))["loss"]) == 1
+    assert not fit(compiled("sgd"), training.PreemptionCheckpoint(tmp_path))
+    # A `fit` without it is its own.
+    model = compiled("sgd")
+    fit(model, training.PreemptionCheckpoint(tmp_path))
+    assert len(fit(model)["loss"]) == 2
+
+
+def test_signals_are_left_to_what_caught_them_before(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    fit(compiled("sgd"), training.PreemptionCheckpoint(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    fit(compiled("sgd"), training.PreemptionCheckpoint(tmp_path))
+    with pytest.raises(ValueError, match=r"must be of this model\. Received"):
+        fit(compiled("sgd", units=5), training.PreemptionCheckpoint(tmp_path))
+    with pytest.raises(ValueError, match="must be of this model and optimizer"):
+        fit(compiled("adam"), training.PreemptionCheckpoint(tmp_path))
+    preemption = training.PreemptionCheckpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"samples=32, seed=1, and a checkpoint .* other data"):
+        preemption.indices(32, 4, 2, seed=1)
+    (file,) = tmp_path.glob("*/progress.json")
+    progress = json.loads(file.read_text())
+    file.write_text(json.dumps({**progress, "epoch": 0, "batch": 3}))
+    with pytest.raises(ValueError, match="an epoch of 4 steps, and a checkpoint of one of 8"):
+        fit(compiled("sgd"), training.PreemptionCheckpoint(tmp_path), batch_size=8)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"must have a readable progress\.json"):
+        fit(compiled("sgd"), training.PreemptionCheckpoint(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "`every` must be a positive number of steps"),
+        ({"exit_code": 0}, "`exit_code` must be one that stands for no success"),
+        ({"signals": [signal.SIGKILL]}, "can catch. Received: SIGKILL"),
+        ({"signals": [999]}, "`signals` must be of the module signal"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        training.PreemptionCheckpoint(tmp_path, **options)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_sample_is_seen_once_in_an_epoch_whoever_goes_on(seed, size):
+    samples, epochs = 50, 3
+    whole = list(SampleOrder(samples, 12, seed).batches(0, 0, epochs).as_numpy_iterator())
+    assert len(whole) == epochs * 4
+    of_epochs = [np.concatenate(whole[4 * epoch : 4 * epoch + 4]) for epoch in range(epochs)]
+    for order in of_epochs:
+        assert len({*order.tolist()}) == 48
+        assert set(order.tolist()) <= set(range(samples))
+    if seed is None:
+        assert of_epochs[0].tolist() == list(range(48))
+    else:
+        assert len({order.tobytes() for order in of_epochs}) == epochs
+        assert np.abs(np.diff(of_epochs[0])).mean() > 5  # 1 where nothing is shuffled
+    # After 24 samples of epoch 1, others go on, with another batch.
+    other = SampleOrder(samples, 6, seed)
+    parts = [
+        list(other.batches(1, 24, epochs, rank, size).as_numpy_iterator()) for rank in range(size)
+    ]
+    assert {len(part) for part in parts} == {4 + 8}
+    together = [np.concatenate(step) for step in zip(*parts, strict=True)]
+    rest = np.concatenate(together[:4])
+    assert not set(rest.tolist()) & set(of_epochs[1][:24].tolist())
+    assert {*rest[:24].tolist()} == {*of_epochs[1][24:48].tolist()}
+    for step, batch in enumerate(together[4:8]):
+        assert {*batch.tolist()} == {*of_epochs[2][6 * step : 6 * step + 6].tolist()}
+
+
+def test_workers_ask_after_as_many_steps_and_hear_at_the_same(monkeypatch):
+    # A second of PERIOD has 20 of these steps; one worker is slower in some than the other.
+    now = [0.0, 0.0]
+    replicas = Threads(2)
+    notices = [PreemptionNotice([signal.SIGTERM]) for _ in range(2)]
+    asked = [[], []]
+
+    def worker(rank, step):
+        def clock():
+            return now[rank]
+
+        notice = notices[rank]
+        monkeypatch.setattr(preemption_notice.time, "monotonic", lambda: now[0])
+        before = notice._asked
+        heard = notice.heard(replicas.communicator(rank))
+        if notice._asked != before:
+            asked[rank].append(step)
+        return tf.constant(len(heard))
+
+    found = []
+    for step in range(200):
+        now[0] += 0.05
+        if step == 150:
+            notices[1]._receive(signal.SIGTERM, None)
+        results = replicas.run(worker, [0, 1], [[step], [step]])
+        found.append({int(result) for result in results.values()})
+        if found[-1] == {1}:
+            break
+    assert all(len(one) == 1 for one in found)
+    assert asked[0] == asked[1]
+    assert 150 <= len(found) - 1 <= 171
+    assert 10 <= len(asked[0]) <= 16  # of 150 steps: 7.5 s, and the doubling at the start
