@@ -1,4 +1,4 @@
-"""Launchers that are told to end: the ranks save, and the job goes on with other numbers of them."""
+"""Launchers that are told to end: the ranks save, and another number of them goes on."""
 
 import os
 import shlex

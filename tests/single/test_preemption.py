@@ -118,13 +118,16 @@ def test_what_a_killed_process_has_left_half_written_is_no_checkpoint(tmp_path):
 
 
 def test_training_that_is_over_is_not_begun_again(tmp_path):
-    stop = keras.callbacks.EarlyStopping("loss", patience=0, baseline=0.0)
-    assert len(fit(compiled("sgd"), stop, training.PreemptionCheckpoint(tmp_path))["loss"]) == 1
-    assert not fit(compiled("sgd"), training.PreemptionCheckpoint(tmp_path))
-    # A `fit` without it is its own.
     model = compiled("sgd")
-    fit(model, training.PreemptionCheckpoint(tmp_path))
-    assert len(fit(model)["loss"]) == 2
+
+    def stop(epoch, logs):
+        model.stop_training = epoch == 1
+
+    early = keras.callbacks.LambdaCallback(on_epoch_end=stop)
+    stopped = fit(model, early, training.PreemptionCheckpoint(tmp_path), epochs=4)
+    assert len(stopped["loss"]) == 2
+    assert not fit(model, training.PreemptionCheckpoint(tmp_path), epochs=4)
+    assert len(fit(model)["loss"]) == 2  # a `fit` without it is its own
 
 
 def test_signals_are_left_to_what_caught_them_before(tmp_path):

@@ -24,7 +24,7 @@ from syncbn._src.training.checkpoint_files import CheckpointFiles, read_with_oth
 from syncbn._src.training.kept_local import local_variables
 from syncbn._src.training.preemption_notice import PreemptionNotice
 from syncbn._src.training.sample_order import SampleOrder
-from syncbn._src.version import __version__
+from syncbn._src.version import VERSION
 
 
 class PreemptionCheckpoint(WorkerCallback):
@@ -343,7 +343,7 @@ class PreemptionCheckpoint(WorkerCallback):
             "seen": self._seen(epoch, steps),
             "workers": self._workers.size,
             "weights": self._shapes,
-            "syncbn": __version__,
+            "syncbn": VERSION,
         }
 
         workers = self._workers

@@ -46,19 +46,20 @@ class SampleOrder(NamedTuple):
 
         def batch(step: tf.Tensor) -> tf.Tensor:
             later = step - first  # its number among the steps of the epochs that follow
-            in_first = later < 0
-            number = tf.where(in_first, epoch, epoch + 1 + later // self.steps)
-            start = tf.where(
-                in_first, seen + step * self.batch_size, later % self.steps * self.batch_size
+            begun = later < 0
+            number = tf.where(begun, tf.constant(epoch, tf.int64), epoch + 1 + later // self.steps)
+            place = tf.where(
+                begun, seen + step * self.batch_size, later % self.steps * self.batch_size
             )
-            places = start + tf.range(rank, self.batch_size, size, tf.int64)
+            places = place + tf.range(rank, self.batch_size, size, tf.int64)
             return places if self.seed is None else self._shuffled(places, number)
 
-        return tf.data.Dataset.range(total).map(batch)
+        # Keras counts the steps that it is let pass among those that a dataset of a known size has.
+        return tf.data.Dataset.range(total).map(batch).filter(lambda numbers: True)
 
     def _shuffled(self, places: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
         # Stateless: seeds that workers have of their own change nothing.
-        seed = tf.stack([tf.constant(self.seed, tf.int64), epoch, tf.zeros([], tf.int64)])
+        seed = tf.stack([tf.constant(self.seed, tf.int64), epoch])
         return tf.random.experimental.index_shuffle(
             places, seed, tf.constant(self.samples - 1, tf.int64)
         )
