@@ -19,9 +19,14 @@ is the rank. MPIRUN may be a command that starts mpirun: signals go to its proce
 of its own. The end is the command's, by exit code or by signal; where its output cannot be passed
 on, it is ended, and the exit code is 1. Should this process be killed, the command is told to end.
 
+SIGTERM goes to the ranks on this machine, which have two minutes to end by themselves, and so to
+save: told to end, Open MPI's mpirun would leave them one second. After that, after another SIGTERM,
+or where there are no ranks here, it goes to mpirun.
+
 Any python3 may come first on a PATH, so this keeps to what Python 3.6 has.
 """
 
+import contextlib
 import ctypes
 import os
 import re
@@ -37,6 +42,10 @@ FORWARDED = (
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
     *(signal.SIGUSR1, signal.SIGUSR2),
 )
+SAVE = 120.0
+"""Seconds that ranks get to end by themselves after SIGTERM."""
+RANK = re.compile(rb"(^|\0)(OMPI_COMM_WORLD_RANK|PMI_RANK)=")
+"""What the environment of a rank has, under Open MPI and MPICH."""
 PATIENCE = 1.0
 """Seconds after which what has come of a line is printed, finished or not."""
 AFTERWARDS = 5.0
@@ -260,6 +269,21 @@ def job_code(job: "subprocess.Popen[bytes]", passed_on: "list[int]") -> int:
     return code
 
 
+def ranks_here(session: int) -> "list[int]":
+    """Returns the processes of ranks on this machine, and those that they have started."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.getsid(int(name)) != session:
+                continue
+            with open(f"/proc/{name}/environ", "rb") as file:
+                if RANK.search(file.read()):
+                    found.append(int(name))
+        except OSError:  # it has ended meanwhile, or is another user's
+            continue
+    return found
+
+
 def main() -> int:
     """Runs mpirun, and ends as it does."""
     tag, *command = sys.argv[1:]
@@ -283,8 +307,23 @@ def main() -> int:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
+    told = []
+
+    def tell_ranks(number: int, frame: object) -> None:
+        ranks = [] if told else ranks_here(job.pid)
+        told.append(number)
+        if not ranks:
+            pass_on(number, frame)
+            return
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, number)
+        late = threading.Timer(SAVE, pass_on, [number, frame])
+        late.daemon = True
+        late.start()
+
     for number in FORWARDED:
-        signal.signal(number, pass_on)
+        signal.signal(number, tell_ranks if number == signal.SIGTERM else pass_on)
     failures = []
 
     def fail(message: str) -> None:

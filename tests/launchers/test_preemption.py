@@ -1,6 +1,7 @@
 """Launchers that are told to end: the ranks save, and another number of them goes on."""
 
 import os
+import re
 import shlex
 import sys
 
@@ -41,7 +42,8 @@ def test_a_launcher_that_is_told_to_end_lets_the_ranks_save(start, number, other
     finished = preempted(start(2), folder, number=number)
     assert finished.code == os.EX_TEMPFAIL, finished.output
     assert "begins with 2" in finished.output, finished.output
-    assert "saved epoch 2, after " in finished.output, finished.output
+    # In the middle of an epoch, unless the signal has taken long.
+    assert re.search(r"saved epoch [23], after \d", finished.output), finished.output
     assert "the same weights" not in finished.output, finished.output
     (kept,) = folder.iterdir()
     assert kept.name.startswith("checkpoint-")
