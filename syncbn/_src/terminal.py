@@ -1,4 +1,4 @@
-"""What commands print, in color on a terminal and plain anywhere else; and what jobs say."""
+"""What commands print, in color on a terminal and plain anywhere else; and notices of jobs."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def show(thing: object, styles: Mapping[str, str], end: str = "\n") -> None:
     Console().print(text, end=end, highlight=False, soft_wrap=True)
 
 
-def say(text: str) -> None:
-    """Says something about a job, to stderr."""
+def notify(text: str) -> None:
+    """Writes a notice about a job to stderr."""
     # In one piece: launchers weave the lines of several ranks.
     sys.stderr.write(f"syncbn: {text}\n")
     sys.stderr.flush()

@@ -83,6 +83,93 @@ def scale(optimizer):
     return float(optimizer.dynamic_scale if KERAS_3 else optimizer.loss_scale)
 
 
+class Signal(keras.callbacks.Callback):
+    """Sends a signal to this process, before a step of the second epoch."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if (self.epoch, batch) == (1, self.step):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Is there so that Keras calls callbacks one after the other, in this thread."""
+
+
+@pytest.fixture
+def signals_as_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+# The last step of an epoch too: what is left of it is its validation.
+@pytest.mark.parametrize(("step", "steps_per_execution"), [(7, 1), (2, 2)])
+def test_arrays_go_on_behind_the_steps_that_were_made(
+    step, steps_per_execution, tmp_path, signals_as_before
+):
+    def make():
+        keras.utils.set_random_seed(4)
+        model = compiled(keras.optimizers.Adam(0.1))
+        model.compile(model.optimizer, "mse", steps_per_execution=steps_per_execution)
+        return model
+
+    whole = make()
+    expected = fit(whole, epochs=3, validation_data=samples(8))["val_loss"]
+    with pytest.raises(SystemExit) as ended:
+        fit(make(), Signal(step), training.PreemptionCheckpoint(tmp_path, exit_code=9), epochs=3)
+    assert ended.value.code == 9
+    model, preemption = make(), training.PreemptionCheckpoint(tmp_path)
+    found = fit(model, preemption, epochs=3, validation_data=samples(8))["val_loss"]
+    np.testing.assert_allclose(found, expected[1:], rtol=1e-5)
+    for ours, theirs in zip(model.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rest_of_an_epoch_in_other_batches(tmp_path, signals_as_before):
+    x, y = map(tf.constant, samples())
+
+    def fit_by_numbers(batch, *callbacks):
+        model, preemption = compiled("sgd"), training.PreemptionCheckpoint(tmp_path)
+        data = preemption.indices(32, batch, 3, seed=1)
+        data = data.map(lambda index: (tf.gather(x, index), tf.gather(y, index)))
+        options = {"steps_per_epoch": 32 // batch, "shuffle": False, "verbose": 0}
+        model.fit(data, epochs=3, callbacks=[*callbacks, preemption], **options)
+        return int(model.optimizer.iterations.numpy())
+
+    with pytest.raises(SystemExit):
+        fit_by_numbers(4, Signal(2))
+    # 8 and 3 steps of 4 samples; of the 20 that are left 6 and 2, which make no batch.
+    with pytest.raises(ValueError, match="steps_per_epoch=8"):
+        fit(compiled("sgd"), with_order(training.PreemptionCheckpoint(tmp_path)), batch_size=8)
+    assert fit_by_numbers(6) == 8 + 3 + 3 + 5
+
+
+def with_order(preemption):
+    preemption.indices(32, 4, 3, seed=1)
+    return preemption
+
+
+def test_data_that_end_before_the_checkpoint_are_refused(tmp_path, signals_as_before):
+    x, y = samples()
+    with pytest.raises(SystemExit):
+        fit(compiled("sgd"), Signal(5), training.PreemptionCheckpoint(tmp_path))
+    data = tf.data.Dataset.from_tensor_slices((x[:16], y[:16])).batch(4)
+    data = data.filter(lambda *_: True)  # of unknown length, as Keras would say it otherwise
+    model = compiled("sgd")
+    preemption = training.PreemptionCheckpoint(tmp_path)
+    with pytest.raises(ValueError, match="data that end after 4 batches of an epoch"):
+        model.fit(
+            data, epochs=2, steps_per_epoch=8, callbacks=[preemption], shuffle=False, verbose=0
+        )
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     model = compiled("sgd")
     preemption = training.PreemptionCheckpoint(tmp_path, every=1)

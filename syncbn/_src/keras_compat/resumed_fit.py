@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import tensorflow as tf
+
 from syncbn._src.keras_compat.keras_api import KERAS_3
 
 
@@ -58,6 +60,7 @@ class SkippedSteps:
     def _train_or_skip(self, iterator: Any) -> Any:
         if self._step < self._steps:
             return {}
+        self.end()
         if self._step > self._steps:
             raise ValueError(
                 "Training can go on at the first step of an execution only. Received: a checkpoint "
@@ -65,12 +68,16 @@ class SkippedSteps:
                 "that. Compile the model with the one that the checkpoint was made with."
             )
         if self._drop_batches:
-            for number in range(self._steps):
-                if next(iterator, None) is None:
-                    raise ValueError(
-                        "The data must have the batches that the checkpoint has seen, and more. "
-                        f"Received: data that end after {number} batches of an epoch, and a "
-                        f"checkpoint of {self._steps}. Give the data that it was made with."
-                    )
-        self.end()
+            self._drop(iterator)
         return self._train(iterator)
+
+    def _drop(self, iterator: Any) -> None:
+        for number in range(self._steps):
+            try:
+                next(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError) as error:
+                raise ValueError(
+                    "The data must have the batches that the checkpoint has seen, and more. "
+                    f"Received: data that end after {number} batches of an epoch, and a "
+                    f"checkpoint of {self._steps}. Give the data that it was made with."
+                ) from error

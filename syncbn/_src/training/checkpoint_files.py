@@ -110,7 +110,7 @@ class CheckpointFiles:
     def _remove(self, prefix: str, but: Path | None = None) -> None:
         for found in self.path.glob(f"{prefix}[0-9]*"):
             if found != but:
-                shutil.rmtree(found)
+                shutil.rmtree(found, ignore_errors=True)  # somebody may be looking at it
 
 
 def read_with_others(variables: tf.train.Checkpoint) -> None:

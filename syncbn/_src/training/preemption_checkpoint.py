@@ -18,13 +18,12 @@ from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.optimizer_state import create_state
 from syncbn._src.keras_compat.resumed_fit import SkippedSteps, resume_at_epoch
 from syncbn._src.models.training_job import job_of
-from syncbn._src.terminal import say
+from syncbn._src.terminal import notify
 from syncbn._src.training.callbacks import WorkerCallback
 from syncbn._src.training.checkpoint_files import CheckpointFiles, read_with_others
 from syncbn._src.training.kept_local import local_variables
 from syncbn._src.training.preemption_notice import PreemptionNotice
 from syncbn._src.training.sample_order import SampleOrder
-from syncbn._src.version import VERSION
 
 
 class PreemptionCheckpoint(WorkerCallback):
@@ -50,7 +49,7 @@ class PreemptionCheckpoint(WorkerCallback):
     of all workers together is the same.
 
     In `fit` it belongs on all workers, behind the other callbacks. A loop of one's own calls
-    `restore` once, and `step` after each step.
+    `restore` before it, `step` after each step, and `finish` at the end.
 
     Args:
         path: The folder of the checkpoints of this job, and of no other.
@@ -75,12 +74,12 @@ class PreemptionCheckpoint(WorkerCallback):
         >>> import tempfile
         >>> preemption = syncbn.training.PreemptionCheckpoint(tempfile.mkdtemp())
         >>> data = preemption.indices(len(x), batch_size=4, epochs=2, seed=0)
-        >>> batches = data.map(lambda index: (tf.gather(x, index), tf.gather(y, index)))
-        >>> history = model.fit(
-        ...     batches, epochs=2, steps_per_epoch=4, callbacks=[preemption], verbose=0
-        ... )
-        >>> preemption.restore(model, model.optimizer)  # the epoch and the step to go on with
-        (2, 0)
+        >>> data = data.map(lambda index: (tf.gather(x, index), tf.gather(y, index)))
+        >>> options = {"epochs": 2, "steps_per_epoch": 4, "shuffle": False, "verbose": 0}
+        >>> model.fit(data, **options, callbacks=[preemption]).epoch
+        [0, 1]
+        >>> model.fit(data, **options, callbacks=[preemption]).epoch  # nothing is left to do
+        []
     """
 
     def __init__(
@@ -221,6 +220,20 @@ class PreemptionCheckpoint(WorkerCallback):
         if isinstance(self.every, int) and self._unsaved >= self.every:
             self._save(epoch, steps)
 
+    def finish(self, epochs: int) -> None:
+        """Is to be called when training is over, by all workers: saves, and leaves signals alone.
+
+        For loops of one's own; `fit` does it by itself.
+
+        Args:
+            epochs: The number of epochs of the whole training.
+
+        Raises:
+            RuntimeError: the checkpoint cannot be written.
+        """
+        self._save(epochs, 0)
+        self._notice.stop()
+
     def on_train_begin(self, logs: Any = None) -> None:
         self.restore(self.model, self.model.optimizer)
         self._in_fit, self._skipped = True, None
@@ -247,10 +260,11 @@ class PreemptionCheckpoint(WorkerCallback):
             )
         epoch, steps = self._position
         if self._workers.rank == 0:
-            say(f"goes on at epoch {epoch + 1}, after {steps} of its steps, from {self.path}")
+            notify(f"goes on at epoch {epoch + 1}, after {steps} of its steps, from {self.path}")
         resume_at_epoch(self.model, epoch)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        resume_at_epoch(self.model, None)  # the next `fit` may be one without this callback
         self._epoch = epoch
         if self._steps_skipped(epoch):
             self._skipped = SkippedSteps(
@@ -276,8 +290,7 @@ class PreemptionCheckpoint(WorkerCallback):
     def on_train_end(self, logs: Any = None) -> None:
         resume_at_epoch(self.model, None)
         # Where training was stopped before its last epoch, it is not to go on either.
-        self._save(max(self.params["epochs"], self._position[0]), 0)
-        self._notice.stop()
+        self.finish(max(self.params["epochs"], self._position[0]))
         self._in_fit = False
 
     def _steps_skipped(self, epoch: int) -> int:
@@ -329,7 +342,7 @@ class PreemptionCheckpoint(WorkerCallback):
         if self._workers.rank == 0:
             who = ", ".join(f"{name} on rank {rank}" for rank, name in heard.items())
             where = f"epoch {epoch + 1}, after {steps} of its steps"
-            say(f"{who}: saved {where}, in {self.path}; exits with {self.exit_code}")
+            notify(f"{who}: saved {where}, in {self.path}; exits with {self.exit_code}")
         # A second signal must not cut the end short: the signals stay caught.
         sys.stdout.flush()
         sys.exit(self.exit_code)
@@ -343,7 +356,6 @@ class PreemptionCheckpoint(WorkerCallback):
             "seen": self._seen(epoch, steps),
             "workers": self._workers.size,
             "weights": self._shapes,
-            "syncbn": VERSION,
         }
 
         workers = self._workers
