@@ -188,7 +188,7 @@ class PreemptionCheckpoint(WorkerCallback):
         self._workers = workers = job.workers()
         with job.scope():
             self._variables = _checkpoint_of(model, optimizer, workers)
-        self._shapes = [list(weight.shape) for weight in model.weights]
+        self._shapes = [str(tuple(weight.shape)) for weight in model.weights]
         self._require_same(workers)
         number, progress = self._find()
         self._found = None  # there may be others when it is asked again
@@ -260,7 +260,10 @@ class PreemptionCheckpoint(WorkerCallback):
             )
         epoch, steps = self._position
         if self._workers.rank == 0:
-            notify(f"goes on at epoch {epoch + 1}, after {steps} of its steps, from {self.path}")
+            where = f"goes on at epoch {epoch + 1}, after {steps} of its steps"
+            if epoch >= self.params["epochs"]:
+                where = f"has nothing to do after {epoch} epochs"
+            notify(f"{where}, from {self.path}")
         resume_at_epoch(self.model, epoch)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -327,8 +330,8 @@ class PreemptionCheckpoint(WorkerCallback):
         if progress["weights"] != self._shapes:
             raise ValueError(
                 "A checkpoint must be of this model. Received: one of weights with the shapes "
-                f"{progress['weights']} in {self.path}, for a model with {self._shapes}. Name "
-                "another folder."
+                f"{', '.join(progress['weights'])} in {self.path}, for a model with "
+                f"{', '.join(self._shapes)}. Name another folder."
             )
         self._files.read(number, self._variables)
         return np.zeros(0)
