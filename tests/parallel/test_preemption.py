@@ -165,6 +165,35 @@ def test_it_goes_on_as_if_nobody_had_interrupted_it(replicas, folder, order, cap
     assert_same(model, expected)
 
 
+def test_a_checkpoint_that_cannot_be_written_is_an_error_on_all(replicas, folder):
+    with _scope(replicas):
+        model = make(syncbn.SyncBatchNormalization())
+    processes = job_of(model).workers()
+    if processes.rank == 0:
+        (folder / "file").write_text("")
+    all_gather(processes, np.zeros(1), "written")
+    preemption = training.PreemptionCheckpoint(folder / "file", every=1)
+    assert preemption.restore(model, model.optimizer) == (0, 0)
+    message = "must be written to" if processes.rank == 0 else "an error on rank 0, which reports"
+    with pytest.raises(RuntimeError, match=message):
+        preemption.step(0, 1)
+
+
+def test_workers_that_see_different_checkpoints_are_told(replicas, folder):
+    with _scope(replicas):
+        model = make(syncbn.SyncBatchNormalization())
+    processes = job_of(model).workers()
+    if processes.size == 1:
+        pytest.skip("one process")
+    own = folder / str(processes.rank)
+    if processes.rank == processes.size - 1:
+        (own / "checkpoint-3").mkdir(parents=True)
+        (own / "checkpoint-3" / "progress.json").write_text('{"epoch": 1, "batch": 2}')
+    numbers = ", ".join(["0"] * (processes.size - 1) + ["3"])
+    with pytest.raises(ValueError, match=f"Received: number {numbers} on ranks"):
+        training.PreemptionCheckpoint(own).restore(model, model.optimizer)
+
+
 def _rank(replicas):
     if isinstance(replicas, Strategy) and not isinstance(replicas, Nested):
         resolver = replicas.strategy.cluster_resolver
