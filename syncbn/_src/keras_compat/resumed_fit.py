@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from syncbn._src.keras_compat.keras_api import KERAS_3
+from syncbn._src.keras_compat.keras_api import KERAS_3, prepare_training
 
 
 def resume_at_epoch(model: Any, epoch: int | None) -> None:
@@ -67,17 +67,26 @@ class SkippedSteps:
                 f"of {self._steps} steps of an epoch, and steps_per_execution that does not divide "
                 "that. Compile the model with the one that the checkpoint was made with."
             )
-        if self._drop_batches:
-            self._drop(iterator)
-        return self._train(iterator)
+        last = self._drop(iterator) if self._drop_batches else None
+        try:
+            return self._train(iterator)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            # That was all of an epoch of unknown length. Keras asks the metrics for a result, which
+            # in Keras 3 those of a model that was not trained yet do not have.
+            if self._model.distribute_strategy.num_replicas_in_sync == 1:
+                prepare_training(self._model, last)
+            raise
 
-    def _drop(self, iterator: Any) -> None:
+    def _drop(self, iterator: Any) -> Any:
+        """Drops the batches of the steps, and returns the last one."""
+        batch = None
         for number in range(self._steps):
             try:
-                next(iterator)
+                batch = next(iterator)
             except (StopIteration, tf.errors.OutOfRangeError) as error:
                 raise ValueError(
-                    "The data must have the batches that the checkpoint has seen, and more. "
+                    "The data must have the batches that the checkpoint has seen. "
                     f"Received: data that end after {number} batches of an epoch, and a "
                     f"checkpoint of {self._steps}. Give the data that it was made with."
                 ) from error
+        return batch

@@ -217,7 +217,7 @@ class PreemptionCheckpoint(WorkerCallback):
         """
         self._unsaved += 1
         self._exit_if_told(epoch, steps)
-        if isinstance(self.every, int) and self._unsaved >= self.every:
+        if self._is_due():
             self._save(epoch, steps)
 
     def finish(self, epochs: int) -> None:
@@ -279,7 +279,11 @@ class PreemptionCheckpoint(WorkerCallback):
             self._skipped.begin(batch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if batch >= self._steps_skipped(self._epoch):
+        if batch < self._steps_skipped(self._epoch):
+            return
+        if batch + 1 == self.params.get("steps"):
+            self._unsaved += 1  # saved at the end of the epoch, with its validation
+        else:
             self.step(self._epoch, batch + 1)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -287,7 +291,7 @@ class PreemptionCheckpoint(WorkerCallback):
             self._skipped.end()
             self._skipped = None
         self._exit_if_told(epoch + 1, 0, ask=True)
-        if self.every == "epoch":
+        if self.every == "epoch" or self._is_due():
             self._save(epoch + 1, 0)
 
     def on_train_end(self, logs: Any = None) -> None:
@@ -335,6 +339,10 @@ class PreemptionCheckpoint(WorkerCallback):
             )
         self._files.read(number, self._variables)
         return np.zeros(0)
+
+    def _is_due(self) -> bool:
+        """Says whether as many steps have been made as `every` says."""
+        return isinstance(self.every, int) and self._unsaved >= self.every
 
     def _exit_if_told(self, epoch: int, steps: int, ask: bool = False) -> None:
         """Saves and exits if a worker has got a signal."""
