@@ -156,7 +156,14 @@ def test_after_the_last_step_of_an_epoch_its_end_follows(known, every, tmp_path,
     assert len(model.history.history["val_mae"]) == len(model.history.epoch)
 
 
-def test_the_rest_of_an_epoch_in_other_batches(tmp_path, signals_as_before):
+@pytest.mark.parametrize(
+    ("step", "steps_left"),
+    [
+        (2, 3),  # of the 20 samples that are left 2 make no batch
+        (6, 0),  # nor do the last 4
+    ],
+)
+def test_the_rest_of_an_epoch_in_other_batches(step, steps_left, tmp_path, signals_as_before):
     x, y = map(tf.constant, samples())
 
     def fit_by_numbers(batch, *callbacks):
@@ -168,11 +175,33 @@ def test_the_rest_of_an_epoch_in_other_batches(tmp_path, signals_as_before):
         return int(model.optimizer.iterations.numpy())
 
     with pytest.raises(SystemExit):
-        fit_by_numbers(4, Signal(2))
-    # 8 and 3 steps of 4 samples; of the 20 that are left 6 and 2, which make no batch.
+        fit_by_numbers(4, Signal(step))
     with pytest.raises(ValueError, match="steps_per_epoch=8"):
         fit(compiled("sgd"), with_order(training.PreemptionCheckpoint(tmp_path)), batch_size=8)
-    assert fit_by_numbers(6) == 8 + 3 + 3 + 5
+    # An epoch has 8 steps of 4 samples, and 5 of 6.
+    assert fit_by_numbers(6) == 8 + (step + 1) + steps_left + 5
+
+
+def test_a_loop_of_ones_own_goes_on_too(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    model = compiled("sgd")
+    preemption = training.PreemptionCheckpoint(tmp_path, every=None)
+    assert preemption.restore(model, model.optimizer) == (0, 0)
+    preemption.step(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    saved = model.get_weights()
+    with pytest.raises(SystemExit) as ended:
+        preemption.step(0, 2)
+    assert ended.value.code == 75
+    preemption._notice.stop()
+    model.set_weights([weight + 1 for weight in saved])
+    preemption = training.PreemptionCheckpoint(tmp_path, every=None)
+    assert preemption.restore(model, model.optimizer) == (0, 2)
+    for ours, theirs in zip(model.get_weights(), saved, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    preemption.finish(3)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert training.PreemptionCheckpoint(tmp_path)._find()[1]["epoch"] == 3
 
 
 def with_order(preemption):

@@ -73,7 +73,8 @@ class SkippedSteps:
         except (StopIteration, tf.errors.OutOfRangeError):
             # That was all of an epoch of unknown length. Keras asks the metrics for a result, which
             # in Keras 3 those of a model that was not trained yet do not have.
-            if self._model.distribute_strategy.num_replicas_in_sync == 1:
+            alone = self._model.distribute_strategy.num_replicas_in_sync == 1
+            if last is not None and alone:  # a strategy's `fit` has asked them before
                 prepare_training(self._model, last)
             raise
 

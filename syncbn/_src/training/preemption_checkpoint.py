@@ -41,12 +41,12 @@ class PreemptionCheckpoint(WorkerCallback):
     callbacks remember, the state of random generators such as that of dropout, and what the metrics
     have added up in the epoch that was interrupted.
 
-    **The data** of an epoch go on behind the batches that have been seen, for which it takes data
-    whose order is the same in each run. `indices` gives such an order, shuffled anew in each epoch,
-    from which nothing is read in vain, and which takes another number of workers and another batch.
-    Any other data are read again, and the batches that have been seen are dropped: that is right
-    where the order of an epoch does not depend on how many there were before, and where the batch
-    of all workers together is the same.
+    **The data** go on behind the batches that have been seen. That takes an order that is the same
+    in each run. `indices` gives one, shuffled anew in each epoch, in which nothing is read in vain,
+    and in which other numbers of workers and other batches can go on. Any other data are read
+    again, and the batches that have been seen are dropped: that is right where the order of an
+    epoch does not depend on how many there were before, and the batch of all workers together is
+    the same.
 
     In `fit` it belongs on all workers, behind the other callbacks. A loop of one's own calls
     `restore` before it, `step` after each step, and `finish` at the end.
@@ -108,7 +108,8 @@ class PreemptionCheckpoint(WorkerCallback):
         self._order: SampleOrder | None = None
         self._found: tuple[int, dict[str, Any]] | None = None
         """The last checkpoint when it was looked for, by its number, and what it says."""
-        self._position = 0, 0
+        self._position, self._seen_before = (0, 0), 0
+        """Where training goes on, and how many samples of that epoch have been seen before."""
         self._resumed: dict[str, Any] = {}
         """What the checkpoint says that training goes on from."""
         self._unsaved = 0
@@ -184,21 +185,7 @@ class PreemptionCheckpoint(WorkerCallback):
         Raises:
             ValueError, RuntimeError: see `PreemptionCheckpoint`.
         """
-        job = job_of(model, self._communicator)
-        self._workers = workers = job.workers()
-        with job.scope():
-            self._variables = _checkpoint_of(model, optimizer, workers)
-        self._shapes = [str(tuple(weight.shape)) for weight in model.weights]
-        self._require_same(workers)
-        number, progress = self._find()
-        self._found = None  # there may be others when it is asked again
-        if progress:
-            sum_of_all(workers, lambda: self._read(number, progress), 0, "Restoring")
-        self._resumed, self._unsaved = progress, 0
-        self._position = progress.get("epoch", 0), progress.get("batch", 0)
-        if progress and self._order is not None:  # whose batches may have another size now
-            left = self._order.steps_behind(progress["seen"])
-            self._position = progress["epoch"], self._order.steps - left
+        self._restore(model, optimizer)
         self._notice.listen()
         return self._position
 
@@ -235,29 +222,12 @@ class PreemptionCheckpoint(WorkerCallback):
         self._notice.stop()
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self.restore(self.model, self.model.optimizer)
+        self._restore(self.model, self.model.optimizer)
         self._in_fit, self._skipped = True, None
-        if self._order is not None and self.params.get("steps") != self._order.steps:
-            raise ValueError(
-                "`indices` makes one run through all epochs, so `fit` has to be told of how many "
-                f"steps one is. Received: {self.params.get('steps')} of them. Give it "
-                f"steps_per_epoch={self._order.steps}."
-            )
+        self._require_same_data()
+        self._notice.listen()
         if not self._resumed:
             return
-        if self._order is None and self._resumed["order"] is not None:
-            raise ValueError(
-                "An epoch can go on in the order only in which it was begun. Received: a "
-                f"checkpoint in {self.path} of data from PreemptionCheckpoint.indices, and others."
-            )
-        steps = self._resumed["steps"]
-        if self._order is None and self._position[1] and steps != self.params.get("steps"):
-            raise ValueError(
-                "An epoch can go on in the batches only in which it was begun. Received: an epoch "
-                f"of {self.params.get('steps')} steps, and a checkpoint of one of {steps} in "
-                f"{self.path}. Keep the batch of all workers together, or take the data from "
-                "PreemptionCheckpoint.indices, which goes on with any."
-            )
         epoch, steps = self._position
         if self._workers.rank == 0:
             where = f"goes on at epoch {epoch + 1}, after {steps} of its steps"
@@ -299,6 +269,50 @@ class PreemptionCheckpoint(WorkerCallback):
         # Where training was stopped before its last epoch, it is not to go on either.
         self.finish(max(self.params["epochs"], self._position[0]))
         self._in_fit = False
+
+    def _restore(self, model: Any, optimizer: Any) -> None:
+        job = job_of(model, self._communicator)
+        self._workers = workers = job.workers()
+        with job.scope():
+            self._variables = _checkpoint_of(model, optimizer, workers)
+        self._shapes = [str(tuple(weight.shape)) for weight in model.weights]
+        self._require_same(workers)
+        number, progress = self._find()
+        self._found = None  # there may be others when it is asked again
+        if progress:
+            sum_of_all(workers, lambda: self._read(number, progress), 0, "Restoring")
+        self._resumed, self._unsaved = progress, 0
+        epoch, steps, seen = (progress.get(name) or 0 for name in ("epoch", "batch", "seen"))
+        if seen and self._order is not None:  # whose batches may have another size now
+            left = self._order.steps_behind(seen)
+            # An epoch of which no batch is left is over.
+            steps = self._order.steps - left
+            epoch, steps, seen = (epoch, steps, seen) if left else (epoch + 1, 0, 0)
+        self._position, self._seen_before = (epoch, steps), seen
+
+    def _require_same_data(self) -> None:
+        """Raises where `fit` has other data than those of which the checkpoint is."""
+        if self._order is not None and self.params.get("steps") != self._order.steps:
+            raise ValueError(
+                "`indices` makes one run through all epochs, so `fit` has to be told of how many "
+                f"steps one is. Received: {self.params.get('steps')} of them. Give it "
+                f"steps_per_epoch={self._order.steps}."
+            )
+        if not self._resumed:
+            return
+        if self._order is None and self._resumed["order"] is not None:
+            raise ValueError(
+                "An epoch can go on in the order only in which it was begun. Received: a "
+                f"checkpoint in {self.path} of data from PreemptionCheckpoint.indices, and others."
+            )
+        steps = self._resumed["steps"]
+        if self._order is None and self._position[1] and steps != self.params.get("steps"):
+            raise ValueError(
+                "An epoch can go on in the batches only in which it was begun. Received: an epoch "
+                f"of {self.params.get('steps')} steps, and a checkpoint of one of {steps} in "
+                f"{self.path}. Keep the batch of all workers together, or take the data from "
+                "PreemptionCheckpoint.indices, which goes on with any."
+            )
 
     def _steps_skipped(self, epoch: int) -> int:
         """Returns the steps of an epoch that were made before training went on."""
@@ -387,9 +401,10 @@ class PreemptionCheckpoint(WorkerCallback):
         """Returns how many samples of an epoch all workers together have seen, if it is known."""
         if self._order is None:
             return None
-        skipped = self._steps_skipped(epoch)
-        before = self._resumed["seen"] if skipped else 0
-        return before + (steps - skipped) * self._order.batch_size
+        first, before = self._position
+        if epoch != first:
+            return steps * self._order.batch_size
+        return self._seen_before + (steps - before) * self._order.batch_size
 
 
 def _checkpoint_of(model: Any, optimizer: Any, workers: Communicator) -> tf.train.Checkpoint:
