@@ -589,10 +589,9 @@ def test_multiworker_leaves_nobody_behind_when(target, number, code):
 # After SIGTERM for longer than workers have when another one has failed.
 @pytest.mark.parametrize(("name", "code", "tenths"), [("TERM", 75, 60), ("USR1", 0, 1)])
 def test_multiworker_passes_signals_on_and_lets_the_workers_end(name, code, tenths):
-    script = (
-        f"trap 'echo told; for _ in {{1..{tenths}}}; do read -rt 0.1 <> <(:); done; exit {code}' {name}; "
-        f"kill -{name} $PPID; while :; do read -rt 0.1 <> <(:); done"
-    )
+    pause = "read -rt 0.1 <> <(:)"
+    end = f"echo told; for _ in {{1..{tenths}}}; do {pause}; done; exit {code}"
+    script = f"trap '{end}' {name}; kill -{name} $PPID; while :; do {pause}; done"
     finished = launch("multiworker.py", "--workers", "1", "--", "bash", "-c", script)
     assert finished.code == code, finished.output
     assert finished.output.count("[0] told\n") == 1, finished.output
