@@ -83,23 +83,6 @@ def put_together(pieces, folder):
     return found
 
 
-def left(marker):
-    """The processes with ``marker`` in their command lines, once they have had the time to end."""
-    deadline = time.monotonic() + patience.limit()
-    while True:
-        found = []
-        for process in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                command = Path("/proc", process, "cmdline").read_text(errors="replace")
-            except OSError:
-                continue  # it has ended meanwhile
-            if marker in command:
-                found.append(process)
-        if not found or time.monotonic() > deadline:
-            return found
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("script", ["mirrored.sh", "horovod.sh", "mpi.sh", "multiworker.py"])
 def test_help_says_how_to_use_it(script):
     finished = launch(script, "--help")
@@ -314,7 +297,7 @@ def test_a_signal_reaches_the_ranks_under_mpi_once(start, number):
         assert finished.code == 0, finished.output
     else:
         assert finished.code not in (0, 124), finished.output
-    assert not left(marker)
+    assert not processes.left(marker)
 
 
 def rank_lines(*command, tag=TAG, **settings):
@@ -583,7 +566,7 @@ def test_multiworker_leaves_nobody_behind_when(target, number, code):
     finished = launch("multiworker.py", "--workers", "2", "--", *command)
     assert "[1] now\n" in finished.output, finished.output
     assert finished.code == code, finished.output
-    assert not left(marker)
+    assert not processes.left(marker)
 
 
 def test_the_workers_of_a_multiworker_that_is_killed_end_with_it():
@@ -592,7 +575,7 @@ def test_the_workers_of_a_multiworker_that_is_killed_end_with_it():
     command = [sys.executable, "-c", code, marker]
     finished = launch("multiworker.py", "--workers", "2", "--", *command)
     assert finished.code == -signal.SIGKILL, finished.output
-    assert not left(marker)
+    assert not processes.left(marker)
 
 
 def test_multiworker_ends_when_nobody_reads_its_output():
