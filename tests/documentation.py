@@ -15,7 +15,7 @@ PAGES = sorted(
 )
 SCRIPTS = ROOT / "docs" / "migration"
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->\s*\Z")
-# The command that a page gives for a script, in `` `...` `` or, where that is HTML, its counterpart.
+# The command that a page gives for a script, as code.
 COMMAND = re.compile(r"(?:`|<code>)([^`<]*\bpython (\w+\.py)\b[^`<]*)(?:`|</code>)")
 
 

@@ -61,7 +61,9 @@ class Newcomer:
     def takes_the_wheel(self):
         """Builds the wheel, which a user would get from the package index, and returns it."""
         source = shlex.quote(str(ROOT))
-        self.does("make the wheel", f"{shlex.quote(self.python)} -m pip wheel -q --no-deps {source}")
+        self.does(
+            "make the wheel", f"{shlex.quote(self.python)} -m pip wheel -q --no-deps {source}"
+        )
         (wheel,) = self.folder.glob("*.whl")
         return wheel
 

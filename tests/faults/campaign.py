@@ -11,7 +11,7 @@ import h5py
 from tests import processes
 
 LAUNCH = processes.ROOT / "launch"
-WARN, END = 4, 8
+WARN, END = 4, 12
 """Seconds that a rank waits until it says so, and until the job ends."""
 LAUNCHERS = {
     "mpi": ("mpi", [str(LAUNCH / "mpi.sh"), "--oversubscribe", "-np"]),
@@ -34,7 +34,7 @@ SAYS = {
     "raises": "ValueError: the fault",
     "pipeline raises": "ValueError: the fault",
     "callback raises": "ValueError: the fault",
-    "disk is full": r"OSError.*(File too large|errno = 27)",
+    "disk is full": "(File too large|errno = 27)",
     "out of memory": "(OOM|ResourceExhausted|bad_alloc|allocat)",
     "ends": _RANK + r"has ended.*ran out of batches, syncbn\.training\.join",
     "exits with 3": _RANK + r"has ended",
@@ -42,9 +42,10 @@ SAYS = {
     "is stopped": _WAITS + "has not answered",
     "is stopped for 8 s": _WAITS + "has not answered",
     "sleeps": _WAITS + "is in no collective",
+    "never begins": r"has waited \d+ s for all ranks to start|Timeout \(0:00:13\)!",
     "other order": "(second|first)/statistics",
     "skips one": "(second|first)/(statistics|gradient)",
-    "other channels": r"\(13,\).*\(9,\)|\(9,\).*\(13,\)|[Ss]hape.*(six|first)/statistics",
+    "other channels": "(six|first)/statistics",
     "other dtype": "float64/statistics",
 }
 """By fault: what somebody says, by a pattern; ``None`` where the job goes on, and ends well."""
@@ -121,7 +122,7 @@ def run(launcher, case, folder):
     env = {"SYNCBN_WARN_SECONDS": str(WARN), "SYNCBN_RECORDS": str(folder)}
     started = time.monotonic()
     finished = processes.run(
-        [(launcher, [*command, str(case.size), *limit, "--", *program], env)], takes=60
+        [(launcher, [*command, str(case.size), *limit, "--", *program], env)], takes=20
     )
     seconds = time.monotonic() - started
     # Open MPI puts its marks into lines that Python writes in pieces.
@@ -133,13 +134,16 @@ def _checkpoints(case, folder):
     """What is wrong with the last checkpoint from before the fault, where it is one of `fit`."""
     if case.fault not in ("callback raises", "disk is full"):
         return []
+    found = []
     try:
         with h5py.File(folder / "1.weights.h5") as file:
-            sizes = []
-            file.visititems(lambda name, one: sizes.append(getattr(one, "size", 0)))
-            return [] if sum(sizes) == 4 * 4 + 4 + 4 * 4 else [f"a checkpoint of {sizes}"]
+            file.visititems(
+                lambda _, one: found.append(one[()].size) if isinstance(one, h5py.Dataset) else None
+            )
     except OSError as error:
         return [f"no checkpoint: {error}"]
+    # A kernel, a bias, and what the normalization has; and what the optimizer keeps.
+    return [] if sum(found) >= 4 * 4 + 4 + 4 * 4 else [f"a checkpoint of {found}"]
 
 
 def wrong_with(case, outcome):

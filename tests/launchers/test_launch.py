@@ -8,7 +8,6 @@ import shlex
 import signal
 import socket
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import yaml
 from rank_lines import Lines, Target
 
-from tests import patience, processes
+from tests import processes
 
 LAUNCH = processes.ROOT / "launch"
 ARGUMENTS = ["a  b", "$(echo hi)", "`id`", '"q"', "it's", "*", "", "--help", "--"]

@@ -44,7 +44,9 @@ def replicas():
     if across == "horovod":
         import horovod.tensorflow as hvd
 
-        hvd.init(process_sets="dynamic")
+        from syncbn import training
+
+        training.init_horovod(process_sets="dynamic")
         # Process sets of a user's own: Horovod takes none of the same processes again.
         alone = [hvd.add_process_set([rank]) for rank in range(hvd.size())]
         process = kinds.Process(hvd.rank(), hvd.size(), alone)

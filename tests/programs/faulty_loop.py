@@ -6,6 +6,7 @@ Checkpoints of `fit` go into FOLDER. MARK is there to be found in the list of pr
 """
 
 import functools
+import json
 import os
 import resource
 import signal
@@ -76,8 +77,6 @@ OF_FIT = {"callback raises": fail, "disk is full": fill_the_disk}
 
 def loop(job, fault, faulty_rank):
     faulty = job.rank == faulty_rank
-    if fault == "starts late" and faulty:
-        time.sleep(15)
     with job.scope():
         layers = {
             name: syncbn.SyncBatchNormalization(name=name.split()[0], dtype=dtype)
@@ -145,12 +144,23 @@ def fit(job, fault, faulty_rank, folder):
     return model.weights
 
 
+def faulty_from_the_start(engine, faulty_rank):
+    """Whether this is the faulty rank; engines know it once they have started."""
+    launched = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK")
+    ranks = [int(os.environ[name]) for name in launched if name in os.environ]
+    if engine == "multiworker":
+        ranks = [json.loads(os.environ["TF_CONFIG"])["task"]["index"]]
+    return ranks[0] == faulty_rank
+
+
 def small_model():
     layers = [syncbn.SyncBatchNormalization(), tf.keras.layers.Dense(4)]
     return tf.keras.Sequential([tf.keras.Input((4,)), *layers])
 
 
 def main(engine, fault, rank, folder, *mark):
+    if faulty_from_the_start(engine, int(rank)):
+        time.sleep({"starts late": 8, "never begins": 1000}.get(fault, 0))
     job = training.start("tf.distribute" if engine == "multiworker" else engine)
     trained = functools.partial(fit, folder=folder) if fault in OF_FIT else loop
     values = trained(job, fault, int(rank))

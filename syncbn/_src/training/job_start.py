@@ -16,6 +16,7 @@ from syncbn._src.communicators.resolution import choose_engine, resolve
 from syncbn._src.keras_compat.keras_api import keras
 from syncbn._src.keras_compat.multi_worker_fit import mend_keras_fit
 from syncbn._src.training.horovod_initialization import init_horovod
+from syncbn._src.watchdog.waiting_for_all import starting_within_limits
 
 _ENGINES = ("auto", "tf.distribute", "horovod", "mpi", "local")
 
@@ -150,13 +151,15 @@ def _joined(engine: str, own_gpu: bool) -> Job:
 def _horovod_local_rank() -> int:
     hvd = import_horovod()
     if not hvd.is_initialized():
-        init_horovod()
+        with starting_within_limits():
+            init_horovod()
     return hvd.local_rank()
 
 
 def _mpi_local_rank() -> int:
     try:
-        from mpi4py import MPI
+        with starting_within_limits():
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # mpi4py raises the latter without libmpi
         raise ImportError(
             "engine='mpi' needs mpi4py and an MPI library: pip install 'syncbn[mpi]'"
@@ -179,7 +182,8 @@ def _cluster() -> Job:
             "tf.distribute.MirroredStrategy, and call start() without an engine."
         )
     mend_keras_fit()
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    with starting_within_limits():
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
     return Job("tf.distribute", task.rank, task.workers, task.local_rank, strategy)
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from syncbn._src.watchdog.flight_recorder import RECORDER, Waiting
+from syncbn._src.watchdog.messages import EXIT_CODE, say
 from syncbn._src.watchdog.rank_store import (
     KEY_LENGTH,
     TIMEOUT,
@@ -28,10 +29,8 @@ from syncbn._src.watchdog.rank_store import (
     StoreClient,
     own_addresses,
 )
+from syncbn._src.watchdog.waiting_for_all import within_limits
 from syncbn._src.watchdog.waiting_limits import Limits, is_on, limits
-
-EXIT_CODE = 70
-"""That of a process that the watchdog ends: EX_SOFTWARE of sysexits.h."""
 
 PERIOD = 1.0
 """Seconds between two looks."""
@@ -96,11 +95,13 @@ class Watchdog(threading.Thread):
                 self._stopped.wait(max(PERIOD, 20 * self._polled))
         except Exception as error:  # of an engine or an interpreter that goes down, anything
             if not self._stopped.is_set():
-                _say(f"the watchdog of rank {self.job.rank} has ended: {error!r}")
+                say(f"the watchdog of rank {self.job.rank} has ended: {error!r}")
 
     def _learn_address(self) -> None:
         """Learns from rank 0 where its store is, and the limits. All ranks take part."""
-        where = json.loads(self.job.share(self._own_address() if self.job.rank == 0 else None))
+        own = self._own_address() if self.job.rank == 0 else None
+        with within_limits("make their first synchronized call", self.job.end):
+            where = json.loads(self.job.share(own))
         if "error" in where:
             raise ValueError(where["error"])
         if where:
@@ -152,10 +153,10 @@ class Watchdog(threading.Thread):
         unheard = any(one.get("status") == "running" and "stack" not in one for one in missing)
         if waited > limits.warn + GRACE * unheard and self._warned != call:
             self._warned = call
-            _say(self._sentence(waiting, missing))
+            say(self._sentence(waiting, missing))
             for one in missing:
                 if one.get("stack"):
-                    _say(f"rank {one['rank']} is at:\n{one['stack']}")
+                    say(f"rank {one['rank']} is at:\n{one['stack']}")
 
     def _exchange(
         self, waiting: Waiting | None = None, asks: bool = False, end: str | None = None
@@ -217,12 +218,12 @@ class Watchdog(threading.Thread):
         time.sleep(PERIOD)  # the last words of a process that is gone may be under way
         self._exchange()
         for one in self._gone.values():
-            _say(_description(one))
+            say(_description(one))
 
     def _end(self, reason: str, told: bool = False) -> None:
         """Ends this process, and lets the other ranks know, unless they have told it to."""
         file = self._write_record(reason)
-        _say(f"{reason}. The job ends; this rank's record is in {file}")
+        say(f"{reason}. The job ends; this rank's record is in {file}")
         if not told:
             self._exchange(end=reason)
             time.sleep(2 * PERIOD)  # the others write their records
@@ -248,7 +249,7 @@ class Watchdog(threading.Thread):
         try:
             file.write_text(json.dumps(record, indent=1))
         except OSError as error:
-            _say(f"rank {self.job.rank} cannot write its record: {error}")
+            say(f"rank {self.job.rank} cannot write its record: {error}")
         return file
 
     def _sentence(self, waiting: Waiting, missing: list[dict[str, Any]]) -> str:
@@ -314,12 +315,6 @@ def _last(one: dict[str, Any]) -> str:
 def _stack(thread: int | None) -> str:
     frame = sys._current_frames().get(thread or 0)
     return "".join(traceback.format_stack(frame)[-_FRAMES:]) if frame else ""
-
-
-def _say(text: str) -> None:
-    # In one piece: launchers weave the lines of several ranks.
-    sys.stderr.write(f"syncbn: {text}\n")
-    sys.stderr.flush()
 
 
 _watchdog: Watchdog | None = None
