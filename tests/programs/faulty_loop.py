@@ -122,12 +122,14 @@ def fit(job, fault, faulty_rank, folder):
         if epoch == FAULTY_EPOCH and job.rank == faulty_rank:
             OF_FIT[fault]()
 
+    # Workers of tf.distribute read their statistics together, so there all of them save.
+    own = Path(folder) if job.rank == 0 else Path(folder, str(job.rank))
     checkpoint = tf.keras.callbacks.ModelCheckpoint(
-        str(Path(folder, "{epoch}.weights.h5")), save_weights_only=True
+        str(own / "{epoch}.weights.h5"), save_weights_only=True
     )
     callbacks = [
         tf.keras.callbacks.LambdaCallback(on_epoch_begin=begin_epoch),
-        training.rank_zero_only(checkpoint),
+        training.rank_zero_only(checkpoint) if job.strategy is None else checkpoint,
     ]
     optimizer = tf.keras.optimizers.SGD(0.1)
     if job.strategy is None:
