@@ -102,7 +102,7 @@ test-faults: $(VENV)/.test
 	$(python) -m pytest tests/faults
 
 test-newcomer: $(VENV)/.test
-	$(python) -m tests.newcomer --python $(PYTHON)
+	PYTHONPATH=launch $(python) -m tests.newcomer --python $(PYTHON)
 
 bench: $(VENV)/.test
 	$(python) -m benchmarks --out $(BUILD)/benchmarks $(BENCH)

@@ -13,7 +13,7 @@ import os
 import pytest
 
 from tests import clusters, patience  # noqa: F401  (clusters before TensorFlow starts)
-from tests import replicas as kinds
+from tests import kinds_of_replicas as kinds
 
 ENGINE, _, SIZE = os.environ.get("SYNCBN_TEST_ENGINE", "mirrored:2").partition(":")
 

@@ -8,7 +8,7 @@ EXIT_CODE = 70
 """EX_SOFTWARE of sysexits.h."""
 
 
-def say(text: str) -> None:
+def tell_user(text: str) -> None:
     """Writes a line of the watchdog's."""
     # In one piece: launchers weave the lines of several ranks.
     sys.stderr.write(f"syncbn: {text}\n")

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from syncbn._src.watchdog.messages import EXIT_CODE, say
+from syncbn._src.watchdog.messages import EXIT_CODE, tell_user
 from syncbn._src.watchdog.waiting_limits import is_on, limits
 
 
@@ -42,9 +42,9 @@ def within_limits(what: str, end: Callable[[int], object] = os._exit) -> Iterato
         if _is_set(come, min(warn, last)):
             return
         if warn < last:
-            say(f"{told()}; at least one has not")
+            tell_user(f"{told()}; at least one has not")
         if not _is_set(come, last - warn if warn < last else 0):
-            say(f"{told()}, the limit of {last:g} s. The job ends")
+            tell_user(f"{told()}, the limit of {last:g} s. The job ends")
             sys.stdout.flush()
             end(EXIT_CODE)
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from syncbn._src.watchdog.flight_recorder import RECORDER, Waiting
-from syncbn._src.watchdog.messages import EXIT_CODE, say
+from syncbn._src.watchdog.messages import EXIT_CODE, tell_user
 from syncbn._src.watchdog.rank_store import (
     KEY_LENGTH,
     TIMEOUT,
@@ -95,7 +95,7 @@ class Watchdog(threading.Thread):
                 self._stopped.wait(max(PERIOD, 20 * self._polled))
         except Exception as error:  # of an engine or an interpreter that goes down, anything
             if not self._stopped.is_set():
-                say(f"the watchdog of rank {self.job.rank} has ended: {error!r}")
+                tell_user(f"the watchdog of rank {self.job.rank} has ended: {error!r}")
 
     def _learn_address(self) -> None:
         """Learns from rank 0 where its store is, and the limits. All ranks take part."""
@@ -153,10 +153,10 @@ class Watchdog(threading.Thread):
         unheard = any(one.get("status") == "running" and "stack" not in one for one in missing)
         if waited > limits.warn + GRACE * unheard and self._warned != call:
             self._warned = call
-            say(self._sentence(waiting, missing))
+            tell_user(self._sentence(waiting, missing))
             for one in missing:
                 if one.get("stack"):
-                    say(f"rank {one['rank']} is at:\n{one['stack']}")
+                    tell_user(f"rank {one['rank']} is at:\n{one['stack']}")
 
     def _exchange(
         self, waiting: Waiting | None = None, asks: bool = False, end: str | None = None
@@ -218,12 +218,12 @@ class Watchdog(threading.Thread):
         time.sleep(PERIOD)  # the last words of a process that is gone may be under way
         self._exchange()
         for one in self._gone.values():
-            say(_description(one))
+            tell_user(_description(one))
 
     def _end(self, reason: str, told: bool = False) -> None:
         """Ends this process, and lets the other ranks know, unless they have told it to."""
         file = self._write_record(reason)
-        say(f"{reason}. The job ends; this rank's record is in {file}")
+        tell_user(f"{reason}. The job ends; this rank's record is in {file}")
         if not told:
             self._exchange(end=reason)
             time.sleep(2 * PERIOD)  # the others write their records
@@ -249,7 +249,7 @@ class Watchdog(threading.Thread):
         try:
             file.write_text(json.dumps(record, indent=1))
         except OSError as error:
-            say(f"rank {self.job.rank} cannot write its record: {error}")
+            tell_user(f"rank {self.job.rank} cannot write its record: {error}")
         return file
 
     def _sentence(self, waiting: Waiting, missing: list[dict[str, Any]]) -> str:
