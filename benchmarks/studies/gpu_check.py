@@ -31,7 +31,7 @@ import syncbn
 from benchmarks.measuring.machine import describe
 from tests import replicas as kinds
 from tests.contract import Case, check
-from tests.contract_cases import splits
+from tests.drawn_cases import splits
 
 GPU = bool(tf.config.list_physical_devices("GPU"))
 KIND = "GPU" if GPU else "CPU"

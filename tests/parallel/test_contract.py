@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import syncbn
 from tests.contract import check
-from tests.contract_cases import cases, drawn_cases, messages, paired_cases
+from tests.drawn_cases import cases, drawn_cases, messages, paired_cases
 
 
 def numbers(cases):

@@ -8,7 +8,7 @@ import syncbn
 from syncbn._src.ops import kernels, xla
 from tests import kinds_of_replicas as kinds
 from tests.contract import Case, check
-from tests.contract_cases import RENORM, some_groups, splits
+from tests.drawn_cases import RENORM, some_groups, splits
 
 EVEN, RAGGED, LAST_EMPTY, _, EMPTY = splits(2)
 NAN = float("nan")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import syncbn
 from tests.contract import Case, check
-from tests.contract_cases import RENORM, cases, drawn_cases
+from tests.drawn_cases import RENORM, cases, drawn_cases
 from tests.keras import KERAS_3
 from tests.kinds_of_replicas import Threads
 
