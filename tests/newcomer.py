@@ -116,7 +116,7 @@ def main():
         newcomer.follows_the_start_page(wheel)
         newcomer.installs_the_engines(wheel)
         newcomer.runs_the_scripts()
-    print(with_rule([["step", "took", ""], *newcomer.rows], [], {1}))
+        print(with_rule([["step", "took", ""], *newcomer.rows], [], {1}), flush=True)
     sys.exit(1 if newcomer.failed else 0)
 
 

@@ -42,7 +42,7 @@ SAYS = {
     "is stopped": _WAITS + "has not answered",
     "is stopped for 8 s": _WAITS + "has not answered",
     "sleeps": _WAITS + "is in no collective",
-    "never begins": r"has waited \d+ s for all ranks to start|Timeout \(0:00:13\)!",
+    "never begins": r"has waited \d+ s for all ranks to start|Timeout \(0:00:14\)!",
     "other order": "(second|first)/statistics",
     "skips one": "(second|first)/(statistics|gradient)",
     "other channels": "(six|first)/statistics",

@@ -12,11 +12,18 @@ import time
 from collections.abc import Callable, Iterator
 
 from syncbn._src.watchdog.messages import EXIT_CODE, tell_user
-from syncbn._src.watchdog.waiting_limits import is_on, limits
+from syncbn._src.watchdog.waiting_limits import Limits, is_on, limits
+
+_PERIOD = 1.0
+"""Seconds between two looks."""
 
 
 @contextlib.contextmanager
-def within_limits(what: str, end: Callable[[int], object] = os._exit) -> Iterator[None]:
+def within_limits(
+    what: str,
+    end: Callable[[int], object] = os._exit,
+    waited: Callable[[], float] | None = None,
+) -> Iterator[None]:
     """Ends the job where what is done within, which waits for all ranks, takes too long.
 
     No rank knows anything of the others yet, so it cannot be said who is missing. The limits are
@@ -25,31 +32,29 @@ def within_limits(what: str, end: Callable[[int], object] = os._exit) -> Iterato
     Args:
         what: What all ranks have to do, and at least one has not done.
         end: Ends this process, and with it the job, with a code.
+        waited: Returns for how many seconds this process has waited; by default since now.
     """
-    come = threading.Event()
-    begin = time.monotonic()
+    begin, come = time.monotonic(), threading.Event()
+    seconds = waited or (lambda: time.monotonic() - begin)
 
-    def told() -> str:
-        seconds = time.monotonic() - begin
-        where = f"process {os.getpid()} on {socket.gethostname()}"
-        return f"{where} has waited {seconds:.0f} s for all ranks to {what}"
+    def watch(own: Limits) -> None:
+        warned = False
+        while not come.wait(_PERIOD):
+            so_far = seconds()
+            where = f"process {os.getpid()} on {socket.gethostname()}"
+            told = f"{where} has waited {so_far:.0f} s for all ranks to {what}"
+            if so_far > own.end:
+                tell_user(f"{told}, the limit of {own.end:g} s. The job ends")
+                sys.stdout.flush()
+                end(EXIT_CODE)
+            if so_far > own.warn and not warned:
+                warned = True
+                tell_user(f"{told}; at least one has not")
 
-    def wait() -> None:
-        try:
-            warn, last = limits()
-        except ValueError:  # rank 0 tells all
-            return
-        if _is_set(come, min(warn, last)):
-            return
-        if warn < last:
-            tell_user(f"{told()}; at least one has not")
-        if not _is_set(come, last - warn if warn < last else 0):
-            tell_user(f"{told()}, the limit of {last:g} s. The job ends")
-            sys.stdout.flush()
-            end(EXIT_CODE)
-
-    if is_on():
-        threading.Thread(target=wait, name="syncbn-waiting-for-all", daemon=True).start()
+    own = _own_limits()
+    if own is not None:
+        name = "syncbn-waiting-for-all"
+        threading.Thread(target=watch, args=(own,), name=name, daemon=True).start()
     try:
         yield
     finally:
@@ -61,21 +66,22 @@ def starting_within_limits() -> Iterator[None]:
     """The same for the start of an engine, which may keep all other threads from running.
 
     MPI and the cluster of tf.distribute hold Python's global lock while they wait for all
-    processes. Then the process ends a second later, with its stack for a message.
+    processes. Then the process ends a little later, with its stack for a message.
     """
-    try:
-        last = limits().end
-    except ValueError:  # said once the watchdog starts
-        last = float("inf")
+    own = _own_limits()
+    if own is None or own.end == float("inf"):
+        yield
+        return
     with within_limits("start"):
-        if is_on() and last < float("inf"):
-            faulthandler.dump_traceback_later(last + 1, exit=True)
+        faulthandler.dump_traceback_later(own.end + 2 * _PERIOD, exit=True)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
 
 
-def _is_set(event: threading.Event, seconds: float) -> bool:
-    # Threads wait for ever only where they are given no number.
-    return event.wait(None if seconds == float("inf") else seconds)
+def _own_limits() -> Limits | None:
+    """Returns the limits, or nothing where the watchdog is off, or will refuse what is set."""
+    with contextlib.suppress(ValueError):
+        return limits() if is_on() else None
+    return None

@@ -100,7 +100,9 @@ class Watchdog(threading.Thread):
     def _learn_address(self) -> None:
         """Learns from rank 0 where its store is, and the limits. All ranks take part."""
         own = self._own_address() if self.job.rank == 0 else None
-        with within_limits("make their first synchronized call", self.job.end):
+        # From a thread this is no wait of the job's, unless it waits in a call of its own.
+        waited = _seconds_in_any if self.job.share_in_thread else None
+        with within_limits("make their first synchronized call", self.job.end, waited):
             where = json.loads(self.job.share(own))
         if "error" in where:
             raise ValueError(where["error"])
@@ -131,7 +133,7 @@ class Watchdog(threading.Thread):
         begin = time.monotonic()
         waiting = RECORDER.waiting()
         self._polled = time.monotonic() - begin
-        waited = 0.0 if waiting is None else time.time() - waiting.since
+        waited = _seconds_in(waiting)
         # Asked for before it is to be told.
         asks = waited > min(GRACE, limits.warn - 2 * PERIOD)
         asked_before = self._asked
@@ -273,6 +275,14 @@ def to_array(message: bytes | None) -> np.ndarray:
 def to_bytes(array: np.ndarray) -> bytes:
     """Returns the message that `to_array` has made an array of."""
     return array.tobytes().rstrip(b"\0")
+
+
+def _seconds_in_any() -> float:
+    return _seconds_in(RECORDER.waiting())
+
+
+def _seconds_in(waiting: Waiting | None) -> float:
+    return 0.0 if waiting is None else time.time() - waiting.since
 
 
 def _takes_part(rank: int, waiting: Waiting) -> bool:
