@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import tensorflow as tf
 
@@ -59,6 +59,30 @@ class Communicator(Protocol):
             name: The same on all replicas for the same call, and different for calls that may be in
                 flight at the same time.
         """
+
+
+class Place(NamedTuple):
+    """The number of replicas, and of this one among them, as a trace may keep them."""
+
+    size: Any
+    """An integer; a tensor, int32 and read when the graph runs, where it may change."""
+    rank: Any
+
+
+def place_in(communicator: Communicator) -> Place:
+    """Returns this replica's place among those that ``communicator`` joins."""
+    if is_resizable(communicator):
+        return communicator.place()  # type: ignore[attr-defined]
+    return Place(communicator.size, communicator.rank)
+
+
+def is_resizable(communicator: Communicator) -> bool:
+    """Says whether replicas come and go, as in an elastic job.
+
+    Then nothing may be traced that is right for one size only, and nothing communicated while a
+    function is traced: those that have been there before do not trace it again.
+    """
+    return getattr(communicator, "resizable", False)
 
 
 def process_communicator(communicator: Communicator) -> Communicator:

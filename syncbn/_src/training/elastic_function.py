@@ -1,0 +1,101 @@
+"""Training that goes on where workers come and go: Horovod's elastic mode."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from syncbn._src.communicators.horovod import import_horovod
+from syncbn._src.communicators.horovod_errors import lost_collectives_as_internal_errors
+from syncbn._src.communicators.launcher import is_elastic
+from syncbn._src.training.elastic_state import ElasticState
+
+
+def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function of an `ElasticState` start again from it where workers come and go.
+
+    In an elastic job of Horovod (``syncbn launch horovod --min-np``), the function begins with the
+    state of rank 0 on all workers. Where a worker is lost, the others go back to the last commit,
+    and the function is called again, in a job of another size. Where one is to join or to leave,
+    that happens at the next commit, and nothing is lost. In any other job, and in one process, the
+    function is called once, with the state of rank 0.
+
+    The function has to go on from the state: read rank and size in it (``job = start()``), make
+    datasets and call `join` and `fit` in it. Build the model, its optimizer and the state before
+    it. A `tf.function` may be made before it or in it: none that goes through `syncbn` keeps a
+    size. No collective may be called before the function, since those that have been there for
+    long do not call it again.
+
+    A failed collective is recognized, whichever it was; other exceptions are raised as they are.
+    A worker that raises one ends, and counts as lost.
+
+    Args:
+        function: Takes an `ElasticState`, and other arguments.
+
+    Returns:
+        A function with the same arguments, which returns what ``function`` does.
+
+    Raises:
+        TypeError: when it is called: the first argument is not an `ElasticState`.
+        RuntimeError: when it is called: Horovod is not initialized in an elastic job.
+        SystemExit: the job goes on without this worker, or has ended.
+
+    Example:
+        >>> @syncbn.training.elastic
+        ... def train(state):
+        ...     while state.epoch < 2:
+        ...         model.fit(x, y, verbose=0)
+        ...         state.epoch += 1
+        ...         state.commit()
+        >>> state = syncbn.training.ElasticState(model)
+        >>> train(state)
+        >>> state.epoch
+        2
+    """
+
+    @functools.wraps(function)
+    def run(state: ElasticState, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(state, ElasticState):
+            raise TypeError(
+                "The first argument of an elastic function must be an ElasticState. "
+                f"Received: {state!r}."
+            )
+        if not is_elastic():
+            state.sync()
+            return function(state, *args, **kwargs)
+        hvd = import_horovod()
+        if not hvd.is_initialized():
+            raise RuntimeError(
+                "An elastic function needs Horovod to be initialized. Received: a process in which "
+                "it is not. Call syncbn.training.start() first."
+            )
+        from horovod.common.elastic import run_fn
+
+        def go_on(state: ElasticState, *args: Any, **kwargs: Any) -> Any:
+            with lost_collectives_as_internal_errors():
+                return function(state, *args, **kwargs)
+
+        def reset() -> None:
+            # Before: what is told from now on may be a change that this reset does not know.
+            state.forget_updates()
+            hvd.shutdown()
+            _initialize(hvd)
+
+        return run_fn(go_on, reset)(state, *args, **kwargs)
+
+    return run
+
+
+def _initialize(hvd: Any) -> None:
+    """Takes this worker's place in the job as it is now."""
+    try:
+        hvd.init()
+    except ValueError as error:
+        # Not code 0, which would end the job with success if this worker were still part of it.
+        host, slot = (os.environ.get(f"HOROVOD_{name}") for name in ("HOSTNAME", "LOCAL_RANK"))
+        raise SystemExit(
+            f"syncbn: this worker ({host}, slot {slot}) is no longer part of the job, which goes "
+            f"on without it or has ended ({error})"
+        ) from error

@@ -1,0 +1,175 @@
+"""Training in an elastic job that loses a worker, gets one, and has one taken away.
+
+``python -m tests.programs.elastic_training FOLDER STEP``, in each worker
+
+The worker of rank 1 kills itself before STEP. Then rank 0 changes ``FOLDER/hosts``, which the
+discovery script shows, and training goes on until the job has had all sizes. Epochs of five steps
+are trained by `fit` and by a loop in turn. ``FOLDER/initial.npz`` and ``final.npz`` have the
+variables, and ``sizes.json`` the number of workers in each step that counts.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import syncbn
+from syncbn import training
+from tests.elastic_truth import MOMENTUM, RATE, batch
+from tests.keras import keras
+
+FOLDER, KILLED_AT = Path(sys.argv[1]), int(sys.argv[2])
+STEPS = 5  # of an epoch
+AT_LEAST = 4  # steps with each size
+# The sizes that the job has, one after the other, and what is discovered when it has had each for
+# a while. (The host whose worker was killed is not used again.)
+SIZES, NEXT_HOSTS = [2, 1, 2, 1], [None, "localhost:2\n", "localhost:1\n", None]
+
+
+def variables(model):
+    dense, norm, last = model.layers[-3:]
+    named = {
+        "kernel": dense.kernel,
+        "gamma": norm.gamma,
+        "beta": norm.beta,
+        "moving_mean": norm.moving_mean,
+        "moving_variance": norm.moving_variance,
+        "last_kernel": last.kernel,
+        "last_bias": last.bias,
+    }
+    return {name: variable.numpy() for name, variable in named.items()}
+
+
+def built():
+    layers = [
+        keras.layers.Dense(4, use_bias=False),
+        syncbn.SyncBatchNormalization(momentum=0.9),
+        keras.layers.Dense(1),
+    ]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    optimizer = training.distribute(keras.optimizers.SGD(RATE, momentum=MOMENTUM))
+    model.compile(optimizer, "mse", jit_compile=False)
+    return model
+
+
+def before_step(state, job):
+    """Does what is to happen to the job before the next step."""
+    number, step = len(state.seen) - 1, len(state.history)
+    if number == 0 and job.rank == 1 and step == KILLED_AT:
+        os.kill(os.getpid(), signal.SIGKILL)
+    hosts = FOLDER / "hosts"
+    if NEXT_HOSTS[number] and job.rank == 0 and step - state.since >= AT_LEAST:
+        (FOLDER / "next").write_text(NEXT_HOSTS[number])
+        (FOLDER / "next").rename(hosts)
+    if number > 0:
+        time.sleep(0.02)  # or there would be thousands of steps until it is discovered
+
+
+class Steps(keras.callbacks.Callback):
+    def __init__(self, state, job):
+        super().__init__()
+        self.state, self.job = state, job
+
+    def on_train_batch_begin(self, batch, logs=None):
+        before_step(self.state, self.job)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.state.history.append(self.job.size)
+
+
+def fit_epoch(state, job, model):
+    steps = range(len(state.history), len(state.history) + STEPS - state.batch)
+    x, y = (np.stack(parts) for parts in zip(*(batch(s, job.rank) for s in steps), strict=True))
+    callbacks = [
+        training.BroadcastVariables(),
+        training.AverageMetrics(),
+        Steps(state, job),
+        training.CommitState(state, batches_per_commit=2),
+    ]
+    model.fit(
+        tf.data.Dataset.from_tensor_slices((x, y)),
+        initial_epoch=state.epoch,
+        epochs=state.epoch + 1,
+        shuffle=False,
+        verbose=0,
+        callbacks=callbacks,
+    )
+
+
+model = None
+
+
+@tf.function  # made, and maybe traced, in a job of another size
+def train_step(x, y):
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+    weights = model.trainable_variables
+    model.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+
+
+def loop_epoch(state, job, model):
+    while state.batch < STEPS:
+        before_step(state, job)
+        train_step(*map(tf.constant, batch(len(state.history), job.rank)))
+        state.history.append(job.size)
+        state.batch += 1
+        if state.batch % 2 == 0:
+            state.commit()
+    state.epoch, state.batch = state.epoch + 1, 0
+    state.commit()
+
+
+@training.elastic
+def train(state):
+    job = training.start()
+    if not state.seen or state.seen[-1] != job.size:
+        state.seen.append(job.size)
+        state.since = len(state.history)
+    print(f"now {job.size} workers, in step {len(state.history)}", flush=True)
+    while state.seen != SIZES or len(state.history) - state.since < AT_LEAST:
+        (loop_epoch if state.epoch % 2 else fit_epoch)(state, job, state.model)
+    return job
+
+
+class TheFaultError(Exception):
+    """A user's, which TensorFlow reports as UnknownError, as it does a lost message."""
+
+
+def require_own_errors_are_raised(state):
+    calls = []
+
+    @tf.function
+    def fails():
+        return tf.numpy_function(raises, [], tf.float32)
+
+    def raises():
+        raise TheFaultError("mine")
+
+    @training.elastic
+    def function(state):
+        calls.append(state)
+        return fails()
+
+    with pytest.raises(tf.errors.UnknownError, match="mine"):
+        function(state)
+    assert len(calls) == 1
+
+
+if __name__ == "__main__":
+    job = training.start()
+    keras.utils.set_random_seed(0)
+    model = built()
+    if not (FOLDER / "initial.npz").exists() and job.rank == 0:
+        np.savez(FOLDER / "initial.npz", **variables(model))
+    state = training.ElasticState(model, history=[], seen=[], since=0)
+    job = train(state)
+    require_own_errors_are_raised(state)
+    if job.rank == 0:
+        np.savez(FOLDER / "final.npz", **variables(model))
+        (FOLDER / "sizes.json").write_text(json.dumps(state.history))
