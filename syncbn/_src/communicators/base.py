@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import tensorflow as tf
 
@@ -61,19 +61,21 @@ class Communicator(Protocol):
         """
 
 
-class Place(NamedTuple):
-    """The number of replicas, and of this one among them, as a trace may keep them."""
+def current_size(communicator: Communicator) -> Any:
+    """Returns the number of replicas as a trace may keep it.
 
-    size: Any
-    """An integer; a tensor, int32 and read when the graph runs, where it may change."""
-    rank: Any
-
-
-def place_in(communicator: Communicator) -> Place:
-    """Returns this replica's place among those that ``communicator`` joins."""
+    That is an integer; where replicas come and go a tensor, int32, read whenever the graph runs.
+    """
     if is_resizable(communicator):
-        return communicator.place()  # type: ignore[attr-defined]
-    return Place(communicator.size, communicator.rank)
+        return communicator.current_size()  # type: ignore[attr-defined]
+    return communicator.size
+
+
+def current_rank(communicator: Communicator) -> Any:
+    """Returns the number of this replica, likewise."""
+    if is_resizable(communicator):
+        return communicator.current_rank()  # type: ignore[attr-defined]
+    return communicator.rank
 
 
 def is_resizable(communicator: Communicator) -> bool:

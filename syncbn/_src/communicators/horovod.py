@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._src.communicators import horovod_settings
-from syncbn._src.communicators.base import Place, wire_dtype
+from syncbn._src.communicators.base import wire_dtype
 from syncbn._src.communicators.launcher import is_elastic, require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
@@ -86,10 +86,15 @@ class HorovodCommunicator:
     def rank(self) -> int:
         return self._process_set.rank()
 
-    def place(self) -> Place:
-        """Returns size and rank as tensors, which a graph reads whenever it runs."""
+    def current_size(self) -> tf.Tensor:
+        """Returns the size of an elastic job, which a graph reads whenever it runs."""
         with tf.device("CPU:0"):
-            return Place(self._hvd.size_op(), self._hvd.rank_op())
+            return self._hvd.size_op()
+
+    def current_rank(self) -> tf.Tensor:
+        """Returns the rank in an elastic job, likewise."""
+        with tf.device("CPU:0"):
+            return self._hvd.rank_op()
 
     def split(self, groups: Sequence[Sequence[int]]) -> HorovodCommunicator:
         """Returns the communicator of this process's group, a process set. A collective call.

@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from syncbn._src.communicators.base import (
     Communicator,
+    current_size,
     is_resizable,
-    place_in,
     process_communicator,
 )
 from syncbn._src.communicators.host_collectives import require_agreement
@@ -103,12 +103,12 @@ class Exchange:
             shared.append(_zero_or_nan(own_gradients))
         averages = average_gradients(shared, communicator, name)
         addend = averages.pop() if own_gradients and not_finite_together else None
-        workers = place_in(process_communicator(communicator)).size
+        workers = 1
+        if own_gradients and self.scale_local_gradients:
+            workers = current_size(process_communicator(communicator))
         averaged = iter(averages)
         return [
-            _scaled(gradient, workers if self.scale_local_gradients else 1, addend)
-            if own
-            else next(averaged)
+            _scaled(gradient, workers, addend) if own else next(averaged)
             for gradient, own in zip(gradients, local, strict=True)
         ]
 
