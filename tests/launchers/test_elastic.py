@@ -24,13 +24,13 @@ def test_workers_come_and_go(legacy, killed_at, committed, tmp_path):
     discovery.chmod(0o755)
     command = [
         *(LAUNCHER, "-np", "2", "--min-np", "1", "--max-np", "2"),
-        *("--host-discovery", str(discovery), "--network-interface", "lo", "--"),
+        *("--host-discovery", str(discovery), "--network-interface", "lo", "--timeout", "60", "--"),
         *processes.program("elastic_training", str(tmp_path), str(killed_at)),
     ]
     env = {"TF_USE_LEGACY_KERAS": str(int(legacy))}
     finished = processes.run([("horovod.sh", command, {})], takes=40, env=env)
     assert finished.code == 0, finished.output
-    assert "is no longer part of the job" in finished.output, finished.output
+    assert "has been removed from elastic job" in finished.output, finished.output
     sizes = json.loads((tmp_path / "sizes.json").read_text())
     assert [size for size, _ in itertools.groupby(sizes)] == [2, 1, 2, 1], sizes
     assert sizes.index(1) == committed, sizes

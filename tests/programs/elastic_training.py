@@ -27,9 +27,9 @@ from tests.keras import keras
 FOLDER, KILLED_AT = Path(sys.argv[1]), int(sys.argv[2])
 STEPS = 5  # of an epoch
 AT_LEAST = 4  # steps with each size
-# The sizes that the job has, one after the other, and what is discovered when it has had each for
-# a while. (The host whose worker was killed is not used again.)
-SIZES, NEXT_HOSTS = [2, 1, 2, 1], [None, "localhost:2\n", "localhost:1\n", None]
+# The sizes that the job has, one after the other, and the slots of rank 0's host that are discovered
+# when it has had each for a while. (The host whose worker was killed is not used again.)
+SIZES, NEXT_SLOTS = [2, 1, 2, 1], [None, 2, 1, None]
 
 
 def variables(model):
@@ -63,10 +63,10 @@ def before_step(state, job):
     number, step = len(state.seen) - 1, len(state.history)
     if number == 0 and job.rank == 1 and step == KILLED_AT:
         os.kill(os.getpid(), signal.SIGKILL)
-    hosts = FOLDER / "hosts"
-    if NEXT_HOSTS[number] and job.rank == 0 and step - state.since >= AT_LEAST:
-        (FOLDER / "next").write_text(NEXT_HOSTS[number])
-        (FOLDER / "next").rename(hosts)
+    if NEXT_SLOTS[number] and job.rank == 0 and step - state.since >= AT_LEAST:
+        host = os.environ["HOROVOD_HOSTNAME"]
+        (FOLDER / "next").write_text(f"{host}:{NEXT_SLOTS[number]}\n")
+        (FOLDER / "next").rename(FOLDER / "hosts")
     if number > 0:
         time.sleep(0.02)  # or there would be thousands of steps until it is discovered
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +29,8 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
     long do not call it again.
 
     A failed collective is recognized, whichever it was; other exceptions are raised as they are.
-    A worker that raises one ends, and counts as lost.
+    A worker that raises one ends, and counts as lost. One that is to leave is aborted by Horovod
+    where it begins again, "has been removed from elastic job", after its last commit.
 
     Args:
         function: Takes an `ElasticState`, and other arguments.
@@ -40,7 +41,6 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         TypeError: when it is called: the first argument is not an `ElasticState`.
         RuntimeError: when it is called: Horovod is not initialized in an elastic job.
-        SystemExit: the job goes on without this worker, or has ended.
 
     Example:
         >>> @syncbn.training.elastic
@@ -81,21 +81,11 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
             # Before: what is told from now on may be a change that this reset does not know.
             state.forget_updates()
             hvd.shutdown()
-            _initialize(hvd)
+            # Horovod aborts a worker that has no place in the job any more, here.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            hvd.init()
 
         return run_fn(go_on, reset)(state, *args, **kwargs)
 
     return run
-
-
-def _initialize(hvd: Any) -> None:
-    """Takes this worker's place in the job as it is now."""
-    try:
-        hvd.init()
-    except ValueError as error:
-        # Not code 0, which would end the job with success if this worker were still part of it.
-        host, slot = (os.environ.get(f"HOROVOD_{name}") for name in ("HOSTNAME", "LOCAL_RANK"))
-        raise SystemExit(
-            f"syncbn: this worker ({host}, slot {slot}) is no longer part of the job, which goes "
-            f"on without it or has ended ({error})"
-        ) from error
