@@ -27,8 +27,9 @@ from tests.keras import keras
 FOLDER, KILLED_AT = Path(sys.argv[1]), int(sys.argv[2])
 STEPS = 5  # of an epoch
 AT_LEAST = 4  # steps with each size
-# The sizes that the job has, one after the other, and the slots of rank 0's host that are discovered
-# when it has had each for a while. (The host whose worker was killed is not used again.)
+# The sizes that the job has, one after the other, and the slots of rank 0's host that are
+# discovered when it has had each for a while. (That of the worker that was killed is not used
+# again.)
 SIZES, NEXT_SLOTS = [2, 1, 2, 1], [None, 2, 1, None]
 
 

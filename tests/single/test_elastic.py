@@ -101,7 +101,7 @@ def test_epochs_and_batches_are_counted_and_committed():
     state = training.ElasticState(model)
     state.commit = lambda: committed.append((state.epoch, state.batch))
     commit = training.CommitState(state, batches_per_commit=2)
-    model.fit(batches(5), epochs=2, verbose=0, callbacks=[commit])
+    model.fit(batches(5), epochs=2, shuffle=False, verbose=0, callbacks=[commit])
     # Not after the last batch of an epoch, but at its end.
     assert committed == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
 
@@ -124,13 +124,13 @@ def optimizers():
 def test_an_optimizer_has_its_state_before_the_first_step(name):
     # As a new worker has to take it from others, which have made steps.
     trained = built(training.distribute(optimizers()[name]()))
-    trained.fit(batches(2), verbose=0)
+    trained.fit(batches(2), shuffle=False, verbose=0)
     model = built(training.distribute(optimizers()[name]()))
     state = training.ElasticState(model)
     new, others = map(optimizer_variables, (model.optimizer, trained.optimizer))
     assert [one.shape for one in new] == [one.shape for one in others]
     assert len(others) > 1
-    model.fit(batches(2), verbose=0)
+    model.fit(batches(2), shuffle=False, verbose=0)
     state.restore()
     assert int(model.optimizer.iterations.numpy()) == 0
 
@@ -153,7 +153,7 @@ def test_passes_that_made_no_step_are_dropped():
 
 
 @pytest.mark.parametrize(
-    "value", [(1, 2), {1: 2}, np.float32(1), tf.constant(1), [object()], {"a": {3}}], ids=repr
+    "value", [(1, 2), {1: 2}, np.float32(1), np.ones(2), [1j], {"a": {3}}], ids=repr
 )
 def test_values_that_do_not_come_back_from_json_are_refused(value):
     with pytest.raises(TypeError, match="must be numbers, strings, booleans, None, or lists"):
@@ -214,19 +214,19 @@ def test_lost_collectives_are_known_from_other_errors(kind, message, lost):
 
 
 class Resizable:
-    """A communicator of so many workers as a variable says; the others send zeros."""
+    """A communicator of a number of workers that changes; the others send zeros."""
 
     name, supports_jit, finds_mixups, resizable, rank = "mpi", False, True, True, 0
 
     def __init__(self, size):
-        self.now = tf.Variable(size)
+        self.size, self._now = size, tf.Variable(size)
 
-    @property
-    def size(self):
-        return int(self.now.numpy())
+    def resize(self, size):
+        self.size = size
+        self._now.assign(size)
 
     def current_size(self):
-        return tf.identity(self.now)
+        return tf.identity(self._now)
 
     def current_rank(self):
         return tf.constant(0)
@@ -246,7 +246,7 @@ def test_a_trace_keeps_no_size():
 
     gradient, rows = tf.constant([6.0, 12.0]), tf.constant([[6.0, 6.0], [12.0, 0.0]])
     for size in 1, 3, 2:
-        communicator.now.assign(size)
+        communicator.resize(size)
         dense, sparse = averages(gradient, rows)
         np.testing.assert_allclose(dense, gradient / size)
         expected = np.zeros((5, 2))
