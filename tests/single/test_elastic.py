@@ -6,7 +6,7 @@ import tensorflow as tf
 
 import syncbn
 from syncbn import training
-from syncbn._src.communicators.horovod_errors import is_lost_collective
+from syncbn._src.communicators.horovod_errors import is_lost_collective, note_collective
 from syncbn._src.keras_compat.optimizer_state import optimizer_variables
 from syncbn._src.training.gradient_averages import average_gradients
 from tests.keras import KERAS_3, keras
@@ -202,6 +202,9 @@ UNKNOWN, PRECONDITION = tf.errors.UnknownError, tf.errors.FailedPreconditionErro
         (UNKNOWN, "Horovod has been shut down. This was caused by an exception on one of", True),
         (PRECONDITION, "Horovod has not been initialized; use hvd.init().", True),
         (UNKNOWN, "Read error: reset by peer [[{{node a/syncbn/b/statistics}}]]", True),
+        (UNKNOWN, "Read error: reset by peer [[{{node syncbn/b/statistics_12}}]]", True),
+        # A layer of this name, in a model of a user's that is named syncbn.
+        (UNKNOWN, "RuntimeError: mine [[{{node syncbn/statistics/PyFunc}}]]", False),
         (UNKNOWN, "Read error: reset by peer [Op:HorovodGroupedAllreduce]", True),
         (UNKNOWN, "RuntimeError: mine [[{{node PyFunc}}]]", False),
         (UNKNOWN, "RuntimeError: of syncbn [[{{node PyFunc}}]]", False),
@@ -210,6 +213,7 @@ UNKNOWN, PRECONDITION = tf.errors.UnknownError, tf.errors.FailedPreconditionErro
     ],
 )
 def test_lost_collectives_are_known_from_other_errors(kind, message, lost):
+    note_collective("syncbn/b/statistics")
     assert is_lost_collective(kind(None, None, message)) == lost
 
 

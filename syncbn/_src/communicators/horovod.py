@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from syncbn._src.communicators import horovod_settings
 from syncbn._src.communicators.base import wire_dtype
+from syncbn._src.communicators.horovod_errors import note_collective
 from syncbn._src.communicators.launcher import is_elastic, require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
@@ -159,6 +160,7 @@ class HorovodCommunicator:
                 tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
             )
 
+        note_collective(name)
         return RECORDER.watch(name, self._members, tensor, collective)
 
     def grouped_all_reduce_sum(self, tensors: list[tf.Tensor], name: str) -> list[tf.Tensor]:
@@ -175,6 +177,7 @@ class HorovodCommunicator:
                 tensors, op=self._hvd.Sum, name=name, process_set=self._process_set
             )
 
+        note_collective(name)
         return RECORDER.watch(name, self._members, tensors, collective)
 
 

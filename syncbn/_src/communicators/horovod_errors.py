@@ -26,11 +26,17 @@ _ENDED = re.compile(r"Horovod has (been shut down|not been initialized)")
 _OPERATION = re.compile(
     # An operation that ran eagerly, or that has the name which Horovod gives to its own.
     r"Horovod(Grouped)?(Allreduce|Allgather|Broadcast|Alltoall|Reducescatter|Join|Barrier)"
-    # A node of a graph, which has the name of the call ...
-    r"|\{\{node [^}]*\bsyncbn/"
-    # ... and the place in the code where it was made.
+    # A node of a graph, with the place in the code where it was made, of which not all have one.
     r"|horovod/tensorflow/mpi_ops\.py"
 )
+
+_NODE = re.compile(r"\{\{node ([^}]+?)(_\d+)?\}\}")
+_names: set[str] = set()
+
+
+def note_collective(name: str) -> None:
+    """Takes a note of the name that a collective has in a graph, by which its error is known."""
+    _names.add(name)
 
 
 def is_lost_collective(error: tf.errors.OpError) -> bool:
@@ -39,7 +45,11 @@ def is_lost_collective(error: tf.errors.OpError) -> bool:
         return False
     if _ENDED.search(error.message):
         return True
-    return isinstance(error, tf.errors.UnknownError) and bool(_OPERATION.search(error.message))
+    if not isinstance(error, tf.errors.UnknownError):
+        return False
+    nodes = [name for name, _ in _NODE.findall(error.message)]
+    ours = any(node == name or node.endswith(f"/{name}") for node in nodes for name in _names)
+    return ours or bool(_OPERATION.search(error.message))
 
 
 @contextlib.contextmanager
