@@ -36,6 +36,9 @@
 #   HOROVOD_CACHE_CAPACITY=0 Under --gloo, with 8 ranks at most, also later: Horovod negotiates each
 #                            message again, which takes fewer rounds than its cache does: 134 ms, not
 #                            232. (Under --mpi it is faster with the cache, 52 ms and 77.)
+#   HOROVOD_GLOO_TIMEOUT_SECONDS=600, or what --timeout says
+#                            In an elastic job: how long ranks wait for a new one, which has to import
+#                            TensorFlow first. After Horovod's 30 s they would all be aborted.
 #   TF_NUM_INTRAOP_THREADS, TF_NUM_INTEROP_THREADS
 #                            Each rank's share of its machine's cores (share_cores.sh).
 #   HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=600, or what --timeout says
@@ -90,16 +93,16 @@ if [ -n "$least$most$discovery" ]; then
   [ "$controller" = --gloo ] || refuse "an elastic job needs Gloo. Received: $controller"
   if [ -n "$discovery" ]; then
     [ -z "$hosts$hostfile" ] || refuse "--host-discovery excludes --hosts and --hostfile"
-    discovery=$(type -P -- "$discovery") || refuse "--host-discovery must be a command. Received: '$discovery'"
-    elastic+=(--host-discovery-script "$(printf %q "$discovery")")  # a shell runs it
+    script=$(type -P -- "$discovery") || refuse "--host-discovery must be a command. Received: '$discovery'"
+    elastic+=(--host-discovery-script "$(printf %q "$script")")  # a shell runs it
   fi
   elastic+=(--min-np "$least" ${most:+--max-np "$most"})
   largest=${most:-9}  # which is too many for what follows, as any number may be
   waits=${SYNCBN_TIMEOUT_SECONDS:-600}
   waits=${waits%.*}
-  # For ever is more than Horovod's clock counts.
-  [ "$waits" -gt 0 ] || waits=1000000000
+  [ "$waits" -gt 0 ] || waits=1000000  # days, as Horovod has no for ever
   elastic+=(--elastic-timeout "$waits")
+  export HOROVOD_GLOO_TIMEOUT_SECONDS="${HOROVOD_GLOO_TIMEOUT_SECONDS:-$waits}"
 fi
 [ -z "$hosts" ] || [ -z "$hostfile" ] || refuse "--hosts and --hostfile exclude each other"
 # horovodrun --mpi passes hosts to a shell unquoted.

@@ -1,9 +1,10 @@
 """Training in an elastic job that loses a worker, gets one, and has one taken away.
 
-``python -m tests.programs.elastic_training FOLDER STEP``, in each worker
+``python -m tests.programs.elastic_training FOLDER SLOTS STEP``, in each worker
 
-The worker of rank 1 kills itself before STEP. Then rank 0 changes ``FOLDER/hosts``, which the
-discovery script shows, and training goes on until the job has had all sizes. Epochs of five steps
+It begins with SLOTS workers on localhost, and one on 127.0.0.1, which kills itself before STEP.
+Then rank 0 changes ``FOLDER/hosts``, which the discovery script shows, so that localhost has one
+more, and one less; training goes on until the job has had all sizes. Epochs of five steps
 are trained by `fit` and by a loop in turn. ``FOLDER/initial.npz`` and ``final.npz`` have the
 variables, and ``sizes.json`` the number of workers in each step that counts.
 """
@@ -24,13 +25,12 @@ from syncbn import training
 from tests.elastic_truth import MOMENTUM, RATE, batch
 from tests.keras import keras
 
-FOLDER, KILLED_AT = Path(sys.argv[1]), int(sys.argv[2])
+FOLDER, SLOTS, KILLED_AT = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 STEPS = 5  # of an epoch
 AT_LEAST = 4  # steps with each size
-# The sizes that the job has, one after the other, and the slots of rank 0's host that are
-# discovered when it has had each for a while. (That of the worker that was killed is not used
-# again.)
-SIZES, NEXT_SLOTS = [2, 1, 2, 1], [None, 2, 1, None]
+# The sizes that the job has, one after the other, and the slots of localhost that are discovered
+# when it has had each for a while.
+SIZES, NEXT_SLOTS = [SLOTS + 1, SLOTS] * 2, [None, SLOTS + 1, SLOTS, None]
 
 
 def variables(model):
@@ -62,11 +62,10 @@ def built():
 def before_step(state, job):
     """Does what is to happen to the job before the next step."""
     number, step = len(state.seen) - 1, len(state.history)
-    if number == 0 and job.rank == 1 and step == KILLED_AT:
+    if os.environ["HOROVOD_HOSTNAME"] == "127.0.0.1" and step == KILLED_AT:
         os.kill(os.getpid(), signal.SIGKILL)
     if NEXT_SLOTS[number] and job.rank == 0 and step - state.since >= AT_LEAST:
-        host = os.environ["HOROVOD_HOSTNAME"]
-        (FOLDER / "next").write_text(f"{host}:{NEXT_SLOTS[number]}\n")
+        (FOLDER / "next").write_text(f"localhost:{NEXT_SLOTS[number]}\n")
         (FOLDER / "next").rename(FOLDER / "hosts")
     if number > 0:
         time.sleep(0.02)  # or there would be thousands of steps until it is discovered

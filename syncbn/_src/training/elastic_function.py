@@ -23,10 +23,10 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
     function is called once, with the state of rank 0.
 
     The function has to go on from the state: read rank and size in it (``job = start()``), make
-    datasets and call `join` and `fit` in it. Build the model, its optimizer and the state before
-    it. A `tf.function` may be made before it or in it: none that goes through `syncbn` keeps a
-    size. No collective may be called before the function, since those that have been there for
-    long do not call it again.
+    datasets and callbacks, and call `join` and `fit` in it. Build the model, its optimizer and the
+    state before it. A `tf.function` may be made before it or in it: none that goes through `syncbn`
+    keeps a size. No collective may be called before the function, since those that have been there
+    for long do not call it again.
 
     A failed collective is recognized, whichever it was; other exceptions are raised as they are.
     A worker that raises one ends, and counts as lost. One that is to leave is aborted by Horovod
@@ -78,8 +78,6 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
                 return function(state, *args, **kwargs)
 
         def reset() -> None:
-            # Before: what is told from now on may be a change that this reset does not know.
-            state.forget_updates()
             hvd.shutdown()
             # Horovod aborts a worker that has no place in the job any more, here.
             sys.stdout.flush()

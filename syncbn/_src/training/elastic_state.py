@@ -100,6 +100,7 @@ class ElasticState:
 
     def restore(self) -> None:
         """Goes back to the last commit."""
+        self._forget_updates()
         for variable, value in zip(self._variables(), self._committed, strict=True):
             variable.assign(value)
         self._set_values(self._committed_values)
@@ -127,12 +128,6 @@ class ElasticState:
     def on_reset(self) -> None:
         """Does nothing. Horovod calls it where the job has another size, or other workers."""
 
-    def forget_updates(self) -> None:
-        """Forgets that hosts have changed. `elastic` calls it before it takes them up."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._updates.get_nowait()
-
     def _interrupt_where_hosts_change(self) -> None:
         """Raises, on all workers, where one has been told that hosts have changed."""
         from horovod.common.exceptions import HostsUpdatedInterrupt
@@ -141,9 +136,16 @@ class ElasticState:
         with _internal_errors():
             total = process_communicator(resolve()).all_reduce_sum(told, "syncbn/elastic/hosts")
         if total.numpy()[0]:
+            self._forget_updates()
             # Always with `sync`: Horovod leaves it out where hosts are only removed, and then a
             # worker that is added at the same time waits for the others in it.
             raise HostsUpdatedInterrupt(skip_sync=False)
+
+    def _forget_updates(self) -> None:
+        # Before the job is set up anew, which takes them up: what is told later may be unknown then.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._updates.get_nowait()
 
     def _variables(self) -> list[Any]:
         # In Keras 3 `variables` has the states of random generators too, which stay different.
