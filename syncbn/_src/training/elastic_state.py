@@ -142,7 +142,7 @@ class ElasticState:
             raise HostsUpdatedInterrupt(skip_sync=False)
 
     def _forget_updates(self) -> None:
-        # Before the job is set up anew, which takes them up: what is told later may be unknown then.
+        # Before the job is set up anew, which takes them up: what comes later may be unknown to it.
         with contextlib.suppress(queue.Empty):
             while True:
                 self._updates.get_nowait()
