@@ -32,6 +32,7 @@ def test_workers_come_and_go(legacy, left, killed_at, committed, tmp_path):
     finished = processes.run([("horovod.sh", command, {})], takes=40, env=env)
     assert finished.code == 0, finished.output
     assert "has been removed from elastic job" in finished.output, finished.output
+    assert finished.output.count("A worker is lost: the others go back") == left, finished.output
     sizes = json.loads((tmp_path / "sizes.json").read_text())
     assert [size for size, _ in itertools.groupby(sizes)] == [left + 1, left] * 2, sizes
     assert sizes.index(left) == committed, sizes

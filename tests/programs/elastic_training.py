@@ -22,6 +22,7 @@ import tensorflow as tf
 
 import syncbn
 from syncbn import training
+from tests import replicas
 from tests.elastic_truth import MOMENTUM, RATE, batch
 from tests.keras import keras
 
@@ -161,7 +162,21 @@ def require_own_errors_are_raised(state):
     assert len(calls) == 1
 
 
+def require_what_has_one_size_is_refused():
+    import horovod.tensorflow as hvd
+
+    with pytest.raises(NotImplementedError, match="Process sets end with each change"):
+        syncbn.HorovodCommunicator(hvd.ProcessSet([0]))
+    layer = syncbn.SyncBatchNormalization(group_size=1)
+    with pytest.raises(NotImplementedError, match="a layer with groups in an elastic job"):
+        layer(tf.ones([2, 3]), training=True)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope(), pytest.raises(NotImplementedError, match="each process has one replica"):
+        syncbn.resolve()
+
+
 if __name__ == "__main__":
+    replicas.use_logical_devices(2)
     job = training.start()
     keras.utils.set_random_seed(0)
     model = built()
@@ -170,6 +185,7 @@ if __name__ == "__main__":
     state = training.ElasticState(model, history=[], seen=[], since=0)
     job = train(state)
     require_own_errors_are_raised(state)
+    require_what_has_one_size_is_refused()
     if job.rank == 0:
         np.savez(FOLDER / "final.npz", **variables(model))
         (FOLDER / "sizes.json").write_text(json.dumps(state.history))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ from syncbn._src.communicators.horovod import import_horovod
 from syncbn._src.communicators.horovod_errors import lost_collectives_as_internal_errors
 from syncbn._src.communicators.launcher import is_elastic
 from syncbn._src.training.elastic_state import ElasticState
+
+_log = logging.getLogger("syncbn")
 
 
 def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,10 +75,15 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
                 "it is not. Call syncbn.training.start() first."
             )
         from horovod.common.elastic import run_fn
+        from horovod.common.exceptions import HorovodInternalError
 
         def go_on(state: ElasticState, *args: Any, **kwargs: Any) -> Any:
-            with lost_collectives_as_internal_errors():
-                return function(state, *args, **kwargs)
+            try:
+                with lost_collectives_as_internal_errors():
+                    return function(state, *args, **kwargs)
+            except HorovodInternalError:
+                _log.warning("A worker is lost: the others go back to the last commit.")
+                raise
 
         def reset() -> None:
             hvd.shutdown()
@@ -83,6 +91,7 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
             sys.stdout.flush()
             sys.stderr.flush()
             hvd.init()
+            _log.info("The job goes on with %d workers.", hvd.size())
 
         return run_fn(go_on, reset)(state, *args, **kwargs)
 

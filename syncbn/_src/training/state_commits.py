@@ -19,7 +19,7 @@ class CommitState(keras_api.keras.callbacks.Callback):
 
     `fit` goes on within an epoch with the batches that are left of it, and with
     ``initial_epoch=state.epoch``, so that each call is best of one epoch: see `elastic`, and the
-    page on elastic jobs.
+    page on elastic jobs. The logs of an epoch that goes on are those of its last call.
 
     Args:
         state: The state.
