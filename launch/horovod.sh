@@ -36,6 +36,10 @@
 #   HOROVOD_CACHE_CAPACITY=0 Under --gloo, with 8 ranks at most, also later: Horovod negotiates each
 #                            message again, which takes fewer rounds than its cache does: 134 ms, not
 #                            232. (Under --mpi it is faster with the cache, 52 ms and 77.)
+#   HOROVOD_GLOO_TIMEOUT_SECONDS=120
+#                            In an elastic job: how long ranks wait for a new one, which has to import
+#                            TensorFlow first. With Horovod's 30 s a slow one makes all ranks abort.
+#                            A loss may be noticed so late, too.
 #   TF_NUM_INTRAOP_THREADS, TF_NUM_INTEROP_THREADS
 #                            Each rank's share of its machine's cores (share_cores.sh).
 #   HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=600, or what --timeout says
@@ -99,6 +103,7 @@ if [ -n "$least$most$discovery" ]; then
   waits=${waits%.*}
   [ "$waits" -gt 0 ] || waits=1000000  # days, as Horovod has no for ever
   elastic+=(--elastic-timeout "$waits")
+  export HOROVOD_GLOO_TIMEOUT_SECONDS="${HOROVOD_GLOO_TIMEOUT_SECONDS:-120}"
 fi
 [ -z "$hosts" ] || [ -z "$hostfile" ] || refuse "--hosts and --hostfile exclude each other"
 # horovodrun --mpi passes hosts to a shell unquoted.

@@ -492,6 +492,7 @@ def test_horovod_starts_an_elastic_job(most, cache, tmp_path):
         *("--network-interface", "lo"),
     ]
     assert ("HOROVOD_CACHE_CAPACITY=0\n" in finished.output) == bool(cache), finished.output
+    assert "HOROVOD_GLOO_TIMEOUT_SECONDS=120\n" in finished.output, finished.output
 
 
 @pytest.mark.parametrize("start", [["horovod.sh"], ["horovod.sh", "--mpi"], ["mpi.sh"]], ids=str)
