@@ -77,7 +77,8 @@ class ElasticState:
             raise ValueError(f"Values must have names of their own. Received: {', '.join(taken)}.")
         self.model, self.optimizer = model, optimizer
         if optimizer is not None:
-            create_optimizer_state(optimizer, model.trainable_variables)
+            with model.distribute_strategy.scope():
+                create_optimizer_state(optimizer, model.trainable_variables)
         self._names = ("epoch", "batch", *values)
         self.epoch, self.batch = epoch, batch
         for name, value in values.items():
@@ -101,8 +102,9 @@ class ElasticState:
     def restore(self) -> None:
         """Goes back to the last commit."""
         self._forget_updates()
-        for variable, value in zip(self._variables(), self._committed, strict=True):
-            variable.assign(value)
+        with self.model.distribute_strategy.scope():
+            for variable, value in zip(self._variables(), self._committed, strict=True):
+                variable.assign(value)
         self._set_values(self._committed_values)
         self._clear_accumulation()
 
@@ -113,7 +115,7 @@ class ElasticState:
             ValueError: workers have different models or optimizers.
             RuntimeError: see `syncbn.resolve`.
         """
-        with _internal_errors():
+        with _internal_errors(), self.model.distribute_strategy.scope():
             communicator = process_communicator(resolve())
             broadcast(shared_variables(self._variables(), self.optimizer))
             if communicator.name != "tf.distribute" and communicator.size > 1:
