@@ -116,6 +116,18 @@ def test_help_says_how_to_use_it(script):
         ("horovod.sh", ["-np", "2", "--hostfile", "no-file", "true"], "no such file: no-file"),
         ("mpi.sh", ["-np", "2", "--hostfile", "no-file", "true"], "no such file: no-file"),
         ("mpi.sh", ["-np", "2", "--hosts", "a", "--hostfile", "b", "true"], "exclude each other"),
+        ("horovod.sh", ["-np", "2", "--min-np", "3", "true"], "needs --min-np <= -np <= --max-np"),
+        ("horovod.sh", ["-np", "2", "--max-np", "3", "true"], "Received: --min-np '', -np 2"),
+        (
+            "horovod.sh",
+            ["-np", "2", "--min-np", "1", "--mpi", "true"],
+            "needs Gloo. Received: --mpi",
+        ),
+        (
+            "horovod.sh",
+            ["-np", "2", "--min-np", "1", "--host-discovery", "no-such-command", "true"],
+            "--host-discovery must be a command. Received: 'no-such-command'",
+        ),
         # horovodrun would give this to a shell.
         ("horovod.sh", ["-np", "2", "--hosts", "a:1;id", "true"], "Received: 'a:1;id'"),
         ("multiworker.py", ["--host", "a:1,b", "--index", "0", "true"], "Received: 'b'"),
@@ -440,6 +452,29 @@ def test_horovod_starts_horovodrun_with_the_users_environment_first(tmp_path):
     assert "HOROVOD_CYCLE_TIME=2.5\n" in finished.output
     assert "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=600\n" in finished.output
     assert "HOROVOD_CACHE_CAPACITY=0\n" in finished.output
+
+
+@pytest.mark.parametrize(("most", "cache"), [("8", "0"), ("9", "")], ids=["few", "many"])
+def test_horovod_starts_an_elastic_job(most, cache, tmp_path):
+    fake(tmp_path, "horovodrun")
+    discovery = tmp_path / "it's discovered"
+    fake(tmp_path, discovery.name)
+    finished = launch(
+        *("horovod.sh", "-np", "2", "--min-np", "1", "--max-np", most, "--timeout", "90.5"),
+        *("--host-discovery", str(discovery), "--network-interface", "lo", "--", "true"),
+        PATH=path(tmp_path),
+    )
+    assert finished.code == 0, finished.output
+    flags = printed(finished.output)[:-2]
+    script = flags[flags.index("--host-discovery-script") + 1]
+    assert shlex.split(script) == [str(discovery)]
+    assert flags == [
+        *("-np", "2", "--gloo", "--host-discovery-script", script),
+        *("--min-np", "1", "--max-np", most, "--elastic-timeout", "90"),
+        *("--network-interface", "lo"),
+    ]
+    assert ("HOROVOD_CACHE_CAPACITY=0\n" in finished.output) == bool(cache), finished.output
+    assert "HOROVOD_GLOO_TIMEOUT_SECONDS=120\n" in finished.output, finished.output
 
 
 @pytest.mark.parametrize("start", [["horovod.sh"], ["horovod.sh", "--mpi"], ["mpi.sh"]], ids=str)

@@ -35,6 +35,21 @@ def build_optimizer(optimizer: Any, variables: Sequence[Any]) -> None:
             optimizer.built = True
 
 
+def create_optimizer_state(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Makes an optimizer of `tf.keras` create its state now, unless it has.
+
+    Keras 2 has no public way to do that for its ``legacy`` optimizers. Tried with tf_keras 2.21.
+    """
+    build_optimizer(optimizer, variables)
+    if KERAS_3:
+        return
+    with tf.init_scope():
+        if isinstance(optimizer, keras.optimizers.legacy.Optimizer):
+            optimizer._create_all_weights(variables)
+        else:
+            optimizer.build(variables)
+
+
 def optimizer_variables(optimizer: Any) -> list[Any]:
     """Returns the state of an optimizer, as far as it has been created."""
     variables = optimizer.variables

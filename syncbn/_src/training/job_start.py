@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from syncbn._src.communicators.base import process_communicator
 from syncbn._src.communicators.horovod import import_horovod
-from syncbn._src.communicators.launcher import cluster_task, launcher_engine
+from syncbn._src.communicators.launcher import cluster_task, is_elastic, launcher_engine
 from syncbn._src.communicators.resolution import choose_engine, resolve
 from syncbn._src.keras_compat.keras_api import keras
 from syncbn._src.keras_compat.multi_worker_fit import mend_keras_fit
@@ -84,7 +84,8 @@ def start(engine: str = "auto", *, seed: int | None = None, own_gpu: bool = True
       them with the same weights all the same.
 
     A process that nobody has launched, as with a MirroredStrategy or without any, is rank 0 of 1,
-    and keeps all of its GPUs. A second call returns the same.
+    and keeps all of its GPUs. A second call returns the same; in an elastic job (see `elastic`)
+    with the rank and the size that there are then.
 
     Args:
         engine: ``"horovod"``, ``"mpi"``, ``"tf.distribute"`` or ``"local"``. ``"auto"`` is the one
@@ -118,6 +119,9 @@ def start(engine: str = "auto", *, seed: int | None = None, own_gpu: bool = True
             f"Received: engine={engine!r}."
         )
     job = _joined(_detected() if engine == "auto" else engine, own_gpu)
+    if job.engine == "horovod" and is_elastic():
+        communicator = resolve("horovod")
+        job = job._replace(rank=communicator.rank, size=communicator.size)
     if seed is not None:
         shared = job.strategy is not None
         keras.utils.set_random_seed(seed if shared else seed + job.rank)
