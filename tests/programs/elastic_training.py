@@ -22,7 +22,7 @@ import tensorflow as tf
 
 import syncbn
 from syncbn import training
-from tests import replicas
+from tests import kinds_of_replicas as kinds
 from tests.elastic_truth import MOMENTUM, RATE, batch
 from tests.keras import keras
 
@@ -176,7 +176,7 @@ def require_what_has_one_size_is_refused():
 
 
 if __name__ == "__main__":
-    replicas.use_logical_devices(2)
+    kinds.use_logical_devices(2)
     job = training.start()
     keras.utils.set_random_seed(0)
     model = built()
