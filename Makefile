@@ -7,6 +7,7 @@
 # make docs   build the documentation site into build/docs
 # make test-clients  test with models of other packages (from PyPI; no weights)
 # make test-faults  make one rank of a job go wrong in every way, under every launcher (half an hour)
+# make test-newcomer  do what the start page and those on migration say, with a fresh environment and the wheel
 # make test-matrix  test with other versions of Python, TensorFlow and Keras
 # make coverage  say which lines the tests reach
 # make dist   build what is published, into build/dist
@@ -45,7 +46,7 @@ quick_parts := lint lint-scripts types test-quickly
 # What `make quick` leaves out of the tests of one process.
 slow := clustering control_flow converted_files recalibrate saving
 
-.PHONY: demo test quick docs test-clients test-control-flow test-faults test-matrix bench coverage dist docker-test clean
+.PHONY: demo test quick docs test-clients test-control-flow test-faults test-matrix test-newcomer bench coverage dist docker-test clean
 .PHONY: lint lint-scripts types test-keras-3 test-keras-2 test-launchers test-quickly
 
 demo: $(VENV)/.demo
@@ -99,6 +100,9 @@ test-control-flow: $(VENV)/.test
 
 test-faults: $(VENV)/.test
 	$(python) -m pytest tests/faults
+
+test-newcomer: $(VENV)/.test
+	PYTHONPATH=launch $(python) -m tests.newcomer --python $(PYTHON)
 
 bench: $(VENV)/.test
 	$(python) -m benchmarks --out $(BUILD)/benchmarks $(BENCH)

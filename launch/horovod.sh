@@ -2,6 +2,7 @@
 # Start one copy of a command per rank, under Horovod.
 #
 # usage: syncbn launch horovod -np N [--gloo | --mpi] [--hosts HOSTS | --hostfile FILE] [--xla]
+#        [--min-np N [--max-np N] [--host-discovery SCRIPT]] [--network-interface NAME]
 #        [--timeout SECONDS] [--] COMMAND...
 #
 # In a checkout also launch/horovod.sh instead of `syncbn launch horovod`.
@@ -11,10 +12,20 @@
 #   --mpi             communicate over MPI, if Horovod was built with it: Open MPI 4
 #   --hosts HOSTS     where they run, and how many on each: host1:2,host2:2   (default: here)
 #   --hostfile FILE   the same in a file, in lines of `host1 slots=2`
+#   --min-np N        an elastic job (docs/elastic.md), over Gloo: ranks are lost and added while it
+#                     runs, and it waits where there are fewer than this. It starts with -np
+#   --max-np N        the most ranks that it ever has   (default: as many as the hosts take)
+#   --host-discovery SCRIPT
+#                     prints the hosts of an elastic job, in lines of `host:slots`, and is run each
+#                     second. Without it: --hosts, of which failing ones are left out
+#   --network-interface NAME
+#                     the one that ranks of several hosts reach each other by. An elastic job on one
+#                     machine needs it: lo
 #   --xla             let XLA compile what lies between collectives: puts its flags before yours in
 #                     TF_XLA_FLAGS
 #   --timeout SECONDS how long a rank may wait for the others in a synchronized layer before the job
-#                     ends: sets SYNCBN_TIMEOUT_SECONDS; 0 for ever (the default is 600)
+#                     ends: sets SYNCBN_TIMEOUT_SECONDS; 0 for ever (the default is 600). In an
+#                     elastic job: how long it waits for --min-np ranks
 #
 # This is horovodrun with settings of its own, for layers that send small messages and wait for each.
 # Your environment takes precedence. The figures are of 53 synchronized layers, forward and backward,
@@ -22,9 +33,13 @@
 #
 #   HOROVOD_CYCLE_TIME=0.1   Horovod looks for work every 0.1 ms, not every ms: 134 ms, not 178. More
 #                            often (0.02) is no better: 150 ms.
-#   HOROVOD_CACHE_CAPACITY=0 Under --gloo, with 8 ranks at most: Horovod negotiates each message again,
-#                            which takes fewer rounds than its cache does: 134 ms, not 232. (Under
-#                            --mpi it is faster with the cache, 52 ms and 77.)
+#   HOROVOD_CACHE_CAPACITY=0 Under --gloo, with 8 ranks at most, also later: Horovod negotiates each
+#                            message again, which takes fewer rounds than its cache does: 134 ms, not
+#                            232. (Under --mpi it is faster with the cache, 52 ms and 77.)
+#   HOROVOD_GLOO_TIMEOUT_SECONDS=120
+#                            In an elastic job: how long ranks wait for a new one, which has to import
+#                            TensorFlow first. With Horovod's 30 s a slow one makes all ranks abort.
+#                            A loss may be noticed so late, too.
 #   TF_NUM_INTRAOP_THREADS, TF_NUM_INTEROP_THREADS
 #                            Each rank's share of its machine's cores (share_cores.sh).
 #   HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=600, or what --timeout says
@@ -43,6 +58,10 @@ size=
 controller=--gloo
 hosts=
 hostfile=
+least=
+most=
+discovery=
+interface=
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
@@ -50,6 +69,10 @@ while [ $# -gt 0 ]; do
     --gloo|--mpi) controller=$1; shift ;;
     --xla) export TF_XLA_FLAGS="--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit ${TF_XLA_FLAGS:-}"; shift ;;
     --timeout) [ $# -ge 2 ] || refuse "--timeout needs a value"; export SYNCBN_TIMEOUT_SECONDS=$2; shift 2 ;;
+    --min-np) [ $# -ge 2 ] || refuse "--min-np needs a value"; least=$2; shift 2 ;;
+    --max-np) [ $# -ge 2 ] || refuse "--max-np needs a value"; most=$2; shift 2 ;;
+    --host-discovery) [ $# -ge 2 ] || refuse "--host-discovery needs a value"; discovery=$2; shift 2 ;;
+    --network-interface) [ $# -ge 2 ] || refuse "--network-interface needs a value"; interface=$2; shift 2 ;;
     --hosts) [ $# -ge 2 ] || refuse "--hosts needs a value"; hosts=$2; shift 2 ;;
     --hostfile) [ $# -ge 2 ] || refuse "--hostfile needs a value"; hostfile=$2; shift 2 ;;
     --) shift; break ;;
@@ -61,6 +84,27 @@ done
   || refuse "--timeout must be a number of seconds. Received: '$SYNCBN_TIMEOUT_SECONDS'"
 # horovodrun takes 0, starts nothing, and exits with 0.
 [[ $size =~ ^[1-9][0-9]*$ ]] || refuse "-np must be a positive number of ranks. Received: '$size'"
+elastic=()
+largest=$size
+if [ -n "$least$most$discovery" ]; then
+  [[ $least =~ ^[1-9][0-9]*$ && ${most:-$size} =~ ^[1-9][0-9]*$ ]] \
+    && [ "$least" -le "$size" ] && [ "$size" -le "${most:-$size}" ] \
+    || refuse "an elastic job needs --min-np <= -np <= --max-np, positive numbers." \
+      "Received: --min-np '$least', -np $size, --max-np '$most'"
+  [ "$controller" = --gloo ] || refuse "an elastic job needs Gloo. Received: $controller"
+  if [ -n "$discovery" ]; then
+    [ -z "$hosts$hostfile" ] || refuse "--host-discovery excludes --hosts and --hostfile"
+    script=$(type -P -- "$discovery") || refuse "--host-discovery must be a command. Received: '$discovery'"
+    elastic+=(--host-discovery-script "$(printf %q "$script")")  # a shell runs it
+  fi
+  elastic+=(--min-np "$least" ${most:+--max-np "$most"})
+  largest=${most:-9}  # which is too many for what follows, as any number may be
+  waits=${SYNCBN_TIMEOUT_SECONDS:-600}
+  waits=${waits%.*}
+  [ "$waits" -gt 0 ] || waits=1000000  # days, as Horovod has no for ever
+  elastic+=(--elastic-timeout "$waits")
+  export HOROVOD_GLOO_TIMEOUT_SECONDS="${HOROVOD_GLOO_TIMEOUT_SECONDS:-120}"
+fi
 [ -z "$hosts" ] || [ -z "$hostfile" ] || refuse "--hosts and --hostfile exclude each other"
 # horovodrun --mpi passes hosts to a shell unquoted.
 if [ -n "$hostfile" ]; then
@@ -82,7 +126,7 @@ if [ "$controller" = --mpi ]; then
 fi
 
 export HOROVOD_CYCLE_TIME="${HOROVOD_CYCLE_TIME:-0.1}"
-[ "$controller" = --mpi ] || [ "$size" -gt 8 ] \
+[ "$controller" = --mpi ] || [ "$largest" -gt 8 ] \
   || export HOROVOD_CACHE_CAPACITY="${HOROVOD_CACHE_CAPACITY:-0}"
 stall=${SYNCBN_TIMEOUT_SECONDS:-600}
 export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-${stall%.*}}"
@@ -93,5 +137,6 @@ if [ "$controller" = --mpi ]; then
   python=$(type -P python3) || die "python3 is required"
   marked=("$python" "$here/rank_lines.py" '\[[0-9]+,([0-9]+)\]<std(?:out|err|diag)>:')
 fi
-exec "${marked[@]}" horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} \
+exec "${marked[@]}" horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} "${elastic[@]}" \
+  ${interface:+--network-interface "$interface"} \
   "$here/share_cores.sh" "$command" "$@"

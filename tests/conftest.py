@@ -1,5 +1,6 @@
 """What holds for all tests: quiet TensorFlow, no GPUs, a folder for each test."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -11,9 +12,18 @@ from tests import patience
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
+# What TensorFlow and the tests' modules bring with them stays for as long as the process: to look
+# through it for garbage again and again would take a tenth of all the time.
+gc.disable()
+
 
 def pytest_configure(config):
     patience.factor()  # an error at once where it is no number
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -348,9 +348,9 @@ def cells(engine: str) -> list[Cell]:
 def chosen(engine: str) -> list[Cell]:
     """Returns those that are tested where not all are.
 
-    Each construct by itself, in a graph, or eagerly where it is not Python, with a third of the
-    kinds and one of the layers in turns; and every third pair in a graph, with one kind and layer.
-    Which ones is another matter on another engine: together they have all.
+    Each construct by itself, in a graph, or eagerly where it is not Python, with one or two of the
+    kinds and one of the layers in turns; and every fifth pair in a graph, with one kind and layer.
+    Which ones is another matter on another engine: together the five of one level have all.
     """
     shift = ENGINES.index(engine)
     pairs = [name for name in constructs(engine, True) if " in " in name]
@@ -360,11 +360,11 @@ def chosen(engine: str) -> list[Cell]:
         for row, name in enumerate(constructs(engine, graph))
         for column, kind in enumerate(KINDS)
         if name not in pairs and (graph or name in ("none", "RNN", *NOT_PYTHON))
-        if (row + column + shift) % 3 == 0
+        if (row + column + shift) % 5 == 0
     ]
     nested = [
         Cell(LAYERS[turn // len(KINDS) % 2], True, name, KINDS[turn % len(KINDS)])
-        for turn, name in enumerate(pairs[shift % 3 :: 3], shift)
+        for turn, name in enumerate(pairs[shift % 5 :: 5], shift)
     ]
     return alone + nested
 
@@ -507,8 +507,8 @@ code of each construct. A cell is a construct, a derivative, a layer, an engine,
 none. `make test-control-flow` tests all of them, with two replicas, or two in each of two
 processes; one replica's include the plain layer, wherever TensorFlow is said to refuse it too.
 CI tests a choice on every engine: each construct by itself in a graph, and eagerly where it is not
-Python, with two of the six, and every third pair with one; the layers in turns. Which ones is
-another matter on another engine, and all are tested on one at least.
+Python, with one or two of the six, and every fifth pair with one; the layers in turns. Which ones
+is another matter on another engine, and all are tested on one at least.
 """
 
 

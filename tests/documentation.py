@@ -15,8 +15,8 @@ PAGES = sorted(
 )
 SCRIPTS = ROOT / "docs" / "migration"
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->\s*\Z")
-# The command that a page gives for a script, in `` `...` ``.
-COMMAND = re.compile(r"`([^`]*\bpython (\w+\.py)\b[^`]*)`")
+# The command that a page gives for a script, as code.
+COMMAND = re.compile(r"(?:`|<code>)([^`<]*\bpython (\w+\.py)\b[^`<]*)(?:`|</code>)")
 
 
 class Block(NamedTuple):

@@ -163,6 +163,23 @@ def python(code, *, takes=12, **env):
     return run([("python", [sys.executable, "-c", code], {})], takes=takes, env=env)
 
 
+def left(marker):
+    """The processes with ``marker`` in their command lines, once they have had the time to end."""
+    deadline = time.monotonic() + patience.limit()
+    while True:
+        found = []
+        for process in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                command = Path("/proc", process, "cmdline").read_text(errors="replace")
+            except OSError:
+                continue  # it has ended meanwhile
+            if marker in command:
+                found.append(process)
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
 def _read(log):
     log.seek(0)
     return log.read()

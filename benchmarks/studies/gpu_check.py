@@ -30,8 +30,8 @@ import tf_keras
 import syncbn
 from benchmarks.measuring.machine import describe
 from tests import replicas as kinds
-from tests.cases import splits
 from tests.contract import Case, check
+from tests.drawn_cases import splits
 
 GPU = bool(tf.config.list_physical_devices("GPU"))
 KIND = "GPU" if GPU else "CPU"

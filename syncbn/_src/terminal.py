@@ -1,4 +1,4 @@
-"""What commands print, in color on a terminal and plain anywhere else; and notices of jobs."""
+"""What commands print: in color on a terminal, plain anywhere else."""
 
 from __future__ import annotations
 
@@ -35,10 +35,3 @@ def show(thing: object, styles: Mapping[str, str], end: str = "\n") -> None:
     for expression, style in styles.items():
         text.highlight_regex(expression, style)
     Console().print(text, end=end, highlight=False, soft_wrap=True)
-
-
-def notify(text: str) -> None:
-    """Writes a notice about a job to stderr."""
-    # In one piece: launchers weave the lines of several ranks.
-    sys.stderr.write(f"syncbn: {text}\n")
-    sys.stderr.flush()

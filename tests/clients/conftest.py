@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests import replicas
+from tests import kinds_of_replicas as kinds
 
 
 @pytest.fixture(scope="session")
 def two_replicas():
-    replicas.use_logical_devices(2)
-    return replicas.mirrored(2).strategy
+    kinds.use_logical_devices(2)
+    return kinds.mirrored(2).strategy

@@ -3,25 +3,29 @@
 import re
 import sys
 import time
-from pathlib import Path
+import uuid
 from typing import NamedTuple
+
+import h5py
 
 from tests import processes
 
-PROGRAM = Path(__file__).resolve().parents[1] / "programs" / "faulty_loop.py"
 LAUNCH = processes.ROOT / "launch"
-WARN, END = 4, 8
+WARN, END = 4, 12
 """Seconds that a rank waits until it says so, and until the job ends."""
 LAUNCHERS = {
-    "mpi": ("mpi", [str(LAUNCH / "mpi.sh"), "-np", "2", "--oversubscribe"]),
-    "horovod-gloo": ("horovod", [str(LAUNCH / "horovod.sh"), "-np", "2", "--gloo"]),
-    "horovod-mpi": ("horovod", [str(LAUNCH / "horovod.sh"), "-np", "2", "--mpi"]),
+    "mpi": ("mpi", [str(LAUNCH / "mpi.sh"), "--oversubscribe", "-np"]),
+    "horovod-gloo": ("horovod", [str(LAUNCH / "horovod.sh"), "--gloo", "-np"]),
+    "horovod-mpi": ("horovod", [str(LAUNCH / "horovod.sh"), "--mpi", "-np"]),
     "multiworker": (
         "multiworker",
-        [sys.executable, str(LAUNCH / "multiworker.py"), "--workers", "2"],
+        [sys.executable, str(LAUNCH / "multiworker.py"), "--workers"],
     ),
 }
-WAITS = r"rank 0 has waited \d+ s in \S*syncbn/\w+/\w+ \(call \d+\); rank 1 \(process \d+ on \S+\) "
+"""By launcher: the engine, and a command that takes the number of ranks next."""
+
+_RANK = r"rank {rank} (\(process \d+ on \S+\) )?"
+_WAITS = r"rank \d has waited \d+ s in \S*syncbn/\w+/\w+ \(call \d+\); (.*; )?" + _RANK
 SAYS = {
     "none": None,
     "is NaN": None,
@@ -29,18 +33,61 @@ SAYS = {
     "starts late": None,
     "raises": "ValueError: the fault",
     "pipeline raises": "ValueError: the fault",
+    "callback raises": "ValueError: the fault",
+    "disk is full": "(File too large|errno = 27)",
     "out of memory": "(OOM|ResourceExhausted|bad_alloc|allocat)",
-    "ends": r"rank 1 \(process \d+ on \S+\) has ended.*ran out of batches, syncbn\.training\.join",
-    "exits with 3": r"rank 1 \(process \d+ on \S+\) has ended",
+    "ends": _RANK + r"has ended.*ran out of batches, syncbn\.training\.join",
+    "exits with 3": _RANK + r"has ended",
     "is killed": "(signal 9|SIGKILL|Exit code: 137|is gone without a word)",
-    "is stopped": WAITS + "has not answered",
-    "is stopped for 8 s": WAITS + "has not answered",
-    "sleeps": WAITS + "is in no collective",
+    "is stopped": _WAITS + "has not answered",
+    "is stopped for 8 s": _WAITS + "has not answered",
+    "sleeps": _WAITS + "is in no collective",
+    "never begins": r"has waited \d+ s for all ranks to start|Timeout \(0:00:14\)!",
     "other order": "(second|first)/statistics",
     "skips one": "(second|first)/(statistics|gradient)",
-    "other channels": "(third|first)/statistics",
+    "other channels": "(six|first)/statistics",
+    "other dtype": "float64/statistics",
 }
 """By fault: what somebody says, by a pattern; ``None`` where the job goes on, and ends well."""
+GO_ON = ("is stopped for 8 s",)
+"""Faults that are spoken of, and survived all the same."""
+
+
+class Case(NamedTuple):
+    """A fault of one of the ranks."""
+
+    fault: str
+    rank: int = 1
+    size: int = 2
+
+    @property
+    def says(self):
+        """The pattern of what somebody says, or ``None``."""
+        pattern = SAYS[self.fault]
+        return None if pattern is None else pattern.replace("{rank}", str(self.rank))
+
+    @property
+    def goes_on(self):
+        """Whether the job survives."""
+        return self.says is None or self.fault in GO_ON
+
+
+# The store of the watchdog, and checkpoints, are rank 0's.
+_OF_RANK_0 = (
+    "raises",
+    "callback raises",
+    "ends",
+    "exits with 3",
+    "is killed",
+    "is stopped",
+    "sleeps",
+)
+_OF_THREE = ("raises", "ends", "is killed", "is stopped", "other order", "skips one")
+CASES = [
+    *(Case(fault) for fault in SAYS if fault != "disk is full"),
+    *(Case(fault, rank=0) for fault in ("disk is full", *_OF_RANK_0)),
+    *(Case(fault, size=3) for fault in _OF_THREE),
+]
 
 
 class Outcome(NamedTuple):
@@ -49,62 +96,69 @@ class Outcome(NamedTuple):
     code: int
     seconds: float
     output: str
+    left: list[str]
+    """The processes that have outlived it."""
+    checkpoints: list[str]
+    """What is wrong with the checkpoints that are left."""
 
-    def says(self, fault):
-        """What was said of the fault, or nothing."""
-        found = re.search(SAYS[fault], self.output) if SAYS[fault] else None
+    def says(self, case):
+        """The line that speaks of the fault, or nothing."""
+        found = re.search(case.says, self.output) if case.says else None
         if found is None:
             return ""
-        start, end = (
-            self.output.rfind("\n", 0, found.start()),
-            self.output.find("\n", found.end()),
-        )
-        return self.output[start + 1 : end].strip()
+        begin = self.output.rfind("\n", 0, found.start())
+        end = self.output.find("\n", found.end())
+        return self.output[begin + 1 : end].strip()
 
 
-def run(launcher, fault, folder):
-    """Runs a job with a fault; its records go into ``folder``."""
+def run(launcher, case, folder):
+    """Runs a job with a fault; its records and checkpoints go into ``folder``."""
     engine, command = LAUNCHERS[launcher]
-    end = 30 if fault == "is stopped for 8 s" else END
-    limits = {"SYNCBN_WARN_SECONDS": str(WARN), "SYNCBN_RECORDS": str(folder)}
+    mark = f"faulty-{uuid.uuid4().hex}"
+    program = processes.program(
+        "faulty_loop", engine, case.fault, str(case.rank), str(folder), mark
+    )
+    limit = ["--timeout", str(30 if case.fault in GO_ON else END)]
+    env = {"SYNCBN_WARN_SECONDS": str(WARN), "SYNCBN_RECORDS": str(folder)}
     started = time.monotonic()
     finished = processes.run(
-        [
-            (
-                launcher,
-                [
-                    *command,
-                    "--timeout",
-                    str(end),
-                    "--",
-                    sys.executable,
-                    str(PROGRAM),
-                    engine,
-                    fault,
-                ],
-                limits,
-            )
-        ],
-        takes=60,
+        [(launcher, [*command, str(case.size), *limit, "--", *program], env)], takes=20
     )
+    seconds = time.monotonic() - started
     # Open MPI puts its marks into lines that Python writes in pieces.
     output = re.sub(r"\[\d+,\d+\]<std\w+>:", "", finished.output)
-    return Outcome(finished.code, time.monotonic() - started, output)
+    return Outcome(finished.code, seconds, output, processes.left(mark), _checkpoints(case, folder))
 
 
-def wrong_with(launcher, fault, outcome):
+def _checkpoints(case, folder):
+    """What is wrong with the last checkpoint from before the fault, where it is one of `fit`."""
+    if case.fault not in ("callback raises", "disk is full"):
+        return []
+    found = []
+    try:
+        with h5py.File(folder / "1.weights.h5") as file:
+            file.visititems(
+                lambda _, one: found.append(one[()].size) if isinstance(one, h5py.Dataset) else None
+            )
+    except OSError as error:
+        return [f"no checkpoint: {error}"]
+    # A kernel, a bias, and what the normalization has; and what the optimizer keeps.
+    return [] if sum(found) >= 4 * 4 + 4 + 4 * 4 else [f"a checkpoint of {found}"]
+
+
+def wrong_with(case, outcome):
     """Returns in words what is wrong with an outcome; nothing where it is what was promised."""
     if outcome.code == 124:
         return "it was ended by the limit of the test"
+    if outcome.left:
+        return f"{len(outcome.left)} processes are left"
+    if outcome.checkpoints:
+        return outcome.checkpoints[0]
     done = re.findall(r"rank \d is done: (.*)", outcome.output)
-    if SAYS[fault] is None or goes_on(launcher, fault):
-        alike = len(set(done)) == 1 or fault == "is NaN"
-        return "" if outcome.code == 0 and len(done) == 2 and alike else "it did not go on"
+    if case.goes_on:
+        alike = len(set(done)) == 1 or case.fault == "is NaN"
+        well = outcome.code == 0 and len(done) == case.size and alike
+        return "" if well else "it did not go on"
     if outcome.code == 0 or done:
         return "it ended as if nothing had happened"
-    return "" if outcome.says(fault) else f"nobody said {SAYS[fault]}"
-
-
-def goes_on(launcher, fault):
-    """Whether a job survives a fault."""
-    return fault == "is stopped for 8 s"
+    return "" if outcome.says(case) else f"nobody said {case.says}"

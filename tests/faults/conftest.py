@@ -8,7 +8,7 @@ from tests.faults import campaign, page
 @pytest.fixture(scope="session")
 def record():
     found = {}
-    yield lambda launcher, fault, outcome: found.update({(launcher, fault): outcome})
+    yield lambda launcher, case, outcome: found.update({(launcher, case): outcome})
     # Of a part, no page.
-    if len(found) == len(campaign.SAYS) * len(campaign.LAUNCHERS):
+    if len(found) == len(campaign.CASES) * len(campaign.LAUNCHERS):
         page.write(found)

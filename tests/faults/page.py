@@ -1,4 +1,4 @@
-"""docs/faults.md, made of what the campaign has found."""
+"""The tables in docs/faults.md, made of what the campaign has found."""
 
 from tests import processes
 from tests.faults import campaign
@@ -7,9 +7,9 @@ FILE = processes.ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- made by make test-faults -->\n", "<!-- end -->\n"
 
 
-def cell(launcher, fault, outcome):
-    """One cell of the table."""
-    wrong = campaign.wrong_with(launcher, fault, outcome)
+def cell(case, outcome):
+    """One cell of a table."""
+    wrong = campaign.wrong_with(case, outcome)
     if wrong:
         return f"**{wrong}**"
     if outcome.code == 0:
@@ -17,14 +17,23 @@ def cell(launcher, fault, outcome):
     return f"ends with {outcome.code}, {outcome.seconds:.0f} s"
 
 
+def tables(found):
+    """Returns a table for each number of ranks, and each of them that a fault befalls."""
+    lines = []
+    for size, rank in dict.fromkeys((case.size, case.rank) for case in campaign.CASES):
+        lines += [f"| rank {rank} of {size} | " + " | ".join(campaign.LAUNCHERS) + " |"]
+        lines += ["|---" * (1 + len(campaign.LAUNCHERS)) + "|"]
+        for case in campaign.CASES:
+            if (case.size, case.rank) == (size, rank):
+                cells = [cell(case, found[launcher, case]) for launcher in campaign.LAUNCHERS]
+                lines.append(f"| {case.fault} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def write(found):
-    """Puts the table in its place in the page."""
-    rows = ["| rank 1 | " + " | ".join(campaign.LAUNCHERS) + " |"]
-    rows.append("|---" * (1 + len(campaign.LAUNCHERS)) + "|")
-    for fault in campaign.SAYS:
-        cells = [cell(one, fault, found[one, fault]) for one in campaign.LAUNCHERS]
-        rows.append(f"| {fault} | " + " | ".join(cells) + " |")
+    """Puts the tables in their place in the page."""
     text = FILE.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    FILE.write_text(before + BEGIN + "\n".join(rows) + "\n" + END + after)
+    FILE.write_text(before + BEGIN + "\n" + tables(found) + END + after)

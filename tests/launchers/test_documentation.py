@@ -15,7 +15,7 @@ from tests import documentation, processes
 
 SCRIPTS = {script.name: script for script in documentation.scripts()}
 FIT = ["mirrored.py", "multiworker_job.py", "horovod_job.py", "mpi_job.py", "join.py", "warmup.py"]
-LOOPS = ["horovod_loop.py", "mpi_loop.py", "nested_job.py"]
+LOOPS = ["horovod_loop.py", "mpi_loop.py", "nested_job.py", "elastic.py"]
 # They print their rank, and what is the same on all.
 EVERYDAY = ["everyday.py", "averaged.py", "plain.py", "monitored.py", "preempted.py"]
 

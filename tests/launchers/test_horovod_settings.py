@@ -12,7 +12,7 @@ from tests import processes
     [("gloo", "plain", "1", "1024"), ("gloo", "ours", "0.1", "0"), ("mpi", "ours", "0.1", "1024")],
 )
 def test_rank_0_says_it_once_where_nothing_was_set(controller, init, cycle, cache):
-    program = processes.program("horovod_settings", init)
+    program = processes.program("prints_horovod_settings", init)
     command = processes.horovodrun(2, controller, *program)
     finished = processes.run([(controller, command, {})])
     assert finished.code == 0, finished.output

@@ -8,7 +8,6 @@ import shlex
 import signal
 import socket
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import yaml
 from rank_lines import Lines, Target
 
-from tests import patience, processes
+from tests import processes
 
 LAUNCH = processes.ROOT / "launch"
 ARGUMENTS = ["a  b", "$(echo hi)", "`id`", '"q"', "it's", "*", "", "--help", "--"]
@@ -83,23 +82,6 @@ def put_together(pieces, folder):
     return found
 
 
-def left(marker):
-    """The processes with ``marker`` in their command lines, once they have had the time to end."""
-    deadline = time.monotonic() + patience.limit()
-    while True:
-        found = []
-        for process in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                command = Path("/proc", process, "cmdline").read_text(errors="replace")
-            except OSError:
-                continue  # it has ended meanwhile
-            if marker in command:
-                found.append(process)
-        if not found or time.monotonic() > deadline:
-            return found
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("script", ["mirrored.sh", "horovod.sh", "mpi.sh", "multiworker.py"])
 def test_help_says_how_to_use_it(script):
     finished = launch(script, "--help")
@@ -134,6 +116,18 @@ def test_help_says_how_to_use_it(script):
         ("horovod.sh", ["-np", "2", "--hostfile", "no-file", "true"], "no such file: no-file"),
         ("mpi.sh", ["-np", "2", "--hostfile", "no-file", "true"], "no such file: no-file"),
         ("mpi.sh", ["-np", "2", "--hosts", "a", "--hostfile", "b", "true"], "exclude each other"),
+        ("horovod.sh", ["-np", "2", "--min-np", "3", "true"], "needs --min-np <= -np <= --max-np"),
+        ("horovod.sh", ["-np", "2", "--max-np", "3", "true"], "Received: --min-np '', -np 2"),
+        (
+            "horovod.sh",
+            ["-np", "2", "--min-np", "1", "--mpi", "true"],
+            "needs Gloo. Received: --mpi",
+        ),
+        (
+            "horovod.sh",
+            ["-np", "2", "--min-np", "1", "--host-discovery", "no-such-command", "true"],
+            "--host-discovery must be a command. Received: 'no-such-command'",
+        ),
         # horovodrun would give this to a shell.
         ("horovod.sh", ["-np", "2", "--hosts", "a:1;id", "true"], "Received: 'a:1;id'"),
         ("multiworker.py", ["--host", "a:1,b", "--index", "0", "true"], "Received: 'b'"),
@@ -314,7 +308,7 @@ def test_a_signal_reaches_the_ranks_under_mpi_once(start, number):
         assert finished.code == 0, finished.output
     else:
         assert finished.code not in (0, 124), finished.output
-    assert not left(marker)
+    assert not processes.left(marker)
 
 
 def rank_lines(*command, tag=TAG, **settings):
@@ -460,6 +454,29 @@ def test_horovod_starts_horovodrun_with_the_users_environment_first(tmp_path):
     assert "HOROVOD_CACHE_CAPACITY=0\n" in finished.output
 
 
+@pytest.mark.parametrize(("most", "cache"), [("8", "0"), ("9", "")], ids=["few", "many"])
+def test_horovod_starts_an_elastic_job(most, cache, tmp_path):
+    fake(tmp_path, "horovodrun")
+    discovery = tmp_path / "it's discovered"
+    fake(tmp_path, discovery.name)
+    finished = launch(
+        *("horovod.sh", "-np", "2", "--min-np", "1", "--max-np", most, "--timeout", "90.5"),
+        *("--host-discovery", str(discovery), "--network-interface", "lo", "--", "true"),
+        PATH=path(tmp_path),
+    )
+    assert finished.code == 0, finished.output
+    flags = printed(finished.output)[:-2]
+    script = flags[flags.index("--host-discovery-script") + 1]
+    assert shlex.split(script) == [str(discovery)]
+    assert flags == [
+        *("-np", "2", "--gloo", "--host-discovery-script", script),
+        *("--min-np", "1", "--max-np", most, "--elastic-timeout", "90"),
+        *("--network-interface", "lo"),
+    ]
+    assert ("HOROVOD_CACHE_CAPACITY=0\n" in finished.output) == bool(cache), finished.output
+    assert "HOROVOD_GLOO_TIMEOUT_SECONDS=120\n" in finished.output, finished.output
+
+
 @pytest.mark.parametrize("start", [["horovod.sh"], ["horovod.sh", "--mpi"], ["mpi.sh"]], ids=str)
 def test_ranks_of_one_machine_share_its_cores(start):
     script, *arguments = start
@@ -583,7 +600,7 @@ def test_multiworker_leaves_nobody_behind_when(target, number, code):
     finished = launch("multiworker.py", "--workers", "2", "--", *command)
     assert "[1] now\n" in finished.output, finished.output
     assert finished.code == code, finished.output
-    assert not left(marker)
+    assert not processes.left(marker)
 
 
 # After SIGTERM for longer than workers have when another one has failed.
@@ -603,7 +620,7 @@ def test_the_workers_of_a_multiworker_that_is_killed_end_with_it():
     command = [sys.executable, "-c", code, marker]
     finished = launch("multiworker.py", "--workers", "2", "--", *command)
     assert finished.code == -signal.SIGKILL, finished.output
-    assert not left(marker)
+    assert not processes.left(marker)
 
 
 def test_multiworker_ends_when_nobody_reads_its_output():

@@ -9,7 +9,9 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
 def test_a_layer_holds_its_input_and_no_more():
-    finished = processes.run([("python", processes.program("held_memory"), ENVIRONMENT)], takes=20)
+    finished = processes.run(
+        [("python", processes.program("prints_held_memory"), ENVIRONMENT)], takes=20
+    )
     assert finished.code == 0, finished.output
     (line,) = (one for one in finished.output.splitlines() if one.strip().startswith("held"))
     found = json.loads(line.strip().removeprefix("held"))

@@ -40,15 +40,13 @@ def job(launcher, *command, workers=2):
     [
         ("mpirun", False),
         ("horovodrun --gloo", True),
-        ("horovodrun --mpi", False),
         ("multiworker", False),
     ],
 )
 def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, legacy, tmp_path):
     checkpoints, metrics = tmp_path / "checkpoints", tmp_path / "metrics.csv"
     marker = f"{uuid.uuid4().hex}.csv"  # tells this job's processes from others
-    engine = ["--engine", "horovod"] if launcher == "horovodrun --mpi" else []
-    train = [*TRAIN, *engine, "--checkpoint", str(checkpoints)]
+    train = [*TRAIN, "--checkpoint", str(checkpoints)]
     env = {"TF_USE_LEGACY_KERAS": str(int(legacy))}
 
     killed, over = [], threading.Event()
@@ -106,11 +104,10 @@ def _workers(marker):
     return found
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
-def test_without_join_workers_with_more_batches_wait_forever(launcher, tmp_path):
+def test_without_join_workers_with_more_batches_wait_forever(tmp_path):
     # What `join` is for; tests/parallel/test_join.py has the same job with it.
-    command = processes.program("without_join", launcher, str(tmp_path))
-    finished = processes.run([(launcher, job(launcher, *command, workers=3), {})])
+    command = processes.program("without_join", str(tmp_path))
+    finished = processes.run([("mpirun", job("mpirun", *command, workers=3), {})])
     # The others' first step waits for the one that has nothing, until that one ends the job.
     assert "nobody came" in finished.output, finished.output
     assert "is done" not in finished.output, finished.output

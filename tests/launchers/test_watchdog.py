@@ -21,14 +21,16 @@ from tests.faults import campaign
     ],
 )
 def test_a_fault_of_one_rank_ends_the_job_and_is_named(launcher, fault, tmp_path):
-    outcome = campaign.run(launcher, fault, tmp_path)
-    assert not campaign.wrong_with(launcher, fault, outcome), outcome.output
+    case = campaign.Case(fault)
+    outcome = campaign.run(launcher, case, tmp_path)
+    assert not campaign.wrong_with(case, outcome), outcome.output
 
 
 @pytest.mark.parametrize("launcher", ["mpi", "multiworker"])
 def test_a_rank_that_does_not_come_is_named_with_its_stack_and_leaves_a_record(launcher, tmp_path):
-    outcome = campaign.run(launcher, "sleeps", tmp_path)
-    assert not campaign.wrong_with(launcher, "sleeps", outcome), outcome.output
+    case = campaign.Case("sleeps")
+    outcome = campaign.run(launcher, case, tmp_path)
+    assert not campaign.wrong_with(case, outcome), outcome.output
     assert outcome.code == 70
     assert "time.sleep(1000)" in outcome.output
     files = sorted(tmp_path.glob("syncbn-record-*.json"))

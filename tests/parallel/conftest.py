@@ -13,7 +13,7 @@ import os
 import pytest
 
 from tests import clusters, patience  # noqa: F401  (clusters before TensorFlow starts)
-from tests import replicas as kinds
+from tests import kinds_of_replicas as kinds
 
 ENGINE, _, SIZE = os.environ.get("SYNCBN_TEST_ENGINE", "mirrored:2").partition(":")
 
@@ -44,7 +44,9 @@ def replicas():
     if across == "horovod":
         import horovod.tensorflow as hvd
 
-        hvd.init(process_sets="dynamic")
+        from syncbn import training
+
+        training.init_horovod(process_sets="dynamic")
         # Process sets of a user's own: Horovod takes none of the same processes again.
         alone = [hvd.add_process_set([rank]) for rank in range(hvd.size())]
         process = kinds.Process(hvd.rank(), hvd.size(), alone)

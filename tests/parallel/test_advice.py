@@ -9,8 +9,8 @@ import syncbn
 from syncbn._src.communicators.host_collectives import all_gather
 from syncbn._src.models.training_job import job_of
 from tests.keras import keras
+from tests.kinds_of_replicas import Strategy
 from tests.parallel.conftest import ENGINE
-from tests.replicas import Strategy
 
 L = keras.layers
 SAMPLES, AT_ONCE, RUNS = 3, 4, 2

@@ -10,8 +10,8 @@ import syncbn
 from tests import clusters
 from tests.control_flow_table import Cell
 from tests.derivatives import find
+from tests.kinds_of_replicas import Strategy
 from tests.parallel.conftest import ENGINE
-from tests.replicas import Strategy
 
 pytestmark = pytest.mark.skipif(
     not clusters.ON,

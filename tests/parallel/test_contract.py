@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from tests.cases import cases, drawn_cases, messages, paired_cases
 from tests.contract import check
+from tests.drawn_cases import cases, drawn_cases, messages, paired_cases
 
 
 def numbers(cases):

@@ -12,10 +12,10 @@ from syncbn._src.communicators.host_collectives import all_gather
 from syncbn._src.keras_compat.multi_worker_fit import mend_keras_fit
 from syncbn._src.models.training_job import job_of
 from tests.keras import KERAS_3, keras
+from tests.kinds_of_replicas import Nested, Strategy
 from tests.parallel import workers
 from tests.parallel.conftest import ENGINE
 from tests.parallel.workers import compiled, samples
-from tests.replicas import Nested, Strategy
 
 BATCH = 4  # of a replica
 RATE = 0.1

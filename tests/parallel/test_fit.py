@@ -8,8 +8,8 @@ import tensorflow as tf
 
 import syncbn
 from tests.keras import keras
+from tests.kinds_of_replicas import Strategy
 from tests.parallel.conftest import ENGINE
-from tests.replicas import Strategy
 
 BATCH = 4  # per replica
 

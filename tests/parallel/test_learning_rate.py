@@ -8,10 +8,10 @@ import tensorflow as tf
 
 from syncbn import training
 from tests.keras import KERAS_3, keras
+from tests.kinds_of_replicas import Strategy
 from tests.parallel import workers
 from tests.parallel.conftest import ENGINE
 from tests.parallel.workers import LossScaleOptimizer, kept
-from tests.replicas import Strategy
 
 STEPS, BASE = 4, 0.01  # steps in an epoch; the rate of one replica
 

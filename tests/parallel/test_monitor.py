@@ -11,9 +11,9 @@ from syncbn._src.models.training_job import job_of
 from syncbn._src.training.statistics_monitor import LayerFigures
 from tests import patience
 from tests.keras import keras
+from tests.kinds_of_replicas import Nested, Strategy
 from tests.parallel import workers
 from tests.parallel.conftest import ENGINE
-from tests.replicas import Nested, Strategy
 from tests.summaries import summaries
 
 EPSILON = 0.01

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 import syncbn
 from syncbn import training
-from tests import replicas as kinds
+from tests import kinds_of_replicas as kinds
 from tests.control_flow_table import chosen, refusal
 from tests.derivatives import unlike
 from tests.keras import keras

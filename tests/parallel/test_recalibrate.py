@@ -13,7 +13,7 @@ from syncbn._src.communicators.host_collectives import all_gather
 from syncbn._src.models.recalibration import recalibrate
 from syncbn._src.models.training_job import job_of
 from tests.keras import keras
-from tests.replicas import Strategy
+from tests.kinds_of_replicas import Strategy
 
 BATCH = 50
 IMAGES = digits_data.load_data()[0].images

@@ -8,7 +8,7 @@ from train_digits import build_model, initial_weights
 
 from syncbn import training
 from tests.keras import keras
-from tests.replicas import Strategy
+from tests.kinds_of_replicas import Strategy
 
 STEPS, BATCH = 20, 24
 PARTS = {

@@ -7,8 +7,8 @@ import tensorflow as tf
 import syncbn
 from syncbn import training
 from tests.keras import KERAS_3, keras
+from tests.kinds_of_replicas import Nested, Strategy
 from tests.parallel.conftest import ENGINE
-from tests.replicas import Nested, Strategy
 
 in_separate_processes = pytest.mark.skipif(
     ENGINE in ("mirrored", "multiworker"), reason="tf.distribute has this built in"

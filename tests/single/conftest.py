@@ -9,17 +9,17 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def _logical_devices():
-    from tests import replicas
+    from tests import kinds_of_replicas as kinds
 
-    replicas.use_logical_devices(8)
+    kinds.use_logical_devices(8)
 
 
 @pytest.fixture(scope="session")
 def mirrored():
     """Gives the replicas of a MirroredStrategy over so many logical CPU devices."""
-    from tests import replicas
+    from tests import kinds_of_replicas as kinds
 
-    return functools.cache(replicas.mirrored)
+    return functools.cache(kinds.mirrored)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,7 +9,7 @@ import tensorflow as tf
 import syncbn
 from syncbn._src.models.agreement import assert_synchronized
 from tests.keras import keras
-from tests.replicas import Threads
+from tests.kinds_of_replicas import Threads
 
 
 def built(*sizes, norm=syncbn.SyncBatchNormalization):

@@ -8,7 +8,7 @@ FLAGS = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
 
 
 def run(folder, *arguments, **env):
-    command = processes.program("compile_around_collectives", *arguments)
+    command = processes.program("compiled_in_one_line", *arguments)
     flags = f"--xla_dump_to={folder} --xla_dump_hlo_module_re=cluster_"
     env = {"XLA_FLAGS": flags, "FOLDER": str(folder), **env}
     finished = processes.run([("python", command, env)])

@@ -6,9 +6,9 @@ import tensorflow as tf
 
 import syncbn
 from syncbn._src.ops import kernels, xla
-from tests import replicas as kinds
-from tests.cases import RENORM, some_groups, splits
+from tests import kinds_of_replicas as kinds
 from tests.contract import Case, check
+from tests.drawn_cases import RENORM, some_groups, splits
 
 EVEN, RAGGED, LAST_EMPTY, _, EMPTY = splits(2)
 NAN = float("nan")

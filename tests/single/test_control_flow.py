@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests import replicas as kinds
+from tests import kinds_of_replicas as kinds
 from tests.control_flow import CONSTRUCTS, FAMILIES, SINGLE
 from tests.control_flow_table import (
     ASKED,

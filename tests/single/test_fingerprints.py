@@ -7,7 +7,7 @@ import tensorflow as tf
 import syncbn
 from syncbn._src.communicators import fingerprints
 from syncbn._src.training.gradient_averages import average_gradients
-from tests.replicas import Threads
+from tests.kinds_of_replicas import Threads
 
 
 class Twins:

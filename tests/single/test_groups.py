@@ -11,7 +11,7 @@ import tensorflow as tf
 import syncbn
 from syncbn._src.communicators import groups
 from syncbn._src.layers import replica_groups
-from tests import replicas as kinds
+from tests import kinds_of_replicas as kinds
 
 BOTH = pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
 

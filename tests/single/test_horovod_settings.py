@@ -68,6 +68,15 @@ def test_horovod_is_initialized_with_what_small_messages_want(
         syncbn.training.init_horovod()
 
 
+def test_the_cache_of_an_elastic_job_is_left_alone(hvd, monkeypatch):
+    # Workers start with different sizes, and all need the same setting.
+    monkeypatch.setenv("HOROVOD_CONTROLLER", "gloo")
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    syncbn.training.init_horovod()
+    assert hvd.seen == [({"HOROVOD_CYCLE_TIME": "0.1", "HOROVOD_CACHE_CAPACITY": None}, {})]
+
+
 def test_what_the_environment_has_stays(hvd, monkeypatch):
     monkeypatch.setenv("HOROVOD_CYCLE_TIME", "2.5")
     monkeypatch.setenv("HOROVOD_CACHE_CAPACITY", "512")

@@ -118,7 +118,10 @@ def test_the_options_of_check_that_pages_name_exist():
 
 
 def test_the_readme_fits_two_screens():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 140
+    # Two of 45 lines; examples that fold are unfolded by those who want them.
+    text = (ROOT / "README.md").read_text()
+    shown = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    assert len(shown.splitlines()) <= 90
 
 
 def test_every_public_name_has_its_page():

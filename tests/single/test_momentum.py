@@ -6,7 +6,7 @@ import tensorflow as tf
 
 import syncbn
 from tests.keras import KERAS_3, keras, with_renormalization
-from tests.replicas import _local_values
+from tests.kinds_of_replicas import _local_values
 
 BOTH = pytest.mark.parametrize("make", [syncbn.SyncBatchNormalization, syncbn.SyncCentering])
 MAKERS = {

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 import syncbn
 from tests.keras import keras
-from tests.replicas import _local_values
+from tests.kinds_of_replicas import _local_values
 
 
 def batch(rng, low, high, size=10):

@@ -9,10 +9,10 @@ import tensorflow as tf
 from hypothesis import strategies as st
 
 import syncbn
-from tests.cases import RENORM, cases, drawn_cases
 from tests.contract import Case, check
+from tests.drawn_cases import RENORM, cases, drawn_cases
 from tests.keras import KERAS_3
-from tests.replicas import Threads
+from tests.kinds_of_replicas import Threads
 
 TWO_AXES = {"axis": (1, 3), "sample": (2, 3, 4)}
 

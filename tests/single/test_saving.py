@@ -9,7 +9,7 @@ import tensorflow as tf
 import syncbn
 from tests import processes
 from tests.keras import KERAS_3, keras
-from tests.replicas import _local_values
+from tests.kinds_of_replicas import _local_values
 
 
 @pytest.fixture(params=["outside", "inside"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from syncbn._src import cli
 from syncbn._src.watchdog import waiting_limits
 from syncbn._src.watchdog.flight_recorder import FlightRecorder
 from syncbn._src.watchdog.rank_store import Store, StoreClient, _Codec
+from syncbn._src.watchdog.waiting_for_all import within_limits
 from tests import patience
 
 KEY = bytes(range(32))
@@ -348,3 +350,44 @@ def test_diagnose_refuses_what_is_no_record(tmp_path, capsys):
     file.write_text(json.dumps(record(0)))
     assert cli.main(["diagnose", str(file), str(file)]) == 2
     assert "one record of each rank" in capsys.readouterr().err
+
+
+def test_a_wait_for_all_ranks_says_so_and_ends_the_job(monkeypatch, capfd):
+    monkeypatch.setenv("SYNCBN_WARN_SECONDS", "0.5")
+    monkeypatch.setenv("SYNCBN_TIMEOUT_SECONDS", "1.5")
+    codes, ended = [], threading.Event()
+
+    def end(code):
+        codes.append(code)
+        ended.set()
+
+    with within_limits("start", end):
+        assert ended.wait(patience.limit())
+    assert codes[0] == 70
+    said = capfd.readouterr().err
+    assert re.search(r"process \d+ on \S+ has waited 1 s for all ranks to start; at least", said)
+    assert re.search(r"has waited 2 s for all ranks to start, the limit of 1\.5 s", said)
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [("0", 1e9), ("3", 1.0)])
+def test_a_wait_within_the_limits_ends_nothing(monkeypatch, limit, seconds):
+    monkeypatch.setenv("SYNCBN_TIMEOUT_SECONDS", limit)
+    looked, codes = threading.Semaphore(0), []
+
+    def waited():
+        looked.release()
+        return seconds
+
+    with within_limits("start", codes.append, waited):
+        # At the second look, what was to be done about the first is done.
+        assert all(looked.acquire(timeout=patience.limit()) for _ in range(2))
+    assert not codes
+
+
+def test_without_a_watchdog_no_wait_is_watched(monkeypatch):
+    monkeypatch.setenv("SYNCBN_WATCHDOG", "0")
+    with within_limits("start"):
+        assert "syncbn-waiting-for-all" not in {one.name for one in threading.enumerate()}
+    monkeypatch.delenv("SYNCBN_WATCHDOG")
+    with within_limits("start"):
+        assert "syncbn-waiting-for-all" in {one.name for one in threading.enumerate()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import tensorflow as tf
 
@@ -59,6 +59,32 @@ class Communicator(Protocol):
             name: The same on all replicas for the same call, and different for calls that may be in
                 flight at the same time.
         """
+
+
+def current_size(communicator: Communicator) -> Any:
+    """Returns the number of replicas as a trace may keep it.
+
+    That is an integer; where replicas come and go a tensor, int32, read whenever the graph runs.
+    """
+    if is_resizable(communicator):
+        return communicator.current_size()  # type: ignore[attr-defined]
+    return communicator.size
+
+
+def current_rank(communicator: Communicator) -> Any:
+    """Returns the number of this replica, likewise."""
+    if is_resizable(communicator):
+        return communicator.current_rank()  # type: ignore[attr-defined]
+    return communicator.rank
+
+
+def is_resizable(communicator: Communicator) -> bool:
+    """Says whether replicas come and go, as in an elastic job.
+
+    Then nothing may be traced that is right for one size only, and nothing communicated while a
+    function is traced: those that have been there before do not trace it again.
+    """
+    return getattr(communicator, "resizable", False)
 
 
 def process_communicator(communicator: Communicator) -> Communicator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,8 @@ import tensorflow as tf
 
 from syncbn._src.communicators import horovod_settings
 from syncbn._src.communicators.base import wire_dtype
-from syncbn._src.communicators.launcher import require_whole_job
+from syncbn._src.communicators.horovod_errors import note_collective
+from syncbn._src.communicators.launcher import is_elastic, require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
 from syncbn._src.watchdog.flight_recorder import RECORDER
@@ -33,6 +33,7 @@ class HorovodCommunicator:
         RuntimeError: Horovod is not initialized, or runs with one process while the launcher
             started several.
         ValueError: this process does not belong to ``process_set``.
+        NotImplementedError: a process set in an elastic job, which ends with each change of size.
 
     Example:
         In a job of two processes, after `syncbn.training.init_horovod`:
@@ -61,13 +62,20 @@ class HorovodCommunicator:
         # may.
         self._orders: defaultdict[str, Order] = defaultdict(lambda: Order(everywhere=False))
         self._process_set = hvd.global_process_set if process_set is None else process_set
+        self.resizable = is_elastic()
+        if self.resizable and self._process_set is not hvd.global_process_set:
+            raise NotImplementedError(
+                "Process sets end with each change of the job's size. Received: "
+                f"{self._process_set} in an elastic job. Use all processes, or a job of fixed size."
+            )
         if not self._process_set.included():
             raise ValueError(
                 "A process can only use a process set that it belongs to. Received: "
                 f"{self._process_set} on rank {hvd.rank()}. Give each process its own set."
             )
         ranks = self._process_set.ranks
-        self._members = None if ranks is None or len(ranks) == hvd.size() else tuple(ranks)
+        everyone = ranks is None or len(ranks) == hvd.size() or self.resizable
+        self._members = None if everyone else tuple(ranks)
         if hvd.size() > 1 and hvd.rank() == 0:
             horovod_settings.advise_once()
 
@@ -78,6 +86,16 @@ class HorovodCommunicator:
     @property
     def rank(self) -> int:
         return self._process_set.rank()
+
+    def current_size(self) -> tf.Tensor:
+        """Returns the size of an elastic job, which a graph reads whenever it runs."""
+        with tf.device("CPU:0"):
+            return self._hvd.size_op()
+
+    def current_rank(self) -> tf.Tensor:
+        """Returns the rank in an elastic job, likewise."""
+        with tf.device("CPU:0"):
+            return self._hvd.rank_op()
 
     def split(self, groups: Sequence[Sequence[int]]) -> HorovodCommunicator:
         """Returns the communicator of this process's group, a process set. A collective call.
@@ -142,6 +160,7 @@ class HorovodCommunicator:
                 tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
             )
 
+        note_collective(name)
         return RECORDER.watch(name, self._members, tensor, collective)
 
     def grouped_all_reduce_sum(self, tensors: list[tf.Tensor], name: str) -> list[tf.Tensor]:
@@ -158,12 +177,13 @@ class HorovodCommunicator:
                 tensors, op=self._hvd.Sum, name=name, process_set=self._process_set
             )
 
+        note_collective(name)
         return RECORDER.watch(name, self._members, tensors, collective)
 
 
 def _watch(hvd: Any) -> None:
     """Starts the watchdog, but not in an elastic job, whose ranks and sizes change."""
-    if os.environ.get("HOROVOD_ELASTIC") == "1":
+    if is_elastic():
         return
 
     def share(own: bytes | None) -> bytes:

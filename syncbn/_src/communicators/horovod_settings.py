@@ -11,6 +11,8 @@ import logging
 import os
 from typing import NamedTuple
 
+from syncbn._src.communicators.launcher import is_elastic
+
 _log = logging.getLogger("syncbn")
 
 
@@ -43,8 +45,9 @@ def settings(controller: str | None = None, size: int | None = None) -> list[Set
         controller = os.environ.get("HOROVOD_CONTROLLER", "mpi").lower()
     if size is None:
         size = int(os.environ.get("HOROVOD_SIZE") or 1)
-    # Over Gloo, few ranks negotiate a message in fewer rounds than the response cache takes.
-    without_cache = controller == "gloo" and size <= 8
+    # Over Gloo, few ranks negotiate a message in fewer rounds than the response cache takes. All
+    # must agree on it, and those of an elastic job start with different sizes.
+    without_cache = controller == "gloo" and size <= 8 and not is_elastic()
     return [
         Setting("HOROVOD_CYCLE_TIME", "1", "0.1"),
         Setting("HOROVOD_CACHE_CAPACITY", "1024", "0" if without_cache else "1024"),

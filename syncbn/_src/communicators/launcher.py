@@ -33,14 +33,21 @@ def launched() -> Launch:
     return Launch(workers, "TF_CONFIG") if workers > found.processes else found
 
 
+def is_elastic() -> bool:
+    """Says whether horovodrun has started an elastic job, whose processes come and go."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
 def require_whole_job(engine: str, size: int, remedy: str) -> None:
     """Refuses an engine that sees one process where a launcher started several.
+
+    Not in an elastic job, which may have come down to one.
 
     Raises:
         RuntimeError: statistics would silently be those of one worker.
     """
     launch = launched()
-    if size == 1 and launch.processes > 1:
+    if size == 1 and launch.processes > 1 and not is_elastic():
         raise RuntimeError(
             f"{engine} must see every process of the job. Received: {engine} of size 1, while "
             f"{launch.variable} says that {launch.processes} processes were started. {remedy}"

@@ -15,6 +15,7 @@ from syncbn._src.communicators.launcher import require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
 from syncbn._src.watchdog.flight_recorder import RECORDER
+from syncbn._src.watchdog.waiting_for_all import within_limits
 from syncbn._src.watchdog.watchdog import WatchedJob, to_array, to_bytes, watch_job
 
 
@@ -227,7 +228,10 @@ class _Shared:
     """
 
     def __init__(self, comm: Any):
-        self.comm = comm.Dup()
+        from mpi4py import MPI
+
+        with within_limits("make their first synchronized call", MPI.COMM_WORLD.Abort):
+            self.comm = comm.Dup()
         # MPI matches calls by their order, so all processes need the same one.
         self.order = Order()
         self.lanes: Any = None

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.base import Communicator, is_resizable
 from syncbn._src.communicators.horovod import HorovodCommunicator
-from syncbn._src.communicators.launcher import launched
+from syncbn._src.communicators.launcher import is_elastic, launched
 from syncbn._src.communicators.local import LocalCommunicator
 from syncbn._src.communicators.mpi import MPICommunicator
 from syncbn._src.communicators.nested import NestedCommunicator
@@ -70,7 +70,8 @@ def resolve(communicator: str | Communicator = "auto") -> Communicator:
     """Returns the communicator to use here and now.
 
     ``"auto"`` chooses, in this order: tf.distribute, in a strategy that joins several processes;
-    Horovod, imported and initialized with more than one process; MPI, likewise through mpi4py;
+    Horovod, imported and initialized with more than one process, or in an elastic job with any
+    number; MPI, with more than one process, through mpi4py;
     tf.distribute, in a strategy with more than one replica; otherwise the local communicator. The
     choice is logged once, to the logger ``syncbn``.
 
@@ -88,6 +89,7 @@ def resolve(communicator: str | Communicator = "auto") -> Communicator:
         RuntimeError: it is not initialized, or not with all processes of the job; or, with
             ``"auto"`` and ``"tf.distribute"``, neither an engine nor the strategy joins all
             processes that a launcher has started.
+        NotImplementedError: a strategy with several replicas in each process of an elastic job.
 
     Example:
         >>> syncbn.resolve().name  # in one process, without a strategy
@@ -107,7 +109,7 @@ def choose_engine() -> str:
 
 
 def _chosen(joined: Joined) -> str:
-    if joined.processes > 1 and joined_processes() == 1:
+    if joined.engine != "local" and joined_processes() == 1:
         return joined.engine
     several = tf.distribute.get_strategy().num_replicas_in_sync > 1
     return "tf.distribute" if several else "local"
@@ -123,17 +125,24 @@ class Joined(NamedTuple):
 def _initialized() -> Joined:
     # Looked up, never imported: a job that uses Horovod or MPI has imported it by now.
     hvd = sys.modules.get("horovod.tensorflow")
-    if hvd is not None and hvd.is_initialized() and hvd.size() > 1:
+    if hvd is not None and hvd.is_initialized() and (hvd.size() > 1 or is_elastic()):
         return Joined("horovod", hvd.size())
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
         return Joined("local", 1)
-    return Joined("mpi", mpi.COMM_WORLD.size)
+    size = mpi.COMM_WORLD.size
+    return Joined("mpi" if size > 1 else "local", size)
 
 
 def _of_replicas(communicator: Communicator) -> Communicator:
     """Returns one that also joins the replicas of each process, if it joins processes."""
     if isinstance(communicator, HorovodCommunicator | MPICommunicator) and local_replicas() > 1:
+        if is_resizable(communicator):
+            raise NotImplementedError(
+                "In an elastic job each process has one replica. Received: "
+                f"{type(tf.distribute.get_strategy()).__name__} with {local_replicas()} in this "
+                "process. Start a process for each device."
+            )
         return _nested(communicator)
     return communicator
 

@@ -35,15 +35,19 @@ def build_optimizer(optimizer: Any, variables: Sequence[Any]) -> None:
             optimizer.built = True
 
 
-def create_state(optimizer: Any, variables: Sequence[Any]) -> None:
-    """Makes an optimizer of either Keras create the state that it does not have yet."""
+def create_optimizer_state(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Makes an optimizer of `tf.keras` create its state now, unless it has.
+
+    Keras 2 has no public way to do that for its ``legacy`` optimizers. Tried with tf_keras 2.21.
+    """
+    build_optimizer(optimizer, variables)
     if KERAS_3:
-        build_optimizer(optimizer, variables)
         return
-    # There is no public way for those of `legacy`. Both may be called again.
-    create = getattr(optimizer, "build", None) or optimizer._create_all_weights
     with tf.init_scope():
-        create(variables)
+        if isinstance(optimizer, keras.optimizers.legacy.Optimizer):
+            optimizer._create_all_weights(variables)
+        else:
+            optimizer.build(variables)
 
 
 def optimizer_variables(optimizer: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.base import Communicator, is_resizable
 from syncbn._src.communicators.fingerprints import sums_for_call
 from syncbn._src.communicators.groups import Grouping, Groups
 from syncbn._src.communicators.strategy import GroupRows
@@ -33,9 +33,20 @@ class ReplicaGroups:
             communicator: The communicator of all replicas.
             batch: The number of samples on this replica, or ``None`` where it is unknown.
             scope: The first part of the names of the collectives.
+
+        Raises:
+            NotImplementedError: groups in an elastic job.
         """
         all_reduce_sum = sums_for_call(communicator, scope)
         size = communicator.size
+        if is_resizable(communicator):
+            if self.grouping.is_given():
+                raise NotImplementedError(
+                    "Groups are made of a fixed number of replicas. Received: a layer with groups "
+                    "in an elastic job. Leave out group_size, groups and target_batch, or start a "
+                    "job of fixed size."
+                )
+            return Replicas(all_reduce_sum)  # also where there are no others at the moment
         # A single replica has no groups, so that a model made for a job also runs without one.
         if size == 1 or not self.grouping.is_given():
             return Replicas(all_reduce_sum, alone=size == 1)

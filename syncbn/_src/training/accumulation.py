@@ -62,6 +62,14 @@ class Accumulation:
         full = self._count.assign_add(1) >= self.passes
         tf.cond(full, hand_on, lambda: tf.constant(False))
 
+    def clear(self) -> None:
+        """Forgets the sums that have not been passed on."""
+        if self._count is not None:
+            self._count.assign(0)
+        for total in self._sums:
+            if total is not None:
+                total.take(1)
+
     def _prepare(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> None:
         strategy = tf.distribute.get_strategy()
         if strategy.num_replicas_in_sync > 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator, wire_dtype
+from syncbn._src.communicators.base import Communicator, current_rank, current_size, wire_dtype
 from syncbn._src.communicators.fingerprints import sums
 from syncbn._src.communicators.horovod import HorovodCommunicator
 from syncbn._src.communicators.tracing import in_branch_or_loop
@@ -40,20 +40,27 @@ def average_gradients(
             sparse.append(index)
         elif gradient is not None:
             dense.setdefault(wire_dtype(gradient.dtype), []).append(index)
+    workers = current_size(communicator)
     for dtype, indices in dense.items():
         wires = [tf.cast(gradients[index], dtype) for index in indices]
         totals = _sum(wires, communicator, f"{name}/{dtype.name}")
         for index, total in zip(indices, totals, strict=True):
-            averages[index] = tf.cast(total / communicator.size, gradients[index].dtype)
+            averages[index] = tf.cast(per_worker(total, workers), gradients[index].dtype)
     if sparse:
-        gathered = _gather([gradients[index] for index in sparse], communicator, f"{name}/sparse")
+        own = [gradients[index] for index in sparse]
+        gathered = _gather(own, communicator, f"{name}/sparse")
         for index, slices in zip(sparse, gathered, strict=True):
             averages[index] = tf.IndexedSlices(
-                tf.cast(slices.values / communicator.size, gradients[index].dtype),
+                tf.cast(per_worker(slices.values, workers), gradients[index].dtype),
                 slices.indices,
                 slices.dense_shape,
             )
     return averages
+
+
+def per_worker(total: tf.Tensor, workers: Any) -> tf.Tensor:
+    """Returns a total divided by the number of workers, an integer or a tensor."""
+    return total / tf.cast(workers, total.dtype)
 
 
 def _sum(tensors: list[tf.Tensor], communicator: Communicator, name: str) -> list[tf.Tensor]:
@@ -80,7 +87,7 @@ def _gather(
 ) -> list[tf.IndexedSlices]:
     # An all-gather as a sum, in which each worker fills its own rows and leaves the others zero: at
     # twice the cost of an all-gather proper, but every communicator can do it.
-    size, rank = communicator.size, communicator.rank
+    size, rank = current_size(communicator), current_rank(communicator)
     own = tf.stack([tf.shape(gradient.indices, tf.int64)[0] for gradient in gradients])
     rows = tf.pad(own[tf.newaxis], [[rank, size - 1 - rank], [0, 0]])
     add_up = sums(communicator)

@@ -7,11 +7,16 @@ from typing import Any
 
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator, process_communicator
+from syncbn._src.communicators.base import (
+    Communicator,
+    current_size,
+    is_resizable,
+    process_communicator,
+)
 from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.resolution import check_communicator, resolve
 from syncbn._src.communicators.strategy import local_replicas
-from syncbn._src.training.gradient_averages import Gradient, average_gradients
+from syncbn._src.training.gradient_averages import Gradient, average_gradients, per_worker
 from syncbn._src.training.kept_local import LocalVariables
 
 
@@ -82,11 +87,14 @@ class Exchange:
                     "replicas share their variables. Use Horovod or MPI."
                 )
             return list(gradients)
-        if communicator.size == 1:
+        resizable = is_resizable(communicator)
+        if communicator.size == 1 and not resizable:
             return list(gradients)
         local = self._local_among(variables)
-        # Not in the graph of a session, which cannot compute while it is built.
-        if not self.compared and tf.compat.v1.executing_eagerly_outside_functions():
+        # Not in the graph of a session, which cannot compute while it is built. In an elastic job
+        # only those trace that are new: there `ElasticState` compares the variables.
+        eager = tf.compat.v1.executing_eagerly_outside_functions()
+        if not self.compared and eager and not resizable:
             _require_same_gradients(communicator, self.kinds(gradients, variables))
             self.compared = True
         shared = [g for g, own in zip(gradients, local, strict=True) if not own]
@@ -95,7 +103,9 @@ class Exchange:
             shared.append(_zero_or_nan(own_gradients))
         averages = average_gradients(shared, communicator, name)
         addend = averages.pop() if own_gradients and not_finite_together else None
-        workers = process_communicator(communicator).size if self.scale_local_gradients else 1
+        workers = 1
+        if own_gradients and self.scale_local_gradients:
+            workers = current_size(process_communicator(communicator))
         averaged = iter(averages)
         return [
             _scaled(gradient, workers, addend) if own else next(averaged)
@@ -133,11 +143,11 @@ def _zero_or_nan(gradients: Sequence[Gradient]) -> tf.Tensor:
     return tf.where(tf.reduce_all([True, *finite]), 0.0, float("nan"))
 
 
-def _scaled(gradient: Gradient, workers: int, addend: tf.Tensor | None) -> Gradient:
+def _scaled(gradient: Gradient, workers: Any, addend: tf.Tensor | None) -> Gradient:
     if gradient is None:
         return None
     if isinstance(gradient, tf.IndexedSlices):
         values = _scaled(gradient.values, workers, addend)
         return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-    scaled = gradient / workers
+    scaled = per_worker(gradient, workers)
     return scaled if addend is None else scaled + tf.cast(addend, scaled.dtype)

@@ -11,11 +11,12 @@ import tensorflow as tf
 
 from syncbn._src.communicators.base import process_communicator
 from syncbn._src.communicators.horovod import import_horovod
-from syncbn._src.communicators.launcher import cluster_task, launcher_engine
+from syncbn._src.communicators.launcher import cluster_task, is_elastic, launcher_engine
 from syncbn._src.communicators.resolution import choose_engine, resolve
 from syncbn._src.keras_compat.keras_api import keras
 from syncbn._src.keras_compat.multi_worker_fit import mend_keras_fit
 from syncbn._src.training.horovod_initialization import init_horovod
+from syncbn._src.watchdog.waiting_for_all import starting_within_limits
 
 _ENGINES = ("auto", "tf.distribute", "horovod", "mpi", "local")
 
@@ -83,7 +84,8 @@ def start(engine: str = "auto", *, seed: int | None = None, own_gpu: bool = True
       them with the same weights all the same.
 
     A process that nobody has launched, as with a MirroredStrategy or without any, is rank 0 of 1,
-    and keeps all of its GPUs. A second call returns the same.
+    and keeps all of its GPUs. A second call returns the same; in an elastic job (see `elastic`)
+    with the rank and the size that there are then.
 
     Args:
         engine: ``"horovod"``, ``"mpi"``, ``"tf.distribute"`` or ``"local"``. ``"auto"`` is the one
@@ -117,6 +119,9 @@ def start(engine: str = "auto", *, seed: int | None = None, own_gpu: bool = True
             f"Received: engine={engine!r}."
         )
     job = _joined(_detected() if engine == "auto" else engine, own_gpu)
+    if job.engine == "horovod" and is_elastic():
+        communicator = resolve("horovod")
+        job = job._replace(rank=communicator.rank, size=communicator.size)
     if seed is not None:
         shared = job.strategy is not None
         keras.utils.set_random_seed(seed if shared else seed + job.rank)
@@ -150,13 +155,15 @@ def _joined(engine: str, own_gpu: bool) -> Job:
 def _horovod_local_rank() -> int:
     hvd = import_horovod()
     if not hvd.is_initialized():
-        init_horovod()
+        with starting_within_limits():
+            init_horovod()
     return hvd.local_rank()
 
 
 def _mpi_local_rank() -> int:
     try:
-        from mpi4py import MPI
+        with starting_within_limits():
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # mpi4py raises the latter without libmpi
         raise ImportError(
             "engine='mpi' needs mpi4py and an MPI library: pip install 'syncbn[mpi]'"
@@ -179,7 +186,8 @@ def _cluster() -> Job:
             "tf.distribute.MirroredStrategy, and call start() without an engine."
         )
     mend_keras_fit()
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    with starting_within_limits():
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
     return Job("tf.distribute", task.rank, task.workers, task.local_rank, strategy)
 
 

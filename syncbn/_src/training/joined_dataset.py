@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator, process_communicator
+from syncbn._src.communicators.base import Communicator, current_size, process_communicator
 from syncbn._src.communicators.fingerprints import sums
 from syncbn._src.communicators.host_collectives import all_gather
 from syncbn._src.communicators.mpi import MPICommunicator
@@ -127,12 +127,12 @@ def _with_exchange(
 
     The weight is that of each sample of the element, float64.
     """
-    size = communicator.size
 
     def exchange(present: tf.Tensor, element: Any) -> tuple[tf.Tensor, tf.Tensor, Any]:
         samples = tf.cast(_batch_size(element), tf.float64)
         totals = sums(communicator)(tf.stack([present, samples]), name)
-        weight = tf.math.divide_no_nan(size * samples, totals[1])
+        workers = tf.cast(current_size(communicator), tf.float64)
+        weight = tf.math.divide_no_nan(workers * samples, totals[1])
         return totals[0] > 0, weight, element
 
     def tagged(*components: Any) -> tuple[tf.Tensor, Any]:

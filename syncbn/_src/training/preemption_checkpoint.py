@@ -15,15 +15,15 @@ from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.host_collectives import sum_of_all
 from syncbn._src.communicators.resolution import resolve
 from syncbn._src.keras_compat import keras_api
-from syncbn._src.keras_compat.optimizer_state import create_state
+from syncbn._src.keras_compat.optimizer_state import create_optimizer_state
 from syncbn._src.keras_compat.resumed_fit import SkippedSteps, resume_at_epoch
 from syncbn._src.models.training_job import job_of
-from syncbn._src.terminal import notify
 from syncbn._src.training.callbacks import WorkerCallback
 from syncbn._src.training.checkpoint_files import CheckpointFiles, read_with_others
 from syncbn._src.training.kept_local import local_variables
 from syncbn._src.training.preemption_notice import PreemptionNotice
 from syncbn._src.training.sample_order import SampleOrder
+from syncbn._src.watchdog.messages import tell_user
 
 
 class PreemptionCheckpoint(WorkerCallback):
@@ -233,7 +233,7 @@ class PreemptionCheckpoint(WorkerCallback):
             where = f"goes on at epoch {epoch + 1}, after {steps} of its steps"
             if epoch >= self.params["epochs"]:
                 where = f"has nothing to do after {epoch} epochs"
-            notify(f"{where}, from {self.path}")
+            tell_user(f"{where}, from {self.path}")
         resume_at_epoch(self.model, epoch)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -367,7 +367,7 @@ class PreemptionCheckpoint(WorkerCallback):
         if self._workers.rank == 0:
             who = ", ".join(f"{name} on rank {rank}" for rank, name in heard.items())
             where = f"epoch {epoch + 1}, after {steps} of its steps"
-            notify(f"{who}: saved {where}, in {self.path}; exits with {self.exit_code}")
+            tell_user(f"{who}: saved {where}, in {self.path}; exits with {self.exit_code}")
         # A second signal must not cut the end short: the signals stay caught.
         sys.stdout.flush()
         sys.exit(self.exit_code)
@@ -422,5 +422,5 @@ def _checkpoint_of(model: Any, optimizer: Any, workers: Communicator) -> tf.trai
     weights: Sequence[Any] = [keras_api.variable(weight) for weight in model.weights]
     if optimizer is None:
         return tf.train.Checkpoint(weights=weights)
-    create_state(optimizer, model.trainable_variables)
+    create_optimizer_state(optimizer, model.trainable_variables)
     return tf.train.Checkpoint(weights=weights, optimizer=optimizer)

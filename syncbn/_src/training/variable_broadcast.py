@@ -12,6 +12,8 @@ from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.host_collectives import require_agreement, sum_arrays
 from syncbn._src.communicators.resolution import resolve
 
+_LENGTH = "syncbn/broadcast/length"
+
 
 def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = "auto") -> None:
     """Broadcasts the values of variables on worker ``root`` to all workers, bit for bit.
@@ -86,3 +88,13 @@ def _from_wire(wire: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 def _part(dtype: np.dtype) -> type[np.unsignedinteger]:
     return np.uint16 if dtype.itemsize % 2 == 0 else np.uint8
+
+
+def broadcast_text(text: str, communicator: Communicator) -> str:
+    """Returns the text of rank 0. A collective call, with texts of any length."""
+    own = np.frombuffer(text.encode(), np.uint8).astype(np.float64)
+    first = communicator.rank == 0
+    (length,) = sum_arrays(communicator, [np.array([len(own) * first], np.float64)], _LENGTH)
+    wire = own if first else np.zeros(int(length[0]))
+    (total,) = sum_arrays(communicator, [wire], "syncbn/broadcast/text")
+    return total.astype(np.uint8).tobytes().decode()

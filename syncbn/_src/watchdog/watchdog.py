@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from syncbn._src.terminal import notify
 from syncbn._src.watchdog.flight_recorder import RECORDER, Waiting
+from syncbn._src.watchdog.messages import EXIT_CODE, tell_user
 from syncbn._src.watchdog.rank_store import (
     KEY_LENGTH,
     TIMEOUT,
@@ -29,10 +29,8 @@ from syncbn._src.watchdog.rank_store import (
     StoreClient,
     own_addresses,
 )
+from syncbn._src.watchdog.waiting_for_all import within_limits
 from syncbn._src.watchdog.waiting_limits import Limits, is_on, limits
-
-EXIT_CODE = 70
-"""That of a process that the watchdog ends: EX_SOFTWARE of sysexits.h."""
 
 PERIOD = 1.0
 """Seconds between two looks."""
@@ -97,11 +95,15 @@ class Watchdog(threading.Thread):
                 self._stopped.wait(max(PERIOD, 20 * self._polled))
         except Exception as error:  # of an engine or an interpreter that goes down, anything
             if not self._stopped.is_set():
-                notify(f"the watchdog of rank {self.job.rank} has ended: {error!r}")
+                tell_user(f"the watchdog of rank {self.job.rank} has ended: {error!r}")
 
     def _learn_address(self) -> None:
         """Learns from rank 0 where its store is, and the limits. All ranks take part."""
-        where = json.loads(self.job.share(self._own_address() if self.job.rank == 0 else None))
+        own = self._own_address() if self.job.rank == 0 else None
+        # From a thread this is no wait of the job's, unless it waits in a call of its own.
+        waited = _seconds_in_any if self.job.share_in_thread else None
+        with within_limits("make their first synchronized call", self.job.end, waited):
+            where = json.loads(self.job.share(own))
         if "error" in where:
             raise ValueError(where["error"])
         if where:
@@ -131,7 +133,7 @@ class Watchdog(threading.Thread):
         begin = time.monotonic()
         waiting = RECORDER.waiting()
         self._polled = time.monotonic() - begin
-        waited = 0.0 if waiting is None else time.time() - waiting.since
+        waited = _seconds_in(waiting)
         # Asked for before it is to be told.
         asks = waited > min(GRACE, limits.warn - 2 * PERIOD)
         asked_before = self._asked
@@ -153,10 +155,10 @@ class Watchdog(threading.Thread):
         unheard = any(one.get("status") == "running" and "stack" not in one for one in missing)
         if waited > limits.warn + GRACE * unheard and self._warned != call:
             self._warned = call
-            notify(self._sentence(waiting, missing))
+            tell_user(self._sentence(waiting, missing))
             for one in missing:
                 if one.get("stack"):
-                    notify(f"rank {one['rank']} is at:\n{one['stack']}")
+                    tell_user(f"rank {one['rank']} is at:\n{one['stack']}")
 
     def _exchange(
         self, waiting: Waiting | None = None, asks: bool = False, end: str | None = None
@@ -218,12 +220,12 @@ class Watchdog(threading.Thread):
         time.sleep(PERIOD)  # the last words of a process that is gone may be under way
         self._exchange()
         for one in self._gone.values():
-            notify(_description(one))
+            tell_user(_description(one))
 
     def _end(self, reason: str, told: bool = False) -> None:
         """Ends this process, and lets the other ranks know, unless they have told it to."""
         file = self._write_record(reason)
-        notify(f"{reason}. The job ends; this rank's record is in {file}")
+        tell_user(f"{reason}. The job ends; this rank's record is in {file}")
         if not told:
             self._exchange(end=reason)
             time.sleep(2 * PERIOD)  # the others write their records
@@ -249,7 +251,7 @@ class Watchdog(threading.Thread):
         try:
             file.write_text(json.dumps(record, indent=1))
         except OSError as error:
-            notify(f"rank {self.job.rank} cannot write its record: {error}")
+            tell_user(f"rank {self.job.rank} cannot write its record: {error}")
         return file
 
     def _sentence(self, waiting: Waiting, missing: list[dict[str, Any]]) -> str:
@@ -273,6 +275,14 @@ def to_array(message: bytes | None) -> np.ndarray:
 def to_bytes(array: np.ndarray) -> bytes:
     """Returns the message that `to_array` has made an array of."""
     return array.tobytes().rstrip(b"\0")
+
+
+def _seconds_in_any() -> float:
+    return _seconds_in(RECORDER.waiting())
+
+
+def _seconds_in(waiting: Waiting | None) -> float:
+    return 0.0 if waiting is None else time.time() - waiting.since
 
 
 def _takes_part(rank: int, waiting: Waiting) -> bool:

@@ -1,0 +1,192 @@
+"""What the workers of an elastic job have in common: committed, restored, and given to new ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from syncbn._src.communicators.base import process_communicator
+from syncbn._src.communicators.horovod_errors import lost_collectives_as_internal_errors
+from syncbn._src.communicators.launcher import is_elastic
+from syncbn._src.communicators.resolution import resolve
+from syncbn._src.keras_compat.keras_api import OPTIMIZERS
+from syncbn._src.keras_compat.optimizer_state import create_optimizer_state, optimizer_variables
+from syncbn._src.training.kept_local import shared_variables
+from syncbn._src.training.variable_broadcast import broadcast, broadcast_text
+
+
+class ElasticState:
+    """The state of training that survives the loss of workers, and that new workers get.
+
+    It has the weights of a model, moving statistics included, the state of the optimizer, and
+    values of your own, which are its attributes: ``state.epoch``, ``state.batch``, and those that
+    are given by name. `commit` keeps a copy in memory; when a worker is lost, `elastic` takes the
+    others back to it. New workers get that of one that was there before.
+
+    A value is a number, a string, a boolean, ``None``, or lists and dictionaries of these: it is
+    sent as JSON. A commit copies all of the state, and asks the other workers whether the job is to
+    change, so commit as often as you would lose that many steps (see `CommitState`).
+
+    Variables that an optimizer keeps local (see `distribute`) are committed and restored, and not
+    given to new workers. Of ``backward_passes_per_step``, passes that have not made a step are
+    dropped where the state is restored or synchronized.
+
+    Args:
+        model: A model that is built.
+        optimizer: An optimizer of `tf.keras`. Its state is created now, if it has none yet. The
+            one that the model was compiled with, if any, where it is ``None``.
+        epoch: The number of epochs that are done.
+        batch: The number of batches that are done in the epoch after these.
+        values: Other values.
+
+    Raises:
+        ValueError: the model is not built, or a value has the name of a method.
+        TypeError: not an optimizer of `tf.keras`; here or at a commit: a value cannot be sent.
+
+    Example:
+        >>> state = syncbn.training.ElasticState(model, best=None)
+        >>> state.epoch, state.best = 1, 0.25
+        >>> state.commit()
+        >>> state.best = 0.5
+        >>> state.restore()
+        >>> state.epoch, state.batch, state.best
+        (1, 0, 0.25)
+    """
+
+    def __init__(
+        self, model: Any, optimizer: Any = None, *, epoch: int = 0, batch: int = 0, **values: Any
+    ) -> None:
+        if not model.built:
+            raise ValueError(
+                "`model` must have its weights, which new workers get. Received: a model that is "
+                "not built. Build it first: model.build(input_shape)."
+            )
+        optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
+        if optimizer is not None and not isinstance(optimizer, OPTIMIZERS):
+            raise TypeError(
+                "`optimizer` must be one of tf.keras.optimizers. "
+                f"Received: optimizer={optimizer!r}."
+            )
+        taken = sorted(name for name in values if hasattr(type(self), name))
+        if taken:
+            raise ValueError(f"Values must have names of their own. Received: {', '.join(taken)}.")
+        self.model, self.optimizer = model, optimizer
+        if optimizer is not None:
+            with model.distribute_strategy.scope():
+                create_optimizer_state(optimizer, model.trainable_variables)
+        self._names = ("epoch", "batch", *values)
+        self.epoch, self.batch = epoch, batch
+        for name, value in values.items():
+            setattr(self, name, value)
+        self._updates: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._save()
+
+    def commit(self) -> None:
+        """Keeps the state as it is now. All workers make the call.
+
+        In an elastic job it is also the place where workers that are to join or leave are noticed,
+        by an exception that `elastic` catches; so nothing else should catch all exceptions.
+
+        Raises:
+            TypeError: a value cannot be sent to new workers.
+        """
+        self._save()
+        if is_elastic():
+            self._interrupt_where_hosts_change()
+
+    def restore(self) -> None:
+        """Goes back to the last commit."""
+        self._forget_updates()
+        with self.model.distribute_strategy.scope():
+            for variable, value in zip(self._variables(), self._committed, strict=True):
+                variable.assign(value)
+        self._set_values(self._committed_values)
+        self._clear_accumulation()
+
+    def sync(self) -> None:
+        """Gives the state of rank 0 to all workers, and commits it. `elastic` calls it.
+
+        Raises:
+            ValueError: workers have different models or optimizers.
+            RuntimeError: see `syncbn.resolve`.
+        """
+        with _internal_errors(), self.model.distribute_strategy.scope():
+            communicator = process_communicator(resolve())
+            broadcast(shared_variables(self._variables(), self.optimizer))
+            if communicator.name != "tf.distribute" and communicator.size > 1:
+                self._set_values(broadcast_text(self._values(), communicator))
+        self._clear_accumulation()
+        self._save()
+
+    def on_hosts_updated(self, timestamp: int, update: Any) -> None:
+        """Takes a note, for the next commit. Horovod calls it, in another thread, on rank 0."""
+        self._updates.put((timestamp, update))
+
+    def on_reset(self) -> None:
+        """Does nothing. Horovod calls it where the job has another size, or other workers."""
+
+    def _interrupt_where_hosts_change(self) -> None:
+        """Raises, on all workers, where one has been told that hosts have changed."""
+        from horovod.common.exceptions import HostsUpdatedInterrupt
+
+        told = tf.constant([float(not self._updates.empty())])
+        with _internal_errors():
+            total = process_communicator(resolve()).all_reduce_sum(told, "syncbn/elastic/hosts")
+        if total.numpy()[0]:
+            self._forget_updates()
+            # Always with `sync`: Horovod leaves it out where hosts are only removed, and then a
+            # worker that is added at the same time waits for the others in it.
+            raise HostsUpdatedInterrupt(skip_sync=False)
+
+    def _forget_updates(self) -> None:
+        # Before the job is set up anew, which takes them up: what comes later may be unknown to it.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._updates.get_nowait()
+
+    def _variables(self) -> list[Any]:
+        # In Keras 3 `variables` has the states of random generators too, which stay different.
+        state = [] if self.optimizer is None else optimizer_variables(self.optimizer)
+        return [*self.model.weights, *state]
+
+    def _save(self) -> None:
+        self._committed_values = self._values()
+        self._committed = [np.array(variable.numpy()) for variable in self._variables()]
+
+    def _values(self) -> str:
+        values = {name: getattr(self, name) for name in self._names}
+        if not _is_plain(values):
+            raise TypeError(
+                "The values of an ElasticState must be numbers, strings, booleans, None, or lists "
+                f"and dictionaries (with names) of them. Received: {values}. Convert those of "
+                "NumPy and TensorFlow, by float(value) or value.tolist()."
+            )
+        return json.dumps(values)
+
+    def _set_values(self, text: str) -> None:
+        for name, value in json.loads(text).items():
+            setattr(self, name, value)
+
+    def _clear_accumulation(self) -> None:
+        accumulation = getattr(self.optimizer, "_syncbn_accumulation", None)
+        if accumulation is not None:
+            accumulation.clear()
+
+
+def _internal_errors() -> contextlib.AbstractContextManager[None]:
+    """Raises lost collectives as Horovod's elastic mode takes them, in such a job."""
+    return lost_collectives_as_internal_errors() if is_elastic() else contextlib.nullcontext()
+
+
+def _is_plain(value: Any) -> bool:
+    """Says whether a value comes back from JSON as it was."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

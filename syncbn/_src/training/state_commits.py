@@ -1,0 +1,66 @@
+"""The callback that commits the state of an elastic job in `Model.fit`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from syncbn._src.communicators.groups import at_least_one
+from syncbn._src.keras_compat import keras_api
+from syncbn._src.training.elastic_state import ElasticState
+
+
+class CommitState(keras_api.keras.callbacks.Callback):
+    """Counts epochs and batches in an `ElasticState`, and commits it, in `Model.fit`.
+
+    After each batch ``state.batch`` is the number of batches that are done in this epoch; after
+    each epoch ``state.epoch`` is that of epochs, and ``state.batch`` zero. It commits after each
+    epoch, and within one when so many batches are done and another begins. Put it last: what comes
+    behind it does not see the end of an epoch after which workers join or leave.
+
+    `fit` goes on within an epoch with the batches that are left of it, and with
+    ``initial_epoch=state.epoch``, so that each call is best of one epoch: see `elastic`, and the
+    page on elastic jobs. The logs of an epoch that goes on are those of its last call.
+
+    Args:
+        state: The state.
+        batches_per_commit: After how many batches to commit.
+
+    Raises:
+        TypeError: ``state`` is not an `ElasticState`.
+        ValueError: ``batches_per_commit`` is not a positive integer.
+
+    Example:
+        >>> state = syncbn.training.ElasticState(model)
+        >>> commit = syncbn.training.CommitState(state, batches_per_commit=10)
+        >>> history = model.fit(x, y, epochs=2, callbacks=[commit], verbose=0)
+        >>> state.epoch, state.batch
+        (2, 0)
+    """
+
+    def __init__(self, state: ElasticState, batches_per_commit: int = 1) -> None:
+        super().__init__()
+        if not isinstance(state, ElasticState):
+            raise TypeError(f"`state` must be an ElasticState. Received: state={state!r}.")
+        self.state = state
+        self.batches_per_commit = at_least_one("batches_per_commit", batches_per_commit)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        # Of an epoch that goes on, some batches are done.
+        if epoch != self.state.epoch:
+            self.state.batch = 0
+        self._before = self.state.batch
+        self._committed = self._before
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        # Not behind a batch, which may be the last: then nothing would be left of the epoch.
+        if self.state.batch - self._committed >= self.batches_per_commit:
+            self._committed = self.state.batch
+            self.state.commit()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        # With `steps_per_execution`, the last of those that have been executed.
+        self.state.batch = self._before + batch + 1
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.state.epoch, self.state.batch = epoch + 1, 0
+        self.state.commit()
