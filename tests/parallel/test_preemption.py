@@ -16,8 +16,8 @@ from syncbn._src.communicators.host_collectives import all_gather
 from syncbn._src.models.training_job import job_of
 from syncbn._src.training import preemption_notice
 from tests.keras import keras
+from tests.kinds_of_replicas import Nested, Strategy
 from tests.parallel import workers
-from tests.replicas import Nested, Strategy
 
 SAMPLES, BATCH, EPOCHS, SEED = 60, 12, 3, 7  # the batch is of all replicas
 STEPS = SAMPLES // BATCH

@@ -15,7 +15,7 @@ from syncbn._src.training import preemption_notice
 from syncbn._src.training.preemption_notice import PreemptionNotice
 from syncbn._src.training.sample_order import SampleOrder
 from tests.keras import KERAS_3, keras
-from tests.replicas import Threads
+from tests.kinds_of_replicas import Threads
 
 if KERAS_3:
     LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
