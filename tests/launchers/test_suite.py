@@ -54,7 +54,10 @@ RUNS = [
         "mpi+mirrored",
         2,
         False,
-        ["nested", "advice", "agreement", "collectives", "learning_rate", "same_job", "tape"],
+        [
+            *("nested", "advice", "agreement", "collectives", "learning_rate", "preemption"),
+            *("same_job", "tape"),
+        ],
         False,
     ),
     (
