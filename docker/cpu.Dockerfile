@@ -3,8 +3,9 @@
 #   docker build -f docker/cpu.Dockerfile -t syncbn:cpu .
 #
 # What pins the versions: requirements.txt for Python's packages, install_horovod.sh for Horovod,
-# both with hashes. Debian's packages are those of the day, since its mirrors keep no older
-# ones. The base can be pinned too: --build-arg BASE=debian:bookworm-slim@sha256:<the digest>.
+# both with hashes, and for the CMake that builds it, without. Debian's packages are those of the
+# day, since its mirrors keep no older ones. The base can be pinned too:
+# --build-arg BASE=debian:bookworm-slim@sha256:<the digest>.
 #
 # Open MPI is the one from PyPI that pyproject.toml asks for, not Debian's: it is what the tests run
 # with, it needs nothing from the system, and it is copied with the environment.

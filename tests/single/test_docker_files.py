@@ -91,6 +91,7 @@ def test_an_ssh_server_takes_keys_only_and_forwards_nothing():
     for way in ("PasswordAuthentication", "KbdInteractiveAuthentication", "UsePAM"):
         assert settings[way] == "no"
     assert settings["DisableForwarding"] == "yes"
+    assert settings["AllowAgentForwarding"] == settings["X11Forwarding"] == "no"
     assert int(settings["Port"]) > 1024  # it does not run as root
 
 
@@ -108,7 +109,7 @@ def test_the_hosts_of_compose_share_an_image_a_key_and_a_closed_network():
     assert maker["volumes"][0].split(":")[0] in compose["volumes"]
 
 
-def test_pods_do_not_run_as_root():
+def test_pods_may_run_where_kubernetes_admits_restricted_pods_only():
     job = yaml.safe_load((ROOT / "launch/kubernetes-mpijob.yaml").read_text())
     pods = job["spec"]["mpiReplicaSpecs"].values()
     containers = [one for pod in pods for one in pod["template"]["spec"]["containers"]]
@@ -118,4 +119,6 @@ def test_pods_do_not_run_as_root():
             "runAsUser": 1000,
             "runAsNonRoot": True,
             "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
         }
