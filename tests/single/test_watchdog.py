@@ -1,9 +1,11 @@
 """The watchdog's parts: the store of what ranks are at, the flight recorder, and `diagnose`."""
 
 import contextlib
+import io
 import json
 import re
 import socket
+import sys
 import threading
 import time
 
@@ -15,8 +17,8 @@ from syncbn._src import cli
 from syncbn._src.watchdog import waiting_limits
 from syncbn._src.watchdog.flight_recorder import FlightRecorder
 from syncbn._src.watchdog.rank_store import Store, StoreClient, _Codec
-from syncbn._src.watchdog.waiting_for_all import within_limits
-from tests import patience
+from syncbn._src.watchdog.waiting_for_all import starting_within_limits, within_limits
+from tests import patience, processes
 
 KEY = bytes(range(32))
 
@@ -385,9 +387,36 @@ def test_a_wait_within_the_limits_ends_nothing(monkeypatch, limit, seconds):
 
 
 def test_without_a_watchdog_no_wait_is_watched(monkeypatch):
+    def started():
+        before = {*threading.enumerate()}
+        with within_limits("start"):
+            return [one.name for one in {*threading.enumerate()} - before]
+
     monkeypatch.setenv("SYNCBN_WATCHDOG", "0")
-    with within_limits("start"):
-        assert "syncbn-waiting-for-all" not in {one.name for one in threading.enumerate()}
+    assert not started()
     monkeypatch.delenv("SYNCBN_WATCHDOG")
-    with within_limits("start"):
-        assert "syncbn-waiting-for-all" in {one.name for one in threading.enumerate()}
+    assert started() == ["syncbn-waiting-for-all"]
+
+
+@pytest.mark.parametrize("limit", ["600", "0", "1e10"])
+def test_what_starts_may_have_no_limit_and_no_file_for_its_errors(monkeypatch, limit):
+    monkeypatch.setenv("SYNCBN_TIMEOUT_SECONDS", limit)
+    with contextlib.redirect_stderr(io.StringIO()), starting_within_limits():
+        pass
+    monkeypatch.setattr(sys, "__stderr__", None)
+    with starting_within_limits():
+        pass
+
+
+def test_an_engine_that_lets_no_thread_run_is_ended_with_its_stack():
+    # As MPI does: sleep holds the lock when it is called through ctypes.PyDLL.
+    code = """
+import ctypes
+from syncbn._src.watchdog.waiting_for_all import starting_within_limits
+with starting_within_limits():
+    ctypes.PyDLL(None).sleep(600)
+"""
+    finished = processes.python(code, SYNCBN_TIMEOUT_SECONDS="1")
+    assert finished.code == 1, finished.output
+    assert "Timeout (0:00:03)!" in finished.output
+    assert 'File "<string>", line 5' in finished.output

@@ -16,7 +16,7 @@ from syncbn._src.communicators.resolution import choose_engine, resolve
 from syncbn._src.keras_compat.keras_api import keras
 from syncbn._src.keras_compat.multi_worker_fit import mend_keras_fit
 from syncbn._src.training.horovod_initialization import init_horovod
-from syncbn._src.watchdog.waiting_for_all import starting_within_limits
+from syncbn._src.watchdog.waiting_for_all import starting_within_limits, within_limits
 
 _ENGINES = ("auto", "tf.distribute", "horovod", "mpi", "local")
 
@@ -155,20 +155,24 @@ def _joined(engine: str, own_gpu: bool) -> Job:
 def _horovod_local_rank() -> int:
     hvd = import_horovod()
     if not hvd.is_initialized():
-        with starting_within_limits():
+        # An elastic job has limits of Horovod's, which begins again without those that are late.
+        limited = contextlib.nullcontext() if is_elastic() else within_limits("start")
+        with limited:
             init_horovod()
     return hvd.local_rank()
 
 
 def _mpi_local_rank() -> int:
+    there = "mpi4py.MPI" in sys.modules
     try:
-        with starting_within_limits():
+        with contextlib.nullcontext() if there else starting_within_limits():
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # mpi4py raises the latter without libmpi
         raise ImportError(
             "engine='mpi' needs mpi4py and an MPI library: pip install 'syncbn[mpi]'"
         ) from error
-    machine = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    with within_limits("start", MPI.COMM_WORLD.Abort):
+        machine = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
     local_rank = machine.rank
     machine.Free()
     return local_rank

@@ -23,7 +23,7 @@ def within_limits(
     what: str,
     end: Callable[[int], object] = os._exit,
     waited: Callable[[], float] | None = None,
-) -> Iterator[None]:
+) -> Iterator[threading.Event]:
     """Ends the job where what is done within, which waits for all ranks, takes too long.
 
     No rank knows anything of the others yet, so it cannot be said who is missing. The limits are
@@ -33,6 +33,9 @@ def within_limits(
         what: What all ranks have to do, and at least one has not done.
         end: Ends this process, and with it the job, with a code.
         waited: Returns for how many seconds this process has waited; by default since now.
+
+    Yields:
+        An event that ends the watch, which is set at the end.
     """
     begin, come = time.monotonic(), threading.Event()
     seconds = waited or (lambda: time.monotonic() - begin)
@@ -56,28 +59,32 @@ def within_limits(
         name = "syncbn-waiting-for-all"
         threading.Thread(target=watch, args=(own,), name=name, daemon=True).start()
     try:
-        yield
+        yield come
     finally:
         come.set()
 
 
 @contextlib.contextmanager
 def starting_within_limits() -> Iterator[None]:
-    """The same for the start of an engine, which may keep all other threads from running.
+    """The same for the start of an engine that keeps all other threads from running.
 
     MPI and the cluster of tf.distribute hold Python's global lock while they wait for all
-    processes. Then the process ends a little later, with its stack for a message.
+    processes. Then the process ends a little later, with its stack for a message, by the timer of
+    `faulthandler`, of which a process has one.
     """
-    own = _own_limits()
-    if own is None or own.end == float("inf"):
-        yield
-        return
+    own, armed = _own_limits(), False
     with within_limits("start"):
-        faulthandler.dump_traceback_later(own.end + 2 * _PERIOD, exit=True)
+        # No limit, one beyond what the timer counts, or a file without a descriptor.
+        with contextlib.suppress(OSError, OverflowError, ValueError):
+            if own is not None and sys.__stderr__ is not None:
+                after = own.end + 2 * _PERIOD
+                faulthandler.dump_traceback_later(after, exit=True, file=sys.__stderr__)
+                armed = True
         try:
             yield
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            if armed:
+                faulthandler.cancel_dump_traceback_later()
 
 
 def _own_limits() -> Limits | None:

@@ -76,6 +76,8 @@ class Watchdog(threading.Thread):
         self._where: dict[str, Any] = {}
         self._status = "running"
         self._stopped = threading.Event()
+        self._stopped_wait = threading.Event()
+        """That of the thread that watches the wait for the first call."""
         self._polled = 0.0
         """Seconds that the last look at the recorder took."""
         self._asked: str | None = None
@@ -102,7 +104,8 @@ class Watchdog(threading.Thread):
         own = self._own_address() if self.job.rank == 0 else None
         # From a thread this is no wait of the job's, unless it waits in a call of its own.
         waited = _seconds_in_any if self.job.share_in_thread else None
-        with within_limits("make their first synchronized call", self.job.end, waited):
+        end = self.job.end
+        with within_limits("make their first synchronized call", end, waited) as self._stopped_wait:
             where = json.loads(self.job.share(own))
         if "error" in where:
             raise ValueError(where["error"])
@@ -202,6 +205,7 @@ class Watchdog(threading.Thread):
     def stop(self) -> None:
         """Ends the thread: one that runs TensorFlow while Python ends may never come back."""
         self._stopped.set()
+        self._stopped_wait.set()
         self.join(TIMEOUT)
 
     def is_running(self) -> bool:
