@@ -45,7 +45,9 @@ class Newcomer:
         """Runs a command line of a page, and shows its output where it fails."""
         print(f"{what}: {command}", flush=True)
         path = f"{self.folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        env = {"PATH": path, "PYTHONPATH": "", "OMPI_MCA_rmaps_base_oversubscribe": "1"}
+        # Without make's constraints, and on as few cores as there are.
+        env = {"PATH": path, "PYTHONPATH": "", "PIP_CONSTRAINT": ""}
+        env["OMPI_MCA_rmaps_base_oversubscribe"] = "1"
         begin = time.monotonic()
         finished = processes.run(
             [(what, ["bash", "-ceu", command], env)], takes=takes, hide=False, cwd=self.folder

@@ -122,15 +122,7 @@ def fit(job, fault, faulty_rank, folder):
         if epoch == FAULTY_EPOCH and job.rank == faulty_rank:
             OF_FIT[fault]()
 
-    # Workers of tf.distribute read their statistics together, so there all of them save.
-    own = Path(folder) if job.rank == 0 else Path(folder, str(job.rank))
-    checkpoint = tf.keras.callbacks.ModelCheckpoint(
-        str(own / "{epoch}.weights.h5"), save_weights_only=True
-    )
-    callbacks = [
-        tf.keras.callbacks.LambdaCallback(on_epoch_begin=begin_epoch),
-        training.rank_zero_only(checkpoint) if job.strategy is None else checkpoint,
-    ]
+    callbacks = [tf.keras.callbacks.LambdaCallback(on_epoch_begin=begin_epoch)]
     optimizer = tf.keras.optimizers.SGD(0.1)
     if job.strategy is None:
         optimizer = training.distribute(optimizer)
@@ -138,6 +130,7 @@ def fit(job, fault, faulty_rank, folder):
     with job.scope():
         model = small_model()
         model.compile(optimizer, "mse")
+        callbacks.append(training.PreemptionCheckpoint(Path(folder, "checkpoints")))
     x = np.random.default_rng(job.rank).normal(size=(32, 4)).astype("float32")
     data = tf.data.Dataset.from_tensor_slices((x, x)).batch(8)
     options = tf.data.Options()

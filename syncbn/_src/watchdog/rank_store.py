@@ -80,11 +80,15 @@ class Store:
         threading.Thread(target=loop.run_forever, name="syncbn-store", daemon=True).start()
 
     def wait_until_heard(self, seconds: float) -> None:
-        """Waits until all ranks that have not ended have had an answer, or the time is over."""
+        """Waits until all other ranks have had an answer, or are gone, or the time is over.
+
+        Also those that have failed: they ask once more, for who is gone.
+        """
         begin = time.monotonic()
         while time.monotonic() < begin + seconds and any(
-            self._heard[rank] < begin and one["status"] == "running"
+            self._heard[rank] < begin and (one["status"] == "running" or rank in self._connections)
             for rank, one in list(self._states.items())
+            if rank != 0  # whose store it is
         ):
             time.sleep(0.05)
 
