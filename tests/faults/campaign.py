@@ -63,6 +63,9 @@ class Case(NamedTuple):
     rank: int = 1
     size: int = 2
 
+    def __str__(self):
+        return f"{self.fault}, rank {self.rank} of {self.size}"
+
     @property
     def says(self):
         """The pattern of what somebody says, or ``None``."""
@@ -77,13 +80,8 @@ class Case(NamedTuple):
 
 # The store of the watchdog, and checkpoints, are rank 0's.
 _OF_RANK_0 = (
-    "raises",
-    "callback raises",
-    "ends",
-    "exits with 3",
-    "is killed",
-    "is stopped",
-    "sleeps",
+    *("raises", "callback raises", "ends", "exits with 3", "is killed", "is stopped", "sleeps"),
+    "never begins",
 )
 _OF_THREE = ("raises", "ends", "is killed", "is stopped", "other order", "skips one")
 CASES = [

@@ -1,9 +1,13 @@
 """The tables in docs/faults.md, made of what the campaign has found."""
 
+import json
+
 from tests import processes
 from tests.faults import campaign
 
 FILE = processes.ROOT / "docs" / "faults.md"
+RUNS = processes.ROOT / "tests" / "faults" / "runs.json"
+"""What has become of each job, by case and launcher, when it was run last."""
 BEGIN, END = "<!-- made by make test-faults -->\n", "<!-- end -->\n"
 
 
@@ -17,7 +21,7 @@ def cell(case, outcome):
     return f"ends with {outcome.code}, {outcome.seconds:.0f} s"
 
 
-def tables(found):
+def tables(runs):
     """Returns a table for each number of ranks, and each of them that a fault befalls."""
     lines = []
     for size, rank in dict.fromkeys((case.size, case.rank) for case in campaign.CASES):
@@ -25,15 +29,20 @@ def tables(found):
         lines += ["|---" * (1 + len(campaign.LAUNCHERS)) + "|"]
         for case in campaign.CASES:
             if (case.size, case.rank) == (size, rank):
-                cells = [cell(case, found[launcher, case]) for launcher in campaign.LAUNCHERS]
+                found = runs.get(str(case), {})
+                cells = [found.get(launcher, "not yet") for launcher in campaign.LAUNCHERS]
                 lines.append(f"| {case.fault} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
 def write(found):
-    """Puts the tables in their place in the page."""
+    """Takes down what was found, and puts the tables in their place in the page."""
+    runs = json.loads(RUNS.read_text())
+    for (launcher, case), outcome in found.items():
+        runs.setdefault(str(case), {})[launcher] = cell(case, outcome)
+    RUNS.write_text(json.dumps(runs, indent=1) + "\n")
     text = FILE.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    FILE.write_text(before + BEGIN + "\n" + tables(found) + END + after)
+    FILE.write_text(before + BEGIN + "\n" + tables(runs) + END + after)

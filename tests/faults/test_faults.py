@@ -1,4 +1,4 @@
-"""The whole campaign: each fault under each launcher. `make test-faults` writes docs/faults.md."""
+"""The whole campaign: each fault under each launcher. It writes docs/faults.md."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,7 +7,7 @@ import pytest
 from tests.faults import campaign
 
 
-@pytest.mark.parametrize("case", campaign.CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", campaign.CASES, ids=str)
 @pytest.mark.parametrize("launcher", campaign.LAUNCHERS)
 def test_a_fault_ends_the_job_or_the_job_goes_on(launcher, case, tmp_path, record):
     outcome = campaign.run(launcher, case, tmp_path)
