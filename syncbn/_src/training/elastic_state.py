@@ -118,7 +118,7 @@ class ElasticState:
     def sync(self) -> None:
         """Gives the state of rank 0 to all workers, and commits it. `elastic` calls it.
 
-        Under tf.distribute, where variables are created equal, nothing is sent: states are compared.
+        Under tf.distribute, where variables are created equal, states are compared, and not sent.
 
         Raises:
             ValueError: workers have different models or optimizers, or, under tf.distribute,
