@@ -53,6 +53,12 @@ set -euo pipefail
 
 die() { echo "horovod.sh: $*" >&2; exit 1; }
 refuse() { echo "horovod.sh: $*" >&2; exit 2; }  # wrong arguments
+# How long a rank waits, rounded up: Horovod takes whole seconds, and 0 is for ever.
+whole_seconds() {
+  local seconds=${SYNCBN_TIMEOUT_SECONDS:-600} more=0
+  [[ ! $seconds =~ \.0*[1-9] ]] || more=1
+  echo $((10#${seconds%.*} + more))
+}
 
 size=
 controller=--gloo
@@ -95,12 +101,12 @@ if [ -n "$least$most$discovery" ]; then
   if [ -n "$discovery" ]; then
     [ -z "$hosts$hostfile" ] || refuse "--host-discovery excludes --hosts and --hostfile"
     script=$(type -P -- "$discovery") || refuse "--host-discovery must be a command. Received: '$discovery'"
-    elastic+=(--host-discovery-script "$(printf %q "$script")")  # a shell runs it
+    # The system's sh runs it, which may not know bash's quotes.
+    elastic+=(--host-discovery-script "'${script//\'/\'\\\'\'}'")
   fi
   elastic+=(--min-np "$least" ${most:+--max-np "$most"})
   largest=${most:-9}  # which is too many for what follows, as any number may be
-  waits=${SYNCBN_TIMEOUT_SECONDS:-600}
-  waits=${waits%.*}
+  waits=$(whole_seconds)
   [ "$waits" -gt 0 ] || waits=1000000  # days, as Horovod has no for ever
   elastic+=(--elastic-timeout "$waits")
   export HOROVOD_GLOO_TIMEOUT_SECONDS="${HOROVOD_GLOO_TIMEOUT_SECONDS:-120}"
@@ -128,8 +134,7 @@ fi
 export HOROVOD_CYCLE_TIME="${HOROVOD_CYCLE_TIME:-0.1}"
 [ "$controller" = --mpi ] || [ "$largest" -gt 8 ] \
   || export HOROVOD_CACHE_CAPACITY="${HOROVOD_CACHE_CAPACITY:-0}"
-stall=${SYNCBN_TIMEOUT_SECONDS:-600}
-export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-${stall%.*}}"
+export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-$(whole_seconds)}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 marked=()
 if [ "$controller" = --mpi ]; then

@@ -457,7 +457,7 @@ def test_horovod_starts_horovodrun_with_the_users_environment_first(tmp_path):
 @pytest.mark.parametrize(("most", "cache"), [("8", "0"), ("9", "")], ids=["few", "many"])
 def test_horovod_starts_an_elastic_job(most, cache, tmp_path):
     fake(tmp_path, "horovodrun")
-    discovery = tmp_path / "it's discovered"
+    discovery = tmp_path / "it's\t$HOME, ö"
     fake(tmp_path, discovery.name)
     finished = launch(
         *("horovod.sh", "-np", "2", "--min-np", "1", "--max-np", most, "--timeout", "90.5"),
@@ -467,14 +467,29 @@ def test_horovod_starts_an_elastic_job(most, cache, tmp_path):
     assert finished.code == 0, finished.output
     flags = printed(finished.output)[:-2]
     script = flags[flags.index("--host-discovery-script") + 1]
+    # A shell of the system reads it, which need not know the quotes of bash.
     assert shlex.split(script) == [str(discovery)]
     assert flags == [
         *("-np", "2", "--gloo", "--host-discovery-script", script),
-        *("--min-np", "1", "--max-np", most, "--elastic-timeout", "90"),
+        *("--min-np", "1", "--max-np", most, "--elastic-timeout", "91"),
         *("--network-interface", "lo"),
     ]
     assert ("HOROVOD_CACHE_CAPACITY=0\n" in finished.output) == bool(cache), finished.output
     assert "HOROVOD_GLOO_TIMEOUT_SECONDS=120\n" in finished.output, finished.output
+
+
+@pytest.mark.parametrize(
+    ("timeout", "elastic", "stall"),
+    [("0", "1000000", "0"), ("0.00", "1000000", "0"), ("0.5", "1", "1"), ("08", "8", "8")],
+)
+def test_horovod_waits_for_ever_only_where_it_is_told_so(timeout, elastic, stall, tmp_path):
+    fake(tmp_path, "horovodrun")
+    arguments = ("-np", "2", "--min-np", "1", "--timeout", timeout, "--", "true")
+    finished = launch("horovod.sh", *arguments, PATH=path(tmp_path))
+    assert finished.code == 0, finished.output
+    flags = printed(finished.output)
+    assert flags[flags.index("--elastic-timeout") + 1] == elastic
+    assert f"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS={stall}\n" in finished.output, finished.output
 
 
 @pytest.mark.parametrize("start", [["horovod.sh"], ["horovod.sh", "--mpi"], ["mpi.sh"]], ids=str)

@@ -4,11 +4,14 @@ import contextlib
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from syncbn import training
+from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.optimizer_state import optimizer_variables
 from tests.keras import keras
 from tests.parallel import workers
+from tests.parallel.conftest import ENGINE
 from tests.parallel.workers import compiled, same_on_all_ranks, samples
 
 
@@ -89,4 +92,22 @@ def test_workers_with_other_models_are_told(replicas):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1 + (replicas.rank == 0))])
     state = training.ElasticState(model, keras.optimizers.SGD())
     with pytest.raises(ValueError, match="must have the same variables"):
+        state.sync()
+
+
+@pytest.mark.skipif(ENGINE != "multiworker", reason="other engines send the state")
+def test_a_strategy_compares_what_its_workers_begin_with(replicas):
+    rank = replicas.strategy.cluster_resolver.task_id
+    with replicas.strategy.scope():
+        model = compiled()
+    training.elastic(lambda state: None)(training.ElasticState(model, epoch=3))
+    # As where rank 0 alone has found a checkpoint.
+    state = training.ElasticState(model, epoch=3 * (rank == 0))
+    with pytest.raises(ValueError, match=r"same state to begin with.*its values, "):
+        state.sync()
+    kernel = keras_api.variable(model.layers[0].kernel)
+    for copy in replicas.strategy.experimental_local_results(kernel):
+        copy.assign_add(tf.fill(copy.shape, float(rank)))
+    state = training.ElasticState(model)
+    with pytest.raises(ValueError, match=r"same state to begin with.*kernel.*of checksum "):
         state.sync()

@@ -1,5 +1,7 @@
 """The state of elastic jobs in one process; tests/launchers/test_elastic.py has such jobs."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,7 +9,9 @@ import tensorflow as tf
 import syncbn
 from syncbn import training
 from syncbn._src.communicators.horovod_errors import is_lost_collective, note_collective
-from syncbn._src.keras_compat.optimizer_state import optimizer_variables
+from syncbn._src.communicators.launcher import require_whole_job
+from syncbn._src.keras_compat.optimizer_state import current_rate, optimizer_variables
+from syncbn._src.training import state_commits
 from syncbn._src.training.gradient_averages import average_gradients
 from tests.keras import KERAS_3, keras
 
@@ -104,6 +108,151 @@ def test_epochs_and_batches_are_counted_and_committed():
     model.fit(batches(5), epochs=2, shuffle=False, verbose=0, callbacks=[commit])
     # Not after the last batch of an epoch, but at its end.
     assert committed == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_a_job_that_changes_at_each_commit_loses_nothing(known):
+    def data():
+        found = batches(4).filter(lambda x, y: True)
+        return found.apply(tf.data.experimental.assert_cardinality(4)) if known else found
+
+    # Not Adam, in which the number of steps matters: Keras 2 counts one more where data end.
+    undisturbed = built(keras.optimizers.SGD(0.1, momentum=0.9))
+    undisturbed.fit(data(), epochs=2, shuffle=False, verbose=0)
+
+    model, committed = built(keras.optimizers.SGD(0.1, momentum=0.9)), []
+    state = training.ElasticState(model)
+
+    def commit():
+        training.ElasticState.commit(state)
+        committed.append((state.epoch, state.batch))
+        raise Lost
+
+    state.commit = commit
+    while state.epoch < 2:
+        with contextlib.suppress(Lost):
+            model.fit(
+                data().skip(state.batch),
+                initial_epoch=state.epoch,
+                epochs=state.epoch + 1,
+                shuffle=False,
+                verbose=0,
+                callbacks=[training.CommitState(state, batches_per_commit=2)],
+            )
+    # Keras begins a batch behind the last one, where it does not know that this was the last.
+    assert committed == ([(0, 2), (1, 0), (1, 2), (2, 0)] if known else [(1, 0), (2, 0)])
+    for ours, theirs in zip(model.get_weights(), undisturbed.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_that_nothing_is_committed_within_an_epoch_is_said_once(caplog):
+    state_commits._say_once.cache_clear()
+    commit = training.CommitState(training.ElasticState(built()))
+    for steps in None, None, 3:
+        commit.set_params({"steps": steps})
+        commit.on_epoch_begin(0)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the length of the data is unknown" in caplog.text
+
+
+def test_a_fit_that_begins_at_another_epoch_is_committed_at_that():
+    model, committed = built(), []
+    state = training.ElasticState(model, batch=1)
+    state.commit = lambda: committed.append((state.epoch, state.batch))
+    callbacks = [training.CommitState(state, batches_per_commit=2)]
+    model.fit(batches(3), initial_epoch=3, epochs=4, shuffle=False, verbose=0, callbacks=callbacks)
+    assert committed == [(3, 2), (4, 0)]
+
+
+class Workers:
+    """A communicator of so many workers, none of which is asked."""
+
+    name, supports_jit, rank = "tf.distribute", False, 0
+
+    def __init__(self, size):
+        self.size = size
+
+    def all_reduce_sum(self, tensor, name):
+        raise AssertionError("these have no gradients to add up")
+
+
+class Rates(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        self.rates = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.rates.append(current_rate(self.model.optimizer))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_the_rate_goes_on_within_an_epoch_and_follows_the_size(known):
+    model, seen = built(keras.optimizers.SGD(0.01, momentum=0.9)), Rates()
+
+    def rates(size, epoch, batch=0, epochs=1):
+        options = {"communicator": Workers(size), "first_batch": batch}
+        if not known:
+            options["steps_per_epoch"] = STEPS
+        warmup = training.LearningRateWarmup(0.1, warmup_epochs=2, **options)
+        behind = training.LearningRateSchedule(
+            0.1, lambda epoch: 1 / epoch, start_epoch=2, staircase=False, **options
+        )
+        model.fit(
+            batches().skip(batch),
+            initial_epoch=epoch,
+            epochs=epoch + epochs,
+            shuffle=False,
+            verbose=0,
+            callbacks=[warmup, behind, seen],
+        )
+        return seen.rates
+
+    # Goyal et al.: from one worker's rate to that of 4, in 12 steps.
+    warm = 0.1 * (1 + 3 * np.arange(1, 2 * STEPS + 1) / (2 * STEPS))
+    np.testing.assert_allclose(rates(4, 0), warm[:STEPS], rtol=1e-5)
+    np.testing.assert_allclose(rates(4, 1, batch=4), warm[STEPS + 4 :], rtol=1e-5)
+    np.testing.assert_allclose(rates(4, 0, batch=2), warm[2:STEPS], rtol=1e-5)
+    np.testing.assert_allclose(rates(4, 2), 0.4 / (2 + np.arange(STEPS) / STEPS), rtol=1e-5)
+    after = 0.2 / (2 + np.arange(4, STEPS) / STEPS)  # two workers are left, and two batches
+    np.testing.assert_allclose(rates(2, 2, batch=4), after, rtol=1e-5)
+
+
+def test_an_epoch_behind_one_that_went_on_begins_at_its_first_batch():
+    model, seen = built(keras.optimizers.SGD(0.01)), Rates()
+    schedule = training.LearningRateSchedule(
+        0.1, lambda epoch: epoch, staircase=False, steps_per_epoch=STEPS, first_batch=4
+    )
+    callbacks = [schedule, seen]
+    model.fit(batches().skip(4), epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+    np.testing.assert_allclose(seen.rates, 0.1 * np.array([4, 5, 6, 7]) / STEPS, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first_batch", [-1, 0.5])
+def test_a_first_batch_is_a_number_of_batches(first_batch):
+    with pytest.raises(ValueError, match="`first_batch` must be a number of batches, 0 or more"):
+        training.LearningRateWarmup(0.1, first_batch=first_batch)
+
+
+def test_an_optimizer_that_keras_wraps_around_a_distributed_one_is_refused():
+    optimizer = training.distribute(keras.optimizers.SGD(0.1), backward_passes_per_step=2)
+    before = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        model = built(optimizer)
+    finally:
+        keras.mixed_precision.set_global_policy(before)
+    assert model.optimizer is not optimizer
+    # What it keeps local, and passes that made no step, would not be found.
+    with pytest.raises(RuntimeError, match="distribute the optimizer that scales the loss"):
+        training.ElasticState(model)
+
+
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_an_engine_that_does_not_join_the_workers_of_an_elastic_job_is_refused(size, monkeypatch):
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    monkeypatch.setenv("HOROVOD_SIZE", size)
+    with pytest.raises(RuntimeError, match=r"MPI must see every process of the job.*ELASTIC"):
+        require_whole_job("MPI", 1, "Use Horovod.")
 
 
 def optimizers():

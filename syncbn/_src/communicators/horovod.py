@@ -53,16 +53,17 @@ class HorovodCommunicator:
                 "communicator='horovod' needs Horovod to be initialized. Received: a process in "
                 "which it is not. Call hvd.init() before the first training step."
             )
-        require_whole_job(
-            "Horovod", hvd.size(), "Start the job with horovodrun, or build Horovod with MPI."
-        )
+        self.resizable = is_elastic()
+        if not self.resizable:  # an elastic job may have come down to one process
+            require_whole_job(
+                "Horovod", hvd.size(), "Start the job with horovodrun, or build Horovod with MPI."
+            )
         self._hvd = hvd
         # Horovod matches the processes' calls by the name of the operation, which must not run
         # concurrently with itself, as it might in the iterations of a loop. Different operations
         # may.
         self._orders: defaultdict[str, Order] = defaultdict(lambda: Order(everywhere=False))
         self._process_set = hvd.global_process_set if process_set is None else process_set
-        self.resizable = is_elastic()
         if self.resizable and self._process_set is not hvd.global_process_set:
             raise NotImplementedError(
                 "Process sets end with each change of the job's size. Received: "

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
+from syncbn._src.communicators.launcher import is_elastic
+
 _KINDS = (tf.errors.UnknownError, tf.errors.AbortedError, tf.errors.FailedPreconditionError)
 """What Horovod's operations raise when a message is lost, or after that.
 
@@ -56,9 +58,14 @@ def is_lost_collective(error: tf.errors.OpError) -> bool:
 def lost_collectives_as_internal_errors() -> Iterator[None]:
     """Raises the error of a lost collective as ``HorovodInternalError``, and all others unchanged.
 
+    It does so in an elastic job, and nothing in any other.
+
     Raises:
         HorovodInternalError: a collective has failed in the context.
     """
+    if not is_elastic():
+        yield
+        return
     from horovod.common.exceptions import HorovodInternalError
 
     try:

@@ -39,18 +39,18 @@ def is_elastic() -> bool:
 
 
 def require_whole_job(engine: str, size: int, remedy: str) -> None:
-    """Refuses an engine that sees one process where a launcher started several.
-
-    Not in an elastic job, which may have come down to one.
+    """Refuses an engine that sees one process where a launcher started several, or may do so.
 
     Raises:
         RuntimeError: statistics would silently be those of one worker.
     """
     launch = launched()
-    if size == 1 and launch.processes > 1 and not is_elastic():
+    if size == 1 and (launch.processes > 1 or is_elastic()):
+        number = "any number of" if is_elastic() else launch.processes
+        variable = "HOROVOD_ELASTIC" if is_elastic() else launch.variable
         raise RuntimeError(
             f"{engine} must see every process of the job. Received: {engine} of size 1, while "
-            f"{launch.variable} says that {launch.processes} processes were started. {remedy}"
+            f"{variable} says that {number} processes were started. {remedy}"
         )
 
 

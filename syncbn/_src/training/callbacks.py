@@ -15,7 +15,7 @@ from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.training.joint_history import train_jointly
 from syncbn._src.training.joint_metrics import joint_logs, joint_results
 from syncbn._src.training.kept_local import shared_variables
-from syncbn._src.training.optimizer import averages_only_inside
+from syncbn._src.training.optimizer import require_averages_of_scaled
 from syncbn._src.training.variable_broadcast import broadcast
 
 
@@ -86,13 +86,7 @@ class BroadcastVariables(WorkerCallback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         communicator, optimizer = self._resolve(), self.model.optimizer
-        if averages_only_inside(optimizer):
-            raise RuntimeError(
-                "With mixed precision, distribute the optimizer that scales the loss: "
-                "compile(distribute(tf.keras.mixed_precision.LossScaleOptimizer(optimizer))). "
-                f"Received: {type(optimizer).__name__} around a distributed optimizer, with which "
-                "workers would skip different steps."
-            )
+        require_averages_of_scaled(optimizer)
         horovods = type(optimizer).__module__.partition(".")[0] == "horovod"
         if keras_api.KERAS_3 and horovods and communicator.size > 1:
             raise RuntimeError(

@@ -23,7 +23,8 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
     state of rank 0 on all workers. Where a worker is lost, the others go back to the last commit,
     and the function is called again, in a job of another size. Where one is to join or to leave,
     that happens at the next commit, and nothing is lost. In any other job, and in one process, the
-    function is called once, with the state of rank 0.
+    function is called once, with the state of rank 0. Under tf.distribute nothing is sent: the
+    workers' states must be the same, which is checked.
 
     The function has to go on from the state: read rank and size in it (``job = start()``), make
     datasets and callbacks, and call `join` and `fit` in it. Build the model, its optimizer and the
@@ -44,6 +45,7 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         TypeError: when it is called: the first argument is not an `ElasticState`.
         RuntimeError: when it is called: Horovod is not initialized in an elastic job.
+        ValueError: when it is called: see `ElasticState.sync`.
 
     Example:
         >>> @syncbn.training.elastic

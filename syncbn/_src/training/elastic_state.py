@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import zlib
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ import tensorflow as tf
 
 from syncbn._src.communicators.base import process_communicator
 from syncbn._src.communicators.horovod_errors import lost_collectives_as_internal_errors
+from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.launcher import is_elastic
 from syncbn._src.communicators.resolution import resolve
 from syncbn._src.keras_compat.keras_api import OPTIMIZERS
 from syncbn._src.keras_compat.optimizer_state import create_optimizer_state, optimizer_variables
+from syncbn._src.models.training_job import job_of
 from syncbn._src.training.kept_local import shared_variables
+from syncbn._src.training.optimizer import require_averages_of_scaled
 from syncbn._src.training.variable_broadcast import broadcast, broadcast_text
 
 
@@ -47,6 +51,8 @@ class ElasticState:
     Raises:
         ValueError: the model is not built, or a value has the name of a method.
         TypeError: not an optimizer of `tf.keras`; here or at a commit: a value cannot be sent.
+        RuntimeError: Keras has wrapped a distributed optimizer in one that scales the loss (see
+            `distribute`).
 
     Example:
         >>> state = syncbn.training.ElasticState(model, best=None)
@@ -72,6 +78,7 @@ class ElasticState:
                 "`optimizer` must be one of tf.keras.optimizers. "
                 f"Received: optimizer={optimizer!r}."
             )
+        require_averages_of_scaled(optimizer)
         taken = sorted(name for name in values if hasattr(type(self), name))
         if taken:
             raise ValueError(f"Values must have names of their own. Received: {', '.join(taken)}.")
@@ -111,17 +118,22 @@ class ElasticState:
     def sync(self) -> None:
         """Gives the state of rank 0 to all workers, and commits it. `elastic` calls it.
 
+        Under tf.distribute, where variables are created equal, states are compared, and not sent.
+
         Raises:
-            ValueError: workers have different models or optimizers.
+            ValueError: workers have different models or optimizers, or, under tf.distribute,
+                different states.
             RuntimeError: see `syncbn.resolve`.
         """
-        with _internal_errors(), self.model.distribute_strategy.scope():
+        with lost_collectives_as_internal_errors(), self.model.distribute_strategy.scope():
             communicator = process_communicator(resolve())
             broadcast(shared_variables(self._variables(), self.optimizer))
             if communicator.name != "tf.distribute" and communicator.size > 1:
                 self._set_values(broadcast_text(self._values(), communicator))
         self._clear_accumulation()
         self._save()
+        if communicator.name == "tf.distribute":
+            self._require_same_state()
 
     def on_hosts_updated(self, timestamp: int, update: Any) -> None:
         """Takes a note, for the next commit. Horovod calls it, in another thread, on rank 0."""
@@ -135,7 +147,7 @@ class ElasticState:
         from horovod.common.exceptions import HostsUpdatedInterrupt
 
         told = tf.constant([float(not self._updates.empty())])
-        with _internal_errors():
+        with lost_collectives_as_internal_errors():
             total = process_communicator(resolve()).all_reduce_sum(told, "syncbn/elastic/hosts")
         if total.numpy()[0]:
             self._forget_updates()
@@ -153,6 +165,17 @@ class ElasticState:
         # In Keras 3 `variables` has the states of random generators too, which stay different.
         state = [] if self.optimizer is None else optimizer_variables(self.optimizer)
         return [*self.model.weights, *state]
+
+    def _require_same_state(self) -> None:
+        """Raises where a worker has committed another state than rank 0."""
+        names = [getattr(one, "path", one.name) for one in self._variables()]
+        checksums = [f"of checksum {zlib.crc32(one.tobytes()):08x}" for one in self._committed]
+        require_agreement(
+            job_of(self.model).workers(),
+            [self._committed_values, *checksums],
+            ["its values", *names],
+            "state to begin with",
+        )
 
     def _save(self) -> None:
         self._committed_values = self._values()
@@ -176,11 +199,6 @@ class ElasticState:
         accumulation = getattr(self.optimizer, "_syncbn_accumulation", None)
         if accumulation is not None:
             accumulation.clear()
-
-
-def _internal_errors() -> contextlib.AbstractContextManager[None]:
-    """Raises lost collectives as Horovod's elastic mode takes them, in such a job."""
-    return lost_collectives_as_internal_errors() if is_elastic() else contextlib.nullcontext()
 
 
 def _is_plain(value: Any) -> bool:

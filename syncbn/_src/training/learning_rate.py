@@ -41,11 +41,15 @@ class LearningRateSchedule(WorkerCallback):
             the first batch of each execution.)
         momentum_correction: See above.
         steps_per_epoch: The number of batches in an epoch, where Keras does not know it.
+        first_batch: The number of batches that are done in the epoch with which training begins,
+            where it goes on within one (see `CommitState`): Keras counts from 0 again, and knows
+            only of those that are left. They count as if they had had the size of those.
         communicator: As for `syncbn.SyncBatchNormalization`.
 
     Raises:
-        ValueError: ``base_rate`` is not positive. When training begins: the number of steps in an
-            epoch is needed and unknown, or workers have different schedules.
+        ValueError: ``base_rate`` is not positive, or ``first_batch`` negative. When training
+            begins: the number of steps in an epoch is needed and unknown, or workers have different
+            schedules.
         TypeError: when the rate is set: that of the optimizer is a schedule.
 
     Example:
@@ -65,6 +69,7 @@ class LearningRateSchedule(WorkerCallback):
         momentum_correction: bool = True,
         steps_per_epoch: int | None = None,
         *,
+        first_batch: int = 0,
         communicator: str | Communicator = "auto",
     ):
         super().__init__(communicator)
@@ -75,9 +80,17 @@ class LearningRateSchedule(WorkerCallback):
         self.start_epoch, self.end_epoch = start_epoch, end_epoch
         self.staircase, self.momentum_correction = staircase, momentum_correction
         self.steps_per_epoch = steps_per_epoch
+        if not isinstance(first_batch, int) or first_batch < 0:
+            raise ValueError(
+                "`first_batch` must be a number of batches, 0 or more. "
+                f"Received: first_batch={first_batch!r}."
+            )
+        self.first_batch = first_batch
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._steps = self.steps_per_epoch or self.params.get("steps")
+        self._done = self.first_batch
+        left = self.params.get("steps")
+        self._steps = self.steps_per_epoch or (left and left + self._done)
         if not self.staircase and not self._steps:
             raise ValueError(
                 f"{type(self).__name__} needs the number of steps in an epoch. Received: data of "
@@ -96,6 +109,7 @@ class LearningRateSchedule(WorkerCallback):
                 "staircase": self.staircase,
                 "momentum_correction": self.momentum_correction,
                 "steps in an epoch": None if self.staircase else self._steps,
+                "first_batch": None if self.staircase else self.first_batch,
             }
             require_agreement(joined, [*map(str, facts.values())], [*facts], "learning rates")
 
@@ -108,12 +122,13 @@ class LearningRateSchedule(WorkerCallback):
         ):
             return
         if not self.staircase:
-            self._set(self._multiplier(self._epoch + batch / self._steps))
+            self._set(self._multiplier(self._epoch + (self._done + batch) / self._steps))
         elif not self._set_in_epoch:
             self._set_in_epoch = True
             self._set(self._multiplier(self._epoch))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._done = 0  # of the next epoch, if there is one in this call of `fit`
         if logs is not None:
             logs["learning_rate"] = current_rate(self.model.optimizer)
 
@@ -151,6 +166,7 @@ class LearningRateWarmup(LearningRateSchedule):
         warmup_epochs: The number of epochs that the warm-up takes, positive.
         momentum_correction: As for `LearningRateSchedule`.
         steps_per_epoch: The number of batches in an epoch, where Keras does not know it.
+        first_batch: As for `LearningRateSchedule`.
         communicator: As for `syncbn.SyncBatchNormalization`.
 
     Raises:
@@ -169,6 +185,7 @@ class LearningRateWarmup(LearningRateSchedule):
         momentum_correction: bool = True,
         steps_per_epoch: int | None = None,
         *,
+        first_batch: int = 0,
         communicator: str | Communicator = "auto",
     ):
         if not warmup_epochs > 0:
@@ -183,6 +200,7 @@ class LearningRateWarmup(LearningRateSchedule):
             staircase=False,
             momentum_correction=momentum_correction,
             steps_per_epoch=steps_per_epoch,
+            first_batch=first_batch,
             communicator=communicator,
         )
         self.warmup_epochs = warmup_epochs

@@ -120,13 +120,22 @@ def distribute(
     return changed
 
 
-def averages_only_inside(optimizer: Any) -> bool:
-    """Says whether workers could disagree on which steps to skip.
+def require_averages_of_scaled(optimizer: Any) -> None:
+    """Refuses an optimizer that scales the loss around a distributed one.
 
     Keras wraps an optimizer itself where the policy is ``mixed_float16``. If that one is
     distributed, each worker looks for gradients that are not finite among its own.
+
+    Raises:
+        RuntimeError: workers could disagree on which steps to skip.
     """
-    return isinstance(inner_optimizer(optimizer), _Distributed)
+    if isinstance(inner_optimizer(optimizer), _Distributed):
+        raise RuntimeError(
+            "With mixed precision, distribute the optimizer that scales the loss: "
+            "compile(distribute(tf.keras.mixed_precision.LossScaleOptimizer(optimizer))). "
+            f"Received: {type(optimizer).__name__} around a distributed optimizer, with which "
+            "workers would skip different steps."
+        )
 
 
 @keras_api.register_keras_serializable(package="syncbn", name="DistributedOptimizer")
