@@ -280,8 +280,15 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     fit(compiled("sgd"), training.PreemptionCheckpoint(tmp_path))
     with pytest.raises(ValueError, match=r"must be of this model\. Received"):
         fit(compiled("sgd", units=5), training.PreemptionCheckpoint(tmp_path))
-    with pytest.raises(ValueError, match="must be of this model and optimizer"):
+    with pytest.raises(ValueError, match=r"must be of this model and optimizer.* one of SGD"):
         fit(compiled("adam"), training.PreemptionCheckpoint(tmp_path))
+    # One that has all variables of the other, and more.
+    fit(compiled("adam"), training.PreemptionCheckpoint(tmp_path / "adam"))
+    with pytest.raises(ValueError, match=r"must be of this model and optimizer.* one of Adam"):
+        fit(compiled("sgd"), training.PreemptionCheckpoint(tmp_path / "adam"))
+    wrapped = LossScaleOptimizer(keras.optimizers.Adam(0.1))
+    with pytest.raises(ValueError, match=r"for LossScaleOptimizer.* around Adam"):
+        fit(compiled(wrapped), training.PreemptionCheckpoint(tmp_path / "adam"))
     preemption = training.PreemptionCheckpoint(tmp_path)
     with pytest.raises(ValueError, match=r"samples=32, seed=1, and a checkpoint .* other data"):
         preemption.indices(32, 4, 2, seed=1)
@@ -370,3 +377,132 @@ def test_workers_ask_after_as_many_steps_and_hear_at_the_same(monkeypatch):
     assert asked[0] == asked[1]
     assert 150 <= len(found) - 1 <= 171
     assert 10 <= len(asked[0]) <= 16  # of 150 steps: 7.5 s, and the doubling at the start
+
+
+class Fails(keras.callbacks.Callback):
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == self.step:
+            raise RuntimeError("a callback failed")
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_an_error_among_the_skipped_steps_leaves_training_as_it_was(
+    plain, tmp_path, signals_as_before
+):
+    with pytest.raises(SystemExit):
+        fit(compiled("sgd"), Signal(5), training.PreemptionCheckpoint(tmp_path))
+    model = compiled("sgd")
+    with pytest.raises(RuntimeError, match="a callback failed"):
+        fit(model, Fails(2), training.PreemptionCheckpoint(tmp_path))
+    before = int(model.optimizer.iterations.numpy())
+    if plain:
+        fit(model, epochs=1)
+        assert int(model.optimizer.iterations.numpy()) == before + 8
+    else:
+        fit(model, training.PreemptionCheckpoint(tmp_path))
+        assert int(model.optimizer.iterations.numpy()) == 16
+
+
+def test_forked_processes_end_by_the_signals_that_the_job_catches():
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    notice = PreemptionNotice([signal.SIGTERM])
+    notice.listen()
+    try:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == notice._receive
+    finally:
+        notice.stop()
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def received():
+    """The signals that come to what caught them before."""
+    numbers = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: numbers.append(number))
+    yield numbers
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_after_a_fit_that_failed_goes_to_what_caught_it_before(tmp_path, received):
+    with pytest.raises(RuntimeError, match="a callback failed"):
+        fit(compiled("sgd"), Fails(1), training.PreemptionCheckpoint(tmp_path))
+    signal.raise_signal(signal.SIGTERM)
+    assert received == [signal.SIGTERM]
+
+
+def test_a_signal_behind_the_last_question_is_not_lost(tmp_path, received):
+    def tell(logs):
+        signal.raise_signal(signal.SIGTERM)
+
+    model = compiled("sgd")
+    late = keras.callbacks.LambdaCallback(on_train_end=tell)
+    preemption = training.PreemptionCheckpoint(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        fit(model, late, preemption)
+    assert ended.value.code == 75
+    assert not received
+    # Where somebody has caught the exit, the next one is another.
+    fit(compiled("sgd"), preemption, epochs=3)
+    preemption._notice.listen()
+    signal.raise_signal(signal.SIGTERM)
+    preemption._notice.stop()
+    assert received == [signal.SIGTERM]
+
+
+def saved_at(preemption, monkeypatch):
+    """Returns a list of the epochs and steps that are saved from now on."""
+    positions, write = [], preemption._files.write
+
+    def noted(variables, progress, **options):
+        positions.append((progress["epoch"], progress["batch"]))
+        write(variables, progress, **options)
+
+    monkeypatch.setattr(preemption._files, "write", noted)
+    return positions
+
+
+def test_each_position_is_saved_once_and_after_as_many_steps(tmp_path, monkeypatch):
+    preemption = training.PreemptionCheckpoint(tmp_path, every=np.int64(4))
+    positions, model = saved_at(preemption, monkeypatch), compiled("sgd")
+    model.compile("sgd", "mse", steps_per_execution=2)
+    fit(model, preemption)
+    assert positions == [(0, 4), (1, 0), (1, 4), (2, 0)]
+    fit(model, preemption)
+    assert len(positions) == 4
+
+
+def test_a_loop_of_ones_own_saves_each_epoch(tmp_path, monkeypatch):
+    preemption, model = training.PreemptionCheckpoint(tmp_path), compiled("sgd")
+    positions = saved_at(preemption, monkeypatch)
+    preemption.restore(model, model.optimizer)
+    for epoch in range(3):
+        for step in range(1, 4):
+            preemption.step(np.int64(epoch), tf.constant(step))
+    preemption.finish(np.int32(3))
+    assert positions == [(1, 1), (2, 1), (3, 0)]
+
+
+def test_numbers_of_numpy_and_tensorflow_are_numbers(tmp_path):
+    x, y = map(tf.constant, samples())
+    preemption = training.PreemptionCheckpoint(tmp_path)
+    numbers = preemption.indices(tf.constant(32), np.int64(4), np.int32(2), seed=np.int64(0))
+    data = numbers.map(lambda index: (tf.gather(x, index), tf.gather(y, index)))
+    options = {"steps_per_epoch": 8, "shuffle": False, "verbose": 0}
+    compiled("sgd").fit(data, epochs=2, callbacks=[preemption], **options)
+    assert training.PreemptionCheckpoint(tmp_path)._find()[1]["order"] == [32, 0]
+
+
+def test_a_copy_of_a_checkpoint_is_left_alone(tmp_path):
+    copy = tmp_path / "checkpoint-1-backup"
+    copy.mkdir()
+    fit(compiled("sgd"), training.PreemptionCheckpoint(tmp_path))
+    assert copy.is_dir()

@@ -56,6 +56,19 @@ def optimizer_variables(optimizer: Any) -> list[Any]:
     return list(variables() if callable(variables) else variables)
 
 
+def optimizer_kind(optimizer: Any) -> dict[str, list[str]]:
+    """Returns what tells optimizers apart whose state has been created: classes, and shapes of it.
+
+    The class of a distributed optimizer is that of the optimizer itself. Variables have no names
+    here: those have numbers in them, which depend on what else the process has made.
+    """
+    nested = [optimizer, inner_optimizer(optimizer)]
+    return {
+        "classes": [type(one).__name__ for one in nested if one is not None],
+        "shapes": [str(tuple(one.shape)) for one in optimizer_variables(optimizer)],
+    }
+
+
 def current_rate(optimizer: Any) -> float:
     """Returns the learning rate of the next step, or zero where an optimizer has none."""
     rate = getattr(optimizer, "learning_rate", 0.0)

@@ -33,8 +33,17 @@ class _Counters:
         return self._epoch, 0
 
 
+def leave_no_steps_out(model: Any) -> None:
+    """Lets all steps train, where a `fit` that ended in an error has left `SkippedSteps`."""
+    skipped = getattr(model.train_function, "__self__", None)
+    if isinstance(skipped, SkippedSteps):
+        skipped.end()
+
+
 class SkippedSteps:
     """Lets the first steps of an epoch pass without training.
+
+    Only steps that `begin` was told of: those of a later `fit`, without the callback, all train.
 
     Args:
         model: What is fitted.
@@ -45,23 +54,27 @@ class SkippedSteps:
 
     def __init__(self, model: Any, steps: int, drop_batches: bool):
         self._model, self._steps, self._drop_batches = model, steps, drop_batches
-        self._step = 0
+        self._begun: int | None = None
         self._train = model.train_function
         model.train_function = self._train_or_skip
 
     def begin(self, step: int) -> None:
         """Is told of each step before it is made."""
-        self._step = step
+        self._begun = step
 
     def end(self) -> None:
         """Lets all further steps train."""
-        self._model.train_function = self._train
+        if self._model.train_function == self._train_or_skip:
+            self._model.train_function = self._train
 
     def _train_or_skip(self, iterator: Any) -> Any:
-        if self._step < self._steps:
+        step, self._begun = self._begun, None
+        if step is not None and step < self._steps:
             return {}
         self.end()
-        if self._step > self._steps:
+        if step is None:
+            return self._train(iterator)
+        if step > self._steps:
             raise ValueError(
                 "Training can go on at the first step of an execution only. Received: a checkpoint "
                 f"of {self._steps} steps of an epoch, and steps_per_execution that does not divide "

@@ -109,14 +109,16 @@ class CheckpointFiles:
 
     def _remove(self, prefix: str, but: Path | None = None) -> None:
         for found in self.path.glob(f"{prefix}[0-9]*"):
-            if found != but:
+            # What is not only a number behind it is somebody's copy.
+            if found != but and found.name.removeprefix(prefix).isdigit():
                 shutil.rmtree(found, ignore_errors=True)  # somebody may be looking at it
 
 
 def read_with_others(variables: tf.train.Checkpoint) -> None:
     """Takes part in the writing of another worker.
 
-    Under a strategy of several workers, reading the moving statistics takes all of them.
+    Under a strategy of several workers, reading the moving statistics takes all of them, in the
+    order in which TensorFlow saves. So it writes to this machine's temporary folder what it reads.
     """
     with tempfile.TemporaryDirectory() as discarded:
         variables.write(os.path.join(discarded, _VARIABLES))

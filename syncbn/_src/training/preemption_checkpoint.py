@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +18,8 @@ from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.host_collectives import sum_of_all
 from syncbn._src.communicators.resolution import resolve
 from syncbn._src.keras_compat import keras_api
-from syncbn._src.keras_compat.optimizer_state import create_optimizer_state
-from syncbn._src.keras_compat.resumed_fit import SkippedSteps, resume_at_epoch
+from syncbn._src.keras_compat.optimizer_state import create_optimizer_state, optimizer_kind
+from syncbn._src.keras_compat.resumed_fit import SkippedSteps, leave_no_steps_out, resume_at_epoch
 from syncbn._src.models.training_job import job_of
 from syncbn._src.training.callbacks import WorkerCallback
 from syncbn._src.training.checkpoint_files import CheckpointFiles, read_with_others
@@ -38,8 +41,9 @@ class PreemptionCheckpoint(WorkerCallback):
     place of the one before. All workers need to see ``path``: rank 0 writes, all read. Besides, one
     is written every so often, see ``every``, and at the end of training, after which there is
     nothing to go on with: to train anew, name another folder. What is not saved is what other
-    callbacks remember, the state of random generators such as that of dropout, and what the metrics
-    have added up in the epoch that was interrupted.
+    callbacks remember, the state of random generators such as that of dropout, what the metrics
+    have added up in the epoch that was interrupted, and the gradients that
+    ``backward_passes_per_step`` has added up since the optimizer's last step (see `distribute`).
 
     **The data** go on behind the batches that have been seen. That takes an order that is the same
     in each run. `indices` gives one, shuffled anew in each epoch, in which nothing is read in vain,
@@ -48,8 +52,10 @@ class PreemptionCheckpoint(WorkerCallback):
     epoch does not depend on how many there were before, and the batch of all workers together is
     the same.
 
-    In `fit` it belongs on all workers, behind the other callbacks. A loop of one's own calls
-    `restore` before it, `step` after each step, and `finish` at the end.
+    In `fit` it belongs on all workers, behind the other callbacks. These see the steps that had
+    been made before with empty logs: so ``logs.get("loss")``, not ``logs["loss"]``. A loop of one's
+    own calls `restore` before it, `step` after each step, and `finish` at the end. Forked processes
+    do not catch the signals.
 
     Args:
         path: The folder of the checkpoints of this job, and of no other.
@@ -92,11 +98,14 @@ class PreemptionCheckpoint(WorkerCallback):
         communicator: str | Communicator = "auto",
     ) -> None:
         super().__init__(communicator)
+        if not (isinstance(every, str) or every is None):
+            every = operator.index(every)
         if not (every in ("epoch", None) or (isinstance(every, int) and every > 0)):
             raise ValueError(
                 "`every` must be a positive number of steps, 'epoch' or None. "
                 f"Received: every={every!r}."
             )
+        exit_code = operator.index(exit_code)
         if not 0 < exit_code < 128:
             raise ValueError(
                 "`exit_code` must be one that stands for no success and for no signal, 1 to 127. "
@@ -112,7 +121,10 @@ class PreemptionCheckpoint(WorkerCallback):
         """Where training goes on, and how many samples of that epoch have been seen before."""
         self._resumed: dict[str, Any] = {}
         """What the checkpoint says that training goes on from."""
-        self._unsaved = 0
+        self._unsaved, self._reached = 0, (0, 0)
+        """The steps since the last checkpoint, and the epoch and its steps that have been made."""
+        self._saved: tuple[int, int] | None = None
+        """The epoch and its steps of the last checkpoint."""
         self._in_fit = False
         self._skipped: SkippedSteps | None = None
 
@@ -147,6 +159,9 @@ class PreemptionCheckpoint(WorkerCallback):
             ValueError: the batch is no multiple of the number of workers, or larger than
                 ``samples``; or the checkpoint was made with other samples or another seed.
         """
+        # Numbers of NumPy and TensorFlow go into no JSON.
+        samples, batch_size, epochs = map(operator.index, (samples, batch_size, epochs))
+        seed = None if seed is None else operator.index(seed)
         order = SampleOrder(samples, batch_size, seed)
         workers = process_communicator(resolve(self._communicator))
         shared = workers.name == "tf.distribute"
@@ -192,6 +207,8 @@ class PreemptionCheckpoint(WorkerCallback):
     def step(self, epoch: int, steps: int) -> None:
         """Is to be called after each step, by all workers: saves, and exits after a signal.
 
+        With ``every="epoch"`` it saves after the first step of the epoch that follows.
+
         For loops of one's own, after `restore`; `fit` does it by itself.
 
         Args:
@@ -202,13 +219,17 @@ class PreemptionCheckpoint(WorkerCallback):
             SystemExit: a worker has got a signal.
             RuntimeError: the checkpoint cannot be written.
         """
-        self._unsaved += 1
+        epoch, steps = operator.index(epoch), operator.index(steps)
+        begun = epoch != self._reached[0]
+        self._reach(epoch, steps)
         self._exit_if_told(epoch, steps)
-        if self._is_due():
+        if self._is_due() or (self.every == "epoch" and begun):
             self._save(epoch, steps)
 
     def finish(self, epochs: int) -> None:
         """Is to be called when training is over, by all workers: saves, and leaves signals alone.
+
+        After a signal that came since the last step it exits, like `step`.
 
         For loops of one's own; `fit` does it by itself.
 
@@ -216,16 +237,20 @@ class PreemptionCheckpoint(WorkerCallback):
             epochs: The number of epochs of the whole training.
 
         Raises:
+            SystemExit: a worker has got a signal.
             RuntimeError: the checkpoint cannot be written.
         """
+        epochs = operator.index(epochs)
+        self._exit_if_told(epochs, 0, ask=True)
         self._save(epochs, 0)
         self._notice.stop()
 
     def on_train_begin(self, logs: Any = None) -> None:
+        leave_no_steps_out(self.model)
         self._restore(self.model, self.model.optimizer)
         self._in_fit, self._skipped = True, None
         self._require_same_data()
-        self._notice.listen()
+        self._notice.listen(within=_frame_of_fit())
         if not self._resumed:
             return
         epoch, steps = self._position
@@ -251,10 +276,12 @@ class PreemptionCheckpoint(WorkerCallback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if batch < self._steps_skipped(self._epoch):
             return
+        self._reach(self._epoch, batch + 1)
         if batch + 1 == self.params.get("steps"):
-            self._unsaved += 1  # saved at the end of the epoch, with its validation
-        else:
-            self.step(self._epoch, batch + 1)
+            return  # saved at the end of the epoch, with its validation
+        self._exit_if_told(self._epoch, batch + 1)
+        if self._is_due():
+            self._save(self._epoch, batch + 1)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self._skipped is not None:
@@ -276,12 +303,14 @@ class PreemptionCheckpoint(WorkerCallback):
         with job.scope():
             self._variables = _checkpoint_of(model, optimizer, workers)
         self._shapes = [str(tuple(weight.shape)) for weight in model.weights]
+        self._optimizer = None if optimizer is None else optimizer_kind(optimizer)
         self._require_same(workers)
         number, progress = self._find()
         self._found = None  # there may be others when it is asked again
         if progress:
             sum_of_all(workers, lambda: self._read(number, progress), 0, "Restoring")
         self._resumed, self._unsaved = progress, 0
+        self._saved = (progress["epoch"], progress["batch"]) if progress else None
         epoch, steps, seen = (progress.get(name) or 0 for name in ("epoch", "batch", "seen"))
         if seen and self._order is not None:  # whose batches may have another size now
             left = self._order.steps_behind(seen)
@@ -289,6 +318,13 @@ class PreemptionCheckpoint(WorkerCallback):
             steps = self._order.steps - left
             epoch, steps, seen = (epoch, steps, seen) if left else (epoch + 1, 0, 0)
         self._position, self._seen_before = (epoch, steps), seen
+        self._reached = self._position
+
+    def _reach(self, epoch: int, steps: int) -> None:
+        """Counts the steps since it was called last: an execution of `fit` may have several."""
+        before, steps_before = self._reached
+        self._unsaved += steps - steps_before if epoch == before else steps
+        self._reached = (epoch, steps)
 
     def _require_same_data(self) -> None:
         """Raises where `fit` has other data than those of which the checkpoint is."""
@@ -351,6 +387,12 @@ class PreemptionCheckpoint(WorkerCallback):
                 f"{', '.join(progress['weights'])} in {self.path}, for a model with "
                 f"{', '.join(self._shapes)}. Name another folder."
             )
+        if progress["optimizer"] != self._optimizer:
+            raise ValueError(
+                "A checkpoint must be of this model and optimizer. Received: one of "
+                f"{_described(progress['optimizer'])} in {self.path}, for "
+                f"{_described(self._optimizer)}. Name another folder."
+            )
         self._files.read(number, self._variables)
         return np.zeros(0)
 
@@ -373,14 +415,18 @@ class PreemptionCheckpoint(WorkerCallback):
         sys.exit(self.exit_code)
 
     def _save(self, epoch: int, steps: int) -> None:
+        if self._saved == (epoch, steps) and not self._unsaved:
+            return
+        total = self.params.get("steps") if self._in_fit else None
         progress = {
             "epoch": epoch,
             "batch": steps,
-            "steps": self.params.get("steps") if self._in_fit else None,
+            "steps": None if total is None else operator.index(total),
             "order": self._order and [self._order.samples, self._order.seed],
             "seen": self._seen(epoch, steps),
             "workers": self._workers.size,
             "weights": self._shapes,
+            "optimizer": self._optimizer,
         }
 
         workers = self._workers
@@ -395,7 +441,7 @@ class PreemptionCheckpoint(WorkerCallback):
 
         # All wait for it: a worker that exits earlier may end the job.
         sum_of_all(workers, write, 0, "Saving")
-        self._unsaved = 0
+        self._unsaved, self._saved = 0, (epoch, steps)
 
     def _seen(self, epoch: int, steps: int) -> int | None:
         """Returns how many samples of an epoch all workers together have seen, if it is known."""
@@ -405,6 +451,20 @@ class PreemptionCheckpoint(WorkerCallback):
         if epoch != first:
             return steps * self._order.batch_size
         return self._seen_before + (steps - before) * self._order.batch_size
+
+
+def _described(kind: dict[str, list[str]] | None) -> str:
+    if kind is None:
+        return "no optimizer"
+    return f"{' around '.join(kind['classes'])}, with variables of {', '.join(kind['shapes'])}"
+
+
+def _frame_of_fit() -> FrameType | None:
+    """Returns the call of `fit` that calls a callback, or ``None`` where another loop does."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "fit":
+        frame = frame.f_back
+    return frame
 
 
 def _checkpoint_of(model: Any, optimizer: Any, workers: Communicator) -> tf.train.Checkpoint:

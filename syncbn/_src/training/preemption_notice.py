@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ thousandth of which a small collective takes."""
 _GROWTH = 2
 """How many times as many steps as before there may be between two questions: a step that was slow,
 as the first is, says little of the next ones."""
+
+_listening: list[PreemptionNotice] = []
 
 
 class PreemptionNotice:
@@ -45,11 +48,20 @@ class PreemptionNotice:
                 f"`signals` must be ones that a process can catch. Received: {fatal.pop().name}."
             )
         self._received = 0
+        self._told = False
+        """Whether a signal has been heard: the end is near, and no other one is to cut it short."""
+        self._within: tuple[int, CodeType] | None = None
         self._before: dict[int, Any] = {}
         self._steps, self._steps_between, self._asked = 0, 1, 0.0
 
-    def listen(self) -> None:
+    def listen(self, within: FrameType | None = None) -> None:
         """Catches the signals from now on, in place of what did before.
+
+        Forked processes do not: what ends them is no notice for the job.
+
+        Args:
+            within: The call that asks. Once it has been left, as by an error, nobody would ask
+                whether there was a signal; then the first one goes to what caught it before.
 
         Raises:
             RuntimeError: the call is not made in the main thread.
@@ -59,16 +71,32 @@ class PreemptionNotice:
                 "Only the main thread of a process can catch signals. Received: training in "
                 f"{threading.current_thread().name}. Call it from the main thread."
             )
+        for told in [one for one in _listening if one._told]:
+            told.stop()  # somebody has caught its exit, and goes on
+        self._told = False
+        # No reference to the frame, which would keep all of its variables.
+        self._within = None if within is None else (id(within), within.f_code)
         self._steps, self._steps_between, self._asked = 0, 1, time.monotonic()
+        if self not in _listening:
+            _listening.append(self)
         for number in self._numbers:
             before = signal.signal(number, self._receive)
             self._before.setdefault(number, before)
 
     def stop(self) -> None:
-        """Leaves the signals to what caught them before."""
+        """Leaves the signals to what caught them before, also one that nobody has heard yet."""
+        self._restore_handlers()
+        unheard, self._received = 0 if self._told else self._received, 0
+        if unheard:
+            signal.raise_signal(unheard)
+
+    def _restore_handlers(self) -> None:
+        if self in _listening:
+            _listening.remove(self)
         while self._before:
             number, before = self._before.popitem()
-            signal.signal(number, signal.SIG_DFL if before is None else before)
+            if signal.getsignal(number) == self._receive:  # and nothing that came later
+                signal.signal(number, signal.SIG_DFL if before is None else before)
 
     def heard(self, workers: Communicator, ask: bool = False) -> dict[int, str]:
         """Returns the signals that workers have got, by rank. All workers call it after each step.
@@ -81,7 +109,8 @@ class PreemptionNotice:
         """
         self._steps += 1
         if workers.size == 1:
-            return {0: signal.Signals(self._received).name} if self._received else {}
+            self._told = self._received != 0
+            return {0: signal.Signals(self._received).name} if self._told else {}
         if self._steps < self._steps_between and not ask:
             return {}
         seconds = time.monotonic() - self._asked
@@ -92,7 +121,26 @@ class PreemptionNotice:
         self._steps_between = max(1, min(most, int(PERIOD / of_a_step)))
         self._steps, self._asked = 0, time.monotonic()
         numbers = {rank: int(number) for rank, number in enumerate(rows[:, 0]) if number}
+        self._told = bool(numbers)
         return {rank: signal.Signals(number).name for rank, number in numbers.items()}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
+        if not self._told and not self._is_within(frame):
+            self.stop()
+
+    def _is_within(self, frame: FrameType | None) -> bool:
+        """Says whether the call that asks is still running, of which ``frame`` is a part."""
+        if self._within is None:
+            return True
+        while frame is not None and (id(frame), frame.f_code) != self._within:
+            frame = frame.f_back
+        return frame is not None
+
+
+def _leave_signals_in_child() -> None:
+    for notice in reversed([*_listening]):  # each has what the one before it has set
+        notice._restore_handlers()
+
+
+os.register_at_fork(after_in_child=_leave_signals_in_child)
