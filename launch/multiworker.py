@@ -197,13 +197,7 @@ def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> in
     """
     deadline = float("inf")
     while time.monotonic() < deadline:
-        for number in received[:]:
-            if number not in PASSED_ON or (number == signal.SIGTERM and deadline < float("inf")):
-                return 128 + number
-            received.remove(number)
-            signal_groups(list(workers.values()), number)
-            if number == signal.SIGTERM:
-                deadline = time.monotonic() + SAVE
+        # Before the signals: a scheduler may send another one while a worker that has saved exits.
         ends = {index: ended(worker) for index, worker in workers.items()}
         for index, it in ends.items():
             if it and it[0]:
@@ -214,6 +208,13 @@ def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> in
                 return it[0]
         if None not in ends.values():
             return 0
+        for number in received[:]:
+            if number not in PASSED_ON or (number == signal.SIGTERM and deadline < float("inf")):
+                return 128 + number
+            received.remove(number)
+            signal_groups(list(workers.values()), number)
+            if number == signal.SIGTERM:
+                deadline = time.monotonic() + SAVE
         time.sleep(0.05)
     return 128 + signal.SIGTERM
 
