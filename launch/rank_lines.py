@@ -20,8 +20,9 @@ of its own. The end is the command's, by exit code or by signal; where its outpu
 on, it is ended, and the exit code is 1. Should this process be killed, the command is told to end.
 
 SIGTERM goes to the ranks on this machine, which have two minutes to end by themselves, and so to
-save: told to end, Open MPI's mpirun would leave them one second. After that, after another SIGTERM,
-or where there are no ranks here, it goes to mpirun.
+save: told to end, Open MPI's mpirun would leave them one second. Where processes of ranks catch
+SIGTERM, only those get it, and a shell around them lives on. After that, after another SIGTERM, or
+where there are no ranks here, it goes to mpirun.
 
 Any python3 may come first on a PATH, so this keeps to what Python 3.6 has.
 """
@@ -44,7 +45,7 @@ FORWARDED = (
 )
 SAVE = 120.0
 """Seconds that ranks get to end by themselves after SIGTERM."""
-RANK = re.compile(rb"(^|\0)(OMPI_COMM_WORLD_RANK|PMI_RANK)=")
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """What the environment of a rank has, under Open MPI and MPICH."""
 PATIENCE = 1.0
 """Seconds after which what has come of a line is printed, finished or not."""
@@ -276,12 +277,30 @@ def ranks_here(session: int) -> "list[int]":
         try:
             if os.getsid(int(name)) != session:
                 continue
-            with open(f"/proc/{name}/environ", "rb") as file:
-                if RANK.search(file.read()):
-                    found.append(int(name))
+            with open(f"/proc/{name}/environ", errors="replace") as file:
+                variables = {line.partition("=")[0] for line in file.read().split("\0")}
+            if not variables.isdisjoint(RANK_VARIABLES):
+                found.append(int(name))
         except OSError:  # it has ended meanwhile, or is another user's
             continue
     return found
+
+
+def catching(processes: "list[int]", number: int) -> "list[int]":
+    """Returns those of the processes that catch a signal, or all of them where none does.
+
+    A shell around a training script would be ended by the signal, and with the shell the job.
+    """
+    found = []
+    for process in processes:
+        try:
+            with open(f"/proc/{process}/status") as file:
+                (caught,) = (line.split()[1] for line in file if line.startswith("SigCgt:"))
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(caught, 16) >> (number - 1) & 1:
+            found.append(process)
+    return found or processes
 
 
 def main() -> int:
@@ -294,6 +313,8 @@ def main() -> int:
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A task of srun has a rank itself; with that, mpirun would be one for `ranks_here`.
+        env={name: value for name, value in os.environ.items() if name not in RANK_VARIABLES},
         # A terminal's signals come here only, and so to mpirun once.
         start_new_session=True,
         preexec_fn=lambda: prctl(set_parent_death_signal, signal.SIGTERM),
@@ -315,7 +336,7 @@ def main() -> int:
         if not ranks:
             pass_on(number, frame)
             return
-        for rank in ranks:
+        for rank in catching(ranks, number):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, number)
         late = threading.Timer(SAVE, pass_on, [number, frame])

@@ -313,6 +313,29 @@ def test_a_signal_reaches_the_ranks_under_mpi_once(start, number):
     assert not processes.left(marker)
 
 
+# As in a task of srun, whose rank is not one of mpirun's.
+@pytest.mark.parametrize(
+    ("start", "env"),
+    [("mpi.sh -np 1", {"PMI_RANK": "0"}), ("multiworker.py --workers 1", {})],
+    ids=["mpi.sh", "multiworker.py"],
+)
+def test_what_a_shell_has_started_has_time_to_save_after_sigterm(start, env):
+    code = (
+        "import os, signal, time\n"
+        "told = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: told.append('told'))\n"
+        "os.kill(int(os.environ['LAUNCHER']), signal.SIGTERM)\n"
+        "while not told: time.sleep(0.05)\n"
+        "time.sleep(3)\n"  # longer than mpirun would wait
+        f"print('saved', flush=True); exit({os.EX_TEMPFAIL})"
+    )
+    shell = ["bash", "-c", f"{shlex.join([sys.executable, '-c', code])}; exit $?"]
+    script = f"export LAUNCHER=$$; exec {LAUNCH}/{start} -- {shlex.join(shell)}"
+    finished = processes.run([("bash", ["bash", "-c", script], env)])
+    assert "[0] saved\n" in finished.output, finished.output
+    assert finished.code == os.EX_TEMPFAIL, finished.output
+
+
 def rank_lines(*command, tag=TAG, **settings):
     """The command that runs another one through rank_lines.py, with settings of its own."""
     changes = "".join(f"rank_lines.{name} = {value}; " for name, value in settings.items())
