@@ -45,7 +45,7 @@ FORWARDED = (
 )
 SAVE = 120.0
 """Seconds that ranks get to end by themselves after SIGTERM."""
-RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
+RANK = re.compile(rb"(^|\0)(OMPI_COMM_WORLD_RANK|PMI_RANK)=")
 """What the environment of a rank has, under Open MPI and MPICH."""
 PATIENCE = 1.0
 """Seconds after which what has come of a line is printed, finished or not."""
@@ -270,19 +270,23 @@ def job_code(job: "subprocess.Popen[bytes]", passed_on: "list[int]") -> int:
     return code
 
 
-def ranks_here(session: int) -> "list[int]":
-    """Returns the processes of ranks on this machine, and those that they have started."""
-    found = []
+def ranks_here() -> "list[int]":
+    """Returns the processes of ranks on this machine, and those that they have started.
+
+    By descent: under Open MPI they are in the session of mpirun, under MPICH in those of their own.
+    Orphans among them are children of this process.
+    """
+    children = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.getsid(int(name)) != session:
-                continue
-            with open(f"/proc/{name}/environ", errors="replace") as file:
-                variables = {line.partition("=")[0] for line in file.read().split("\0")}
-            if not variables.isdisjoint(RANK_VARIABLES):
-                found.append(int(name))
-        except OSError:  # it has ended meanwhile, or is another user's
-            continue
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            children.setdefault(int(_status(int(name), "PPid")), []).append(int(name))
+    found, started = [], children.get(os.getpid(), [])
+    while started:
+        process = started.pop()
+        started += children.get(process, [])
+        with contextlib.suppress(OSError), open(f"/proc/{process}/environ", "rb") as file:
+            if RANK.search(file.read()):
+                found.append(process)
     return found
 
 
@@ -293,14 +297,15 @@ def catching(processes: "list[int]", number: int) -> "list[int]":
     """
     found = []
     for process in processes:
-        try:
-            with open(f"/proc/{process}/status") as file:
-                (caught,) = (line.split()[1] for line in file if line.startswith("SigCgt:"))
-        except OSError:  # it has ended meanwhile
-            continue
-        if int(caught, 16) >> (number - 1) & 1:
-            found.append(process)
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if int(_status(process, "SigCgt"), 16) >> (number - 1) & 1:
+                found.append(process)
     return found or processes
+
+
+def _status(process: int, name: str) -> str:
+    with open(f"/proc/{process}/status", errors="replace") as file:
+        return next(line.split()[1] for line in file if line.startswith(f"{name}:"))
 
 
 def main() -> int:
@@ -314,7 +319,7 @@ def main() -> int:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         # A task of srun has a rank itself; with that, mpirun would be one for `ranks_here`.
-        env={name: value for name, value in os.environ.items() if name not in RANK_VARIABLES},
+        env={k: v for k, v in os.environ.items() if not RANK.match(os.fsencode(f"{k}="))},
         # A terminal's signals come here only, and so to mpirun once.
         start_new_session=True,
         preexec_fn=lambda: prctl(set_parent_death_signal, signal.SIGTERM),
@@ -331,7 +336,7 @@ def main() -> int:
     told = []
 
     def tell_ranks(number: int, frame: object) -> None:
-        ranks = [] if told else ranks_here(job.pid)
+        ranks = [] if told else ranks_here()
         told.append(number)
         if not ranks:
             pass_on(number, frame)
