@@ -14,8 +14,10 @@ In a checkout also launch/multiworker.py instead of `syncbn launch multiworker`.
 Each line of output is prefixed with the worker's index. When a worker fails, the others get a few
 seconds to fail by themselves and to say why; then all are ended, with what they have started, and
 the exit code is that of the first: 128 + n where signal n ended it. SIGTERM, SIGUSR1 and SIGUSR2
-to this script are passed on to the workers. After SIGTERM they have two minutes to end by
-themselves, and so to save; after another one, SIGINT or SIGHUP they are ended at once.
+to this script are passed on to the workers: to those of their processes that catch the signal, so
+that a shell around the training lives on, or to all where none does. After SIGTERM they have two
+minutes to end by themselves, and so to save; after another one, SIGINT or SIGHUP they are ended at
+once.
 
 The ports of --workers were free a moment before. Should another process take one in that moment,
 the worker fails, and with it the job: start it again. Workers on a machine with GPUs see
@@ -40,7 +42,8 @@ from typing import IO
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
-from process_groups import end, ended, free_addresses, settle, signal_groups
+from process_groups import end, ended, free_addresses, members, settle
+from rank_lines import catching
 
 SETTLE, TERMINATE = 5.0, 5.0
 """Seconds that workers get to fail by themselves, and to end when told to."""
@@ -197,13 +200,7 @@ def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> in
     """
     deadline = float("inf")
     while time.monotonic() < deadline:
-        for number in received[:]:
-            if number not in PASSED_ON or (number == signal.SIGTERM and deadline < float("inf")):
-                return 128 + number
-            received.remove(number)
-            signal_groups(list(workers.values()), number)
-            if number == signal.SIGTERM:
-                deadline = time.monotonic() + SAVE
+        # Before the signals: a scheduler may send another one while a worker that has saved exits.
         ends = {index: ended(worker) for index, worker in workers.items()}
         for index, it in ends.items():
             if it and it[0]:
@@ -214,6 +211,15 @@ def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> in
                 return it[0]
         if None not in ends.values():
             return 0
+        for number in received[:]:
+            if number not in PASSED_ON or (number == signal.SIGTERM and deadline < float("inf")):
+                return 128 + number
+            received.remove(number)
+            for process in catching(members(list(workers.values())), number):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+            if number == signal.SIGTERM:
+                deadline = time.monotonic() + SAVE
         time.sleep(0.05)
     return 128 + signal.SIGTERM
 

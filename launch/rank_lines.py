@@ -20,8 +20,9 @@ of its own. The end is the command's, by exit code or by signal; where its outpu
 on, it is ended, and the exit code is 1. Should this process be killed, the command is told to end.
 
 SIGTERM goes to the ranks on this machine, which have two minutes to end by themselves, and so to
-save: told to end, Open MPI's mpirun would leave them one second. After that, after another SIGTERM,
-or where there are no ranks here, it goes to mpirun.
+save: told to end, Open MPI's mpirun would leave them one second. Where processes of ranks catch
+SIGTERM, only those get it, and a shell around them lives on. After that, after another SIGTERM, or
+where there are no ranks here, it goes to mpirun.
 
 Any python3 may come first on a PATH, so this keeps to what Python 3.6 has.
 """
@@ -269,19 +270,42 @@ def job_code(job: "subprocess.Popen[bytes]", passed_on: "list[int]") -> int:
     return code
 
 
-def ranks_here(session: int) -> "list[int]":
-    """Returns the processes of ranks on this machine, and those that they have started."""
-    found = []
+def ranks_here() -> "list[int]":
+    """Returns the processes of ranks on this machine, and those that they have started.
+
+    By descent: under Open MPI they are in the session of mpirun, under MPICH in those of their own.
+    Orphans among them are children of this process.
+    """
+    children = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.getsid(int(name)) != session:
-                continue
-            with open(f"/proc/{name}/environ", "rb") as file:
-                if RANK.search(file.read()):
-                    found.append(int(name))
-        except OSError:  # it has ended meanwhile, or is another user's
-            continue
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            children.setdefault(int(_status(int(name), "PPid")), []).append(int(name))
+    found, started = [], children.get(os.getpid(), [])
+    while started:
+        process = started.pop()
+        started += children.get(process, [])
+        with contextlib.suppress(OSError), open(f"/proc/{process}/environ", "rb") as file:
+            if RANK.search(file.read()):
+                found.append(process)
     return found
+
+
+def catching(processes: "list[int]", number: int) -> "list[int]":
+    """Returns those of the processes that catch a signal, or all of them where none does.
+
+    A shell around a training script would be ended by the signal, and with the shell the job.
+    """
+    found = []
+    for process in processes:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if int(_status(process, "SigCgt"), 16) >> (number - 1) & 1:
+                found.append(process)
+    return found or processes
+
+
+def _status(process: int, name: str) -> str:
+    with open(f"/proc/{process}/status", errors="replace") as file:
+        return next(line.split()[1] for line in file if line.startswith(f"{name}:"))
 
 
 def main() -> int:
@@ -294,6 +318,8 @@ def main() -> int:
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A task of srun has a rank itself; with that, mpirun would be one for `ranks_here`.
+        env={k: v for k, v in os.environ.items() if not RANK.match(os.fsencode(f"{k}="))},
         # A terminal's signals come here only, and so to mpirun once.
         start_new_session=True,
         preexec_fn=lambda: prctl(set_parent_death_signal, signal.SIGTERM),
@@ -310,12 +336,12 @@ def main() -> int:
     told = []
 
     def tell_ranks(number: int, frame: object) -> None:
-        ranks = [] if told else ranks_here(job.pid)
+        ranks = [] if told else ranks_here()
         told.append(number)
         if not ranks:
             pass_on(number, frame)
             return
-        for rank in ranks:
+        for rank in catching(ranks, number):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, number)
         late = threading.Timer(SAVE, pass_on, [number, frame])

@@ -62,7 +62,11 @@ class Setup(NamedTuple):
 
 
 class StepRecorder(tf.keras.callbacks.Callback):
-    """Times the steps, and keeps the weights after the first few."""
+    """Times the steps, and keeps the weights after the first few.
+
+    Those that `PreemptionCheckpoint` skips, since they were made before, have no losses, and count
+    for neither.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,6 +77,8 @@ class StepRecorder(tf.keras.callbacks.Callback):
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if not logs or np.isnan([*map(float, logs.values())]).all():
+            return
         self.seconds.append(time.perf_counter() - self._start)
         if len(self.seconds) <= EARLY_STEPS:
             self.early_weights = self.model.get_weights()

@@ -7,12 +7,14 @@ import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import uuid
 from pathlib import Path
 
 import pytest
 import yaml
+from multiworker import wait
 from rank_lines import Lines, Target
 
 from tests import processes
@@ -309,6 +311,29 @@ def test_a_signal_reaches_the_ranks_under_mpi_once(start, number):
     else:
         assert finished.code not in (0, 124), finished.output
     assert not processes.left(marker)
+
+
+# As in a task of srun, whose rank is not one of mpirun's.
+@pytest.mark.parametrize(
+    ("start", "env"),
+    [("mpi.sh -np 1", {"PMI_RANK": "0"}), ("multiworker.py --workers 1", {})],
+    ids=["mpi.sh", "multiworker.py"],
+)
+def test_what_a_shell_has_started_has_time_to_save_after_sigterm(start, env):
+    code = (
+        "import os, signal, time\n"
+        "told = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: told.append('told'))\n"
+        "os.kill(int(os.environ['LAUNCHER']), signal.SIGTERM)\n"
+        "while not told: time.sleep(0.05)\n"
+        "time.sleep(3)\n"  # longer than mpirun would wait
+        f"print('saved', flush=True); exit({os.EX_TEMPFAIL})"
+    )
+    shell = ["bash", "-c", f"{shlex.join([sys.executable, '-c', code])}; exit $?"]
+    script = f"export LAUNCHER=$$; exec {LAUNCH}/{start} -- {shlex.join(shell)}"
+    finished = processes.run([("bash", ["bash", "-c", script], env)])
+    assert "[0] saved\n" in finished.output, finished.output
+    assert finished.code == os.EX_TEMPFAIL, finished.output
 
 
 def rank_lines(*command, tag=TAG, **settings):
@@ -629,6 +654,13 @@ def test_multiworker_passes_signals_on_and_lets_the_workers_end(name, code, tent
     assert finished.output.count("[0] told\n") == 1, finished.output
 
 
+def test_a_worker_that_has_saved_counts_more_than_another_signal():
+    command = [sys.executable, "-c", f"exit({os.EX_TEMPFAIL})"]
+    with subprocess.Popen(command, start_new_session=True) as worker:
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        assert wait({0: worker}, [signal.SIGTERM, signal.SIGTERM]) == os.EX_TEMPFAIL
+
+
 def test_the_workers_of_a_multiworker_that_is_killed_end_with_it():
     marker = f"waiting-{uuid.uuid4().hex}"
     code = "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)"
@@ -665,6 +697,40 @@ def test_xla_goes_before_the_flags_that_a_user_has(start):
     assert "flags --mine." in finished.output, finished.output
 
 
+# Runs two tasks, tells both to end once both are ready, and returns the highest code.
+SRUN = """#!{python}
+import os, pathlib, signal, subprocess, sys, time
+print(*("<%s>" % argument for argument in sys.argv[1:]), sep="\\n", flush=True)
+command = sys.argv[1:]
+options = dict(command.pop(0).split("=") for _ in list(command) if command[0][:1] == "-")
+tasks = [
+    subprocess.Popen(command, env={{**os.environ, "SLURM_PROCID": index}}, start_new_session=True)
+    for index in "01"
+]
+folder, told, deadline = pathlib.Path("{folder}"), False, float("inf")
+while None in (codes := [task.poll() for task in tasks]):
+    if not told and len([*folder.glob("ready-*")]) == 2:
+        told = True
+        for task in tasks:
+            task.terminate()
+    if codes != [None, None] and deadline == float("inf"):
+        deadline = time.monotonic() + float(options.get("--wait", 0) or "inf")
+    at_once = options["--kill-on-bad-exit"] == "1" and any(codes)
+    if at_once or time.monotonic() > deadline:
+        for task in tasks:
+            task.kill()
+    time.sleep(0.01)
+sys.exit(max(code if code >= 0 else 128 - code for code in codes))
+"""
+# The second worker takes longer.
+TOLD_WORKER = """#!/bin/bash
+[ -z "$FAILS_WITH" ] || exit "$FAILS_WITH"
+trap 'sleep $((2 * SLURM_PROCID)); exit 75' TERM
+touch {folder}/ready-$SLURM_PROCID
+while :; do read -rt 0.1 <> <(:); done
+"""
+
+
 def test_the_slurm_template_starts_the_workers_of_one_cluster(tmp_path):
     script = LAUNCH / "slurm.sbatch"
     finished = processes.run([("shellcheck", ["shellcheck", str(script)], {})])
@@ -676,22 +742,24 @@ def test_the_slurm_template_starts_the_workers_of_one_cluster(tmp_path):
     # Slurm reads options up to the first command only.
     first = next(number for number, line in enumerate(lines) if line and line[0] != "#")
     assert not [line for line in lines[first:] if line.startswith("#SBATCH")]
-    fake(tmp_path, "srun", code=7)
+    for name, text in (("srun", SRUN), ("python", TOLD_WORKER)):
+        (tmp_path / name).write_text(text.format(python=sys.executable, folder=tmp_path))
+        (tmp_path / name).chmod(0o755)
     names = 'if [ "$1" = show ]; then printf \'node1\\nnode2\\n\'; else echo "told $*"; fi'
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{names}\n")
     (tmp_path / "scontrol").chmod(0o755)
     env = {"PATH": path(tmp_path), "SLURM_JOB_ID": "20005", "SLURM_JOB_NODELIST": "node[1-2]"}
-    job = [("sbatch", ["bash", str(script), *ARGUMENTS], env)]
-    finished = processes.run(job)
+    command = ["bash", str(script), *ARGUMENTS]
+    finished = processes.run([("sbatch", command, {**env, "FAILS_WITH": "7"})])
     assert finished.code == 7, finished.output
     assert printed(finished.output) == [
-        *("--kill-on-bad-exit=1", "launch/multiworker.py", "--host", "node1:12005,node2:12005"),
+        *("--kill-on-bad-exit=0", "--wait=30"),
+        *("launch/multiworker.py", "--host", "node1:12005,node2:12005"),
         *("--", "python", "launch/train_digits.py", *ARGUMENTS),
     ]
     assert "told" not in finished.output
-    # That of a job that has saved and is to go on, and the time that it needs before.
-    fake(tmp_path, "srun", code=os.EX_TEMPFAIL)
-    finished = processes.run(job)
+    # Both have saved, one exits after the other, and the job is to go on.
+    finished = processes.run([("sbatch", command, env)])
     assert finished.code == os.EX_TEMPFAIL, finished.output
     assert "told requeue 20005\n" in finished.output, finished.output
     assert {"--signal=TERM@120", "--requeue"} <= {*options}

@@ -132,6 +132,27 @@ def test_the_script_says_what_is_wrong(arguments, env, message):
     assert message in finished.output, finished.output
 
 
+def test_skipped_steps_are_not_timed():
+    code = (
+        "from types import SimpleNamespace\n"
+        "from train_digits import StepRecorder\n"
+        "recorder = StepRecorder()\n"
+        "weights = [0.0]\n"
+        "recorder.set_model(SimpleNamespace(get_weights=lambda: list(weights)))\n"
+        "for logs in None, {}, {'loss': float('nan'), 'accuracy': float('nan')}:\n"
+        "    recorder.on_train_batch_begin(0)\n"
+        "    recorder.on_train_batch_end(0, logs)\n"
+        "assert (recorder.seconds, recorder.early_weights) == ([], [])\n"
+        "weights = [1.0]\n"
+        "recorder.on_train_batch_begin(3)\n"
+        "recorder.on_train_batch_end(3, {'loss': 2.0, 'accuracy': 0.5})\n"
+        "assert len(recorder.seconds) == 1 and recorder.early_weights == [1.0]\n"
+    )
+    env = {"PYTHONPATH": os.path.dirname(SCRIPT)}
+    finished = run([("", [sys.executable, "-c", code], env)])
+    assert finished.code == 0, finished.output
+
+
 def test_a_job_ends_when_the_checkpoint_is_of_another_model(tmp_path):
     other = (
         "import tensorflow as tf, syncbn\n"
