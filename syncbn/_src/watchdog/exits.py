@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 from types import TracebackType
 
 from syncbn._src.watchdog.waiting_limits import is_on
-from syncbn._src.watchdog.watchdog import ENDED, current
+from syncbn._src.watchdog.watchdog import current
 
 
 def install() -> None:
-    """Makes an exception that ends this process, and a plain end, known to the other ranks.
+    """Makes an exception that ends this process known to the other ranks.
 
     Under MPI an exception also ends the job, as ``python -m mpi4py`` would: MPI itself would wait
     at this rank's end for the others, and these in a collective for this one.
@@ -31,12 +30,6 @@ def install() -> None:
                 _abort_mpi()
 
     sys.excepthook = hook
-
-    def at_exit() -> None:
-        if os.getpid() == process:
-            _tell(ENDED)
-
-    atexit.register(at_exit)
 
 
 def _tell(status: str) -> None:

@@ -70,7 +70,7 @@ class Watchdog(threading.Thread):
         self.job = job
         self.limits: Limits | None = None
         """Those of rank 0, once they are known; ``None`` where it has the watchdog turned off."""
-        self._main = threading.main_thread().ident
+        self._main, self._process = threading.main_thread().ident, os.getpid()
         self._client: StoreClient | None = None
         self._lock = threading.Lock()
         self._where: dict[str, Any] = {}
@@ -201,6 +201,16 @@ class Watchdog(threading.Thread):
                 self._client.close()
             self._client = None
             return {}
+
+    def leave(self) -> None:
+        """Tells the others that this rank is done, and stops.
+
+        Registered once the engine has started, it comes before the engine's own end, in which
+        Horovod waits for the others, and these learn of nothing but a failed collective.
+        """
+        if os.getpid() == self._process and self.is_running():
+            self.tell(ENDED)
+        self.stop()
 
     def stop(self) -> None:
         """Ends the thread: one that runs TensorFlow while Python ends may never come back."""
@@ -340,7 +350,7 @@ def watch_job(job: WatchedJob) -> None:
     if _watchdog is None and job.size > 1:
         _watchdog = Watchdog(job)
         _watchdog.start()
-        atexit.register(_watchdog.stop)
+        atexit.register(_watchdog.leave)
 
 
 def described(several: bool) -> str:
