@@ -6,7 +6,7 @@
 # make docker-test  build the CPU image and train across two containers (docker or podman)
 # make docs   build the documentation site into build/docs
 # make test-clients  test with models of other packages (from PyPI; no weights)
-# make test-faults  make one rank of a job go wrong in every way, under every launcher (half an hour)
+# make test-faults  make one rank of a job go wrong in every way, under every launcher (an hour)
 # make test-newcomer  do what the start page and those on migration say, with a fresh environment and the wheel
 # make test-matrix  test with other versions of Python, TensorFlow and Keras
 # make coverage  say which lines the tests reach

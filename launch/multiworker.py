@@ -42,8 +42,8 @@ from typing import IO
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
-from process_groups import end, ended, free_addresses, members, settle
-from rank_lines import catching
+from process_groups import end, ended, free_addresses, settle
+from rank_lines import children, to_signal
 
 SETTLE, TERMINATE = 5.0, 5.0
 """Seconds that workers get to fail by themselves, and to end when told to."""
@@ -215,9 +215,11 @@ def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> in
             if number not in PASSED_ON or (number == signal.SIGTERM and deadline < float("inf")):
                 return 128 + number
             received.remove(number)
-            for process in catching(members(list(workers.values())), number):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, number)
+            family = children()
+            for worker in workers.values():
+                for process in to_signal(worker.pid, family, number):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, number)
             if number == signal.SIGTERM:
                 deadline = time.monotonic() + SAVE
         time.sleep(0.05)

@@ -59,16 +59,6 @@ def end(processes: Sequence[subprocess.Popen], seconds: float) -> None:
         process.wait()
 
 
-def members(processes: Sequence[subprocess.Popen]) -> list[int]:
-    """Returns the processes of the groups that ``processes`` lead."""
-    groups, found = {process.pid for process in processes}, []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-            if os.getpgid(int(name)) in groups:
-                found.append(int(name))
-    return found
-
-
 def signal_groups(processes: Sequence[subprocess.Popen], number: int) -> None:
     """Sends a signal to the groups that processes lead."""
     for process in processes:

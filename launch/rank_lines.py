@@ -47,6 +47,7 @@ SAVE = 120.0
 """Seconds that ranks get to end by themselves after SIGTERM."""
 RANK = re.compile(rb"(^|\0)(OMPI_COMM_WORLD_RANK|PMI_RANK)=")
 """What the environment of a rank has, under Open MPI and MPICH."""
+SHELLS = ("ash", "bash", "dash", "fish", "ksh", "sh", "zsh")
 PATIENCE = 1.0
 """Seconds after which what has come of a line is printed, finished or not."""
 AFTERWARDS = 5.0
@@ -270,37 +271,57 @@ def job_code(job: "subprocess.Popen[bytes]", passed_on: "list[int]") -> int:
     return code
 
 
-def ranks_here() -> "list[int]":
-    """Returns the processes of ranks on this machine, and those that they have started.
-
-    By descent: under Open MPI they are in the session of mpirun, under MPICH in those of their own.
-    Orphans among them are children of this process.
-    """
-    children = {}
+def children() -> "dict[int, list[int]]":
+    """Returns the processes of this machine by their parents."""
+    found = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            children.setdefault(int(_status(int(name), "PPid")), []).append(int(name))
-    found, started = [], children.get(os.getpid(), [])
-    while started:
-        process = started.pop()
-        started += children.get(process, [])
-        with contextlib.suppress(OSError), open(f"/proc/{process}/environ", "rb") as file:
-            if RANK.search(file.read()):
-                found.append(process)
+            found.setdefault(int(_status(int(name), "PPid")), []).append(int(name))
     return found
 
 
-def catching(processes: "list[int]", number: int) -> "list[int]":
-    """Returns those of the processes that catch a signal, or all of them where none does.
+def ranks_here(family: "dict[int, list[int]]") -> "list[int]":
+    """Returns the ranks on this machine, without what they have started.
 
-    A shell around a training script would be ended by the signal, and with the shell the job.
+    By descent: under Open MPI they are in the session of mpirun, under MPICH in those of their own.
+
+    Args:
+        family: `children`.
     """
-    found = []
-    for process in processes:
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            if int(_status(process, "SigCgt"), 16) >> (number - 1) & 1:
+    found, started = [], list(family.get(os.getpid(), []))
+    while started:
+        process = started.pop()
+        with contextlib.suppress(OSError), open(f"/proc/{process}/environ", "rb") as file:
+            if RANK.search(file.read()):
                 found.append(process)
-    return found or processes
+                continue
+        started += family.get(process, [])
+    return found
+
+
+def to_signal(process: int, family: "dict[int, list[int]]", number: int) -> "list[int]":
+    """Returns who is to get a signal for a process: itself, or what a shell has started.
+
+    The signal would end a shell around a training script, and with the shell the job. So it is for
+    what catches it there; where nothing does, for the shell and for what it has started. It is
+    never for the helpers of a script.
+
+    Args:
+        process: The process.
+        family: `children`.
+        number: The signal.
+    """
+    found, all_of_them, started = [], [], [process]
+    while started:
+        one = started.pop()
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            catches = int(_status(one, "SigCgt"), 16) >> (number - 1) & 1
+            all_of_them.append(one)
+            if catches:
+                found.append(one)
+            elif _status(one, "Name") in SHELLS:
+                started += family.get(one, [])
+    return found or all_of_them
 
 
 def _status(process: int, name: str) -> str:
@@ -336,14 +357,16 @@ def main() -> int:
     told = []
 
     def tell_ranks(number: int, frame: object) -> None:
-        ranks = [] if told else ranks_here()
+        family = children()
+        ranks = [] if told else ranks_here(family)
         told.append(number)
         if not ranks:
             pass_on(number, frame)
             return
-        for rank in catching(ranks, number):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, number)
+        for rank in ranks:
+            for process in to_signal(rank, family, number):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
         late = threading.Timer(SAVE, pass_on, [number, frame])
         late.daemon = True
         late.start()

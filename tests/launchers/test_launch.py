@@ -753,7 +753,7 @@ def test_the_slurm_template_starts_the_workers_of_one_cluster(tmp_path):
     finished = processes.run([("sbatch", command, {**env, "FAILS_WITH": "7"})])
     assert finished.code == 7, finished.output
     assert printed(finished.output) == [
-        *("--kill-on-bad-exit=0", "--wait=30"),
+        *("--kill-on-bad-exit=0", "--wait=600"),
         *("launch/multiworker.py", "--host", "node1:12005,node2:12005"),
         *("--", "python", "launch/train_digits.py", *ARGUMENTS),
     ]

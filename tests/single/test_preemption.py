@@ -439,6 +439,50 @@ def test_a_signal_after_a_fit_that_failed_goes_to_what_caught_it_before(tmp_path
     assert received == [signal.SIGTERM]
 
 
+def test_a_signal_after_a_save_that_failed_goes_to_what_caught_it_before(tmp_path, received):
+    preemption = training.PreemptionCheckpoint(tmp_path / "a file" / "folder")
+    (tmp_path / "a file").touch()
+    told = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: signal.raise_signal(signal.SIGTERM)
+    )
+    with pytest.raises(RuntimeError, match="must be written"):
+        fit(compiled("sgd"), told, preemption)
+    assert not received
+    signal.raise_signal(signal.SIGTERM)
+    assert received == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_handler_above_ours_passes_signals_on(tmp_path, received, fails):
+    above = []
+
+    def chain(number, frame):
+        above.append(number)
+        ours(number, frame)
+
+    preemption, model = training.PreemptionCheckpoint(tmp_path), compiled("sgd")
+    preemption.restore(model, model.optimizer)
+    if fails:  # in a call that is over
+        preemption._notice._within = (0, chain.__code__)
+    ours = signal.signal(signal.SIGTERM, chain)
+    if not fails:
+        preemption.finish(1)
+    for times in 1, 2:
+        signal.raise_signal(signal.SIGTERM)
+        assert above == received == [signal.SIGTERM] * times
+
+
+def test_what_other_callbacks_set_at_the_end_is_saved(tmp_path):
+    model, other = compiled("sgd"), compiled("sgd")
+    best = keras.callbacks.LambdaCallback(
+        on_train_end=lambda logs: model.set_weights([w + 1 for w in model.get_weights()])
+    )
+    fit(model, best, training.PreemptionCheckpoint(tmp_path))
+    fit(other, training.PreemptionCheckpoint(tmp_path))
+    for there, here in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(here, there)
+
+
 def test_a_signal_behind_the_last_question_is_not_lost(tmp_path, received):
     def tell(logs):
         signal.raise_signal(signal.SIGTERM)
@@ -470,14 +514,17 @@ def saved_at(preemption, monkeypatch):
     return positions
 
 
-def test_each_position_is_saved_once_and_after_as_many_steps(tmp_path, monkeypatch):
+def test_positions_are_saved_after_as_many_steps_and_not_where_nothing_is_done(
+    tmp_path, monkeypatch
+):
     preemption = training.PreemptionCheckpoint(tmp_path, every=np.int64(4))
     positions, model = saved_at(preemption, monkeypatch), compiled("sgd")
     model.compile("sgd", "mse", steps_per_execution=2)
     fit(model, preemption)
-    assert positions == [(0, 4), (1, 0), (1, 4), (2, 0)]
+    # At the end once more, since other callbacks may have set weights there.
+    assert positions == [(0, 4), (1, 0), (1, 4), (2, 0), (2, 0)]
     fit(model, preemption)
-    assert len(positions) == 4
+    assert len(positions) == 5
 
 
 def test_a_loop_of_ones_own_saves_each_epoch(tmp_path, monkeypatch):

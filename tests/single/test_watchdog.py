@@ -419,7 +419,7 @@ from syncbn._src.watchdog.waiting_for_all import starting_within_limits
 with starting_within_limits():
     ctypes.PyDLL(None).sleep(600)
 """
-    finished = processes.python(code, SYNCBN_TIMEOUT_SECONDS="1")
+    finished = processes.python(code, SYNCBN_TIMEOUT_SECONDS="5")
     assert finished.code == 1, finished.output
-    assert "Timeout (0:00:03)!" in finished.output
+    assert "Timeout (0:00:07)!" in finished.output
     assert 'File "<string>", line 5' in finished.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import os
@@ -98,15 +99,16 @@ class PreemptionCheckpoint(WorkerCallback):
         communicator: str | Communicator = "auto",
     ) -> None:
         super().__init__(communicator)
-        if not (isinstance(every, str) or every is None):
-            every = operator.index(every)
+        with contextlib.suppress(TypeError):  # what is no number is refused below
+            every = operator.index(every)  # type: ignore[arg-type]
+        with contextlib.suppress(TypeError):
+            exit_code = operator.index(exit_code)
         if not (every in ("epoch", None) or (isinstance(every, int) and every > 0)):
             raise ValueError(
                 "`every` must be a positive number of steps, 'epoch' or None. "
                 f"Received: every={every!r}."
             )
-        exit_code = operator.index(exit_code)
-        if not 0 < exit_code < 128:
+        if not (isinstance(exit_code, int) and 0 < exit_code < 128):
             raise ValueError(
                 "`exit_code` must be one that stands for no success and for no signal, 1 to 127. "
                 f"Received: exit_code={exit_code}."
@@ -242,6 +244,8 @@ class PreemptionCheckpoint(WorkerCallback):
         """
         epochs = operator.index(epochs)
         self._exit_if_told(epochs, 0, ask=True)
+        if self._reached != self._position:
+            self._saved = None  # other callbacks may set weights at the end, such as the best ones
         self._save(epochs, 0)
         self._notice.stop()
 
@@ -405,7 +409,11 @@ class PreemptionCheckpoint(WorkerCallback):
         heard = self._notice.heard(self._workers, ask)
         if not heard:
             return
-        self._save(epoch, steps)
+        try:
+            self._save(epoch, steps)
+        except BaseException:
+            self._notice.stop()  # nobody would ask for another signal
+            raise
         if self._workers.rank == 0:
             who = ", ".join(f"{name} on rank {rank}" for rank, name in heard.items())
             where = f"epoch {epoch + 1}, after {steps} of its steps"

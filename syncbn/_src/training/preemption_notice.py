@@ -87,16 +87,28 @@ class PreemptionNotice:
         """Leaves the signals to what caught them before, also one that nobody has heard yet."""
         self._restore_handlers()
         unheard, self._received = 0 if self._told else self._received, 0
-        if unheard:
+        if unheard in self._before:
+            self._pass_on(unheard, None)
+        elif unheard:
             signal.raise_signal(unheard)
 
     def _restore_handlers(self) -> None:
         if self in _listening:
             _listening.remove(self)
-        while self._before:
-            number, before = self._before.popitem()
-            if signal.getsignal(number) == self._receive:  # and nothing that came later
+        for number, before in [*self._before.items()]:
+            if signal.getsignal(number) == self._receive:
                 signal.signal(number, signal.SIG_DFL if before is None else before)
+                del self._before[number]
+            # Else somebody has put a handler above this one, which may pass signals on to it.
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Gives a signal to what caught it before."""
+        before = self._before[number]
+        if callable(before):
+            before(number, frame)
+        elif before != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def heard(self, workers: Communicator, ask: bool = False) -> dict[int, str]:
         """Returns the signals that workers have got, by rank. All workers call it after each step.
@@ -125,6 +137,9 @@ class PreemptionNotice:
         return {rank: signal.Signals(number).name for rank, number in numbers.items()}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self not in _listening and number in self._before:
+            self._pass_on(number, frame)  # whoever has put a handler above this one passes it on
+            return
         self._received = number
         if not self._told and not self._is_within(frame):
             self.stop()

@@ -19,6 +19,8 @@ import time
 from typing import Any
 
 KEY_LENGTH, _NONCE_LENGTH, _MAC_LENGTH = 32, 16, 32
+ENDED = "has ended"
+"""The status of a rank that has come to the end of its script."""
 _LONGEST = 1 << 20
 """Bytes of a message."""
 TIMEOUT = 5.0
@@ -80,15 +82,15 @@ class Store:
         threading.Thread(target=loop.run_forever, name="syncbn-store", daemon=True).start()
 
     def wait_until_heard(self, seconds: float) -> None:
-        """Waits until all other ranks have had an answer, or are gone, or the time is over.
+        """Waits until the others that have not ended have had an answer, or the time is over.
 
-        Also those that have failed: they ask once more, for who is gone.
+        Also those that have failed and are still there: they ask once more, for who is gone.
         """
         begin = time.monotonic()
         while time.monotonic() < begin + seconds and any(
             self._heard[rank] < begin and (one["status"] == "running" or rank in self._connections)
             for rank, one in list(self._states.items())
-            if rank != 0  # whose store it is
+            if rank != 0 and one["status"] != ENDED
         ):
             time.sleep(0.05)
 

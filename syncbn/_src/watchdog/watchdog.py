@@ -23,6 +23,7 @@ import numpy as np
 from syncbn._src.watchdog.flight_recorder import RECORDER, Waiting
 from syncbn._src.watchdog.messages import EXIT_CODE, tell_user
 from syncbn._src.watchdog.rank_store import (
+    ENDED,
     KEY_LENGTH,
     TIMEOUT,
     Store,
@@ -37,8 +38,6 @@ PERIOD = 1.0
 GRACE = 3.0
 """Seconds that a rank waits for what may be under way: the last messages of one that has ended, or
 where one is that it has asked."""
-ENDED = "has ended"
-"""The status of a rank that has come to the end of its script."""
 _OUT_OF_DATA = " (if it ran out of batches, syncbn.training.join(dataset) gives it empty ones)"
 _FRAMES = 12
 """Frames of a stack that are shown."""
