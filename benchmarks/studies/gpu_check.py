@@ -29,7 +29,7 @@ import tf_keras
 
 import syncbn
 from benchmarks.measuring.machine import describe
-from tests import replicas as kinds
+from tests import kinds_of_replicas as kinds
 from tests.contract import Case, check
 from tests.drawn_cases import splits
 
