@@ -26,6 +26,18 @@ def built(optimizer=None):
     return model
 
 
+def fit_rest_of_epoch(model, data, state, batches_per_commit, *callbacks):
+    """Trains on what an elastic state says is left of its epoch, and commits."""
+    model.fit(
+        data.skip(state.batch),
+        initial_epoch=state.epoch,
+        epochs=state.epoch + 1,
+        shuffle=False,
+        verbose=0,
+        callbacks=[*callbacks, training.CommitState(state, batches_per_commit)],
+    )
+
+
 def batches(steps=STEPS):
     rng = np.random.default_rng(3)
     x = rng.normal(size=(8 * steps, 4)).astype("float32")
@@ -79,16 +91,8 @@ def test_fit_that_is_interrupted_comes_to_what_it_would_have_come_to():
     def train():
         while state.epoch < 3:
             calls.append((state.epoch, state.batch))
-            callbacks = [training.CommitState(state, batches_per_commit=3)]
             lose = [LoseAWorker()] * (len(calls) == 2)
-            model.fit(
-                batches().skip(state.batch),
-                initial_epoch=state.epoch,
-                epochs=state.epoch + 1,
-                shuffle=False,
-                verbose=0,
-                callbacks=[*lose, *callbacks],
-            )
+            fit_rest_of_epoch(model, batches(), state, 3, *lose)
 
     with pytest.raises(Lost):
         train()
@@ -132,14 +136,7 @@ def test_a_job_that_changes_at_each_commit_loses_nothing(known):
     state.commit = commit
     while state.epoch < 2:
         with contextlib.suppress(Lost):
-            model.fit(
-                data().skip(state.batch),
-                initial_epoch=state.epoch,
-                epochs=state.epoch + 1,
-                shuffle=False,
-                verbose=0,
-                callbacks=[training.CommitState(state, batches_per_commit=2)],
-            )
+            fit_rest_of_epoch(model, data(), state, 2)
     # Keras begins a batch behind the last one, where it does not know that this was the last.
     assert committed == ([(0, 2), (1, 0), (1, 2), (2, 0)] if known else [(1, 0), (2, 0)])
     for ours, theirs in zip(model.get_weights(), undisturbed.get_weights(), strict=True):
