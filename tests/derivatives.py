@@ -208,7 +208,7 @@ def _step(construct, kind, layer, *given):
         return layer(x, training=training)
 
     if construct.delayed:
-        call = _delayed(call, syncbn.resolve().rank)
+        call = delayed(call, syncbn.resolve().rank)
     found = kind(functools.partial(construct.apply, call), Given(*given), layer.trainable_variables)
     for key, value in found.items():
         if value is None:
@@ -218,7 +218,7 @@ def _step(construct, kind, layer, *given):
     return found
 
 
-def _delayed(call, rank):
+def delayed(call, rank):
     """Returns ``call`` with every second of its passes, forward and backward, late on a rank."""
     passes = itertools.count(rank)
 

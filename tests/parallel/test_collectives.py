@@ -10,6 +10,7 @@ import tensorflow as tf
 import syncbn
 from syncbn._src.communicators.fingerprints import LENGTH
 from tests import oracle
+from tests.derivatives import delayed
 from tests.parallel.conftest import ENGINE
 
 # Calls of workers of tf.distribute meet by their order, so each says which it is.
@@ -128,10 +129,30 @@ def test_the_communicator_knows_its_size_and_rank(replicas, engine):
         assert (size, own) == (replicas.size, rank)
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["one function", "nested functions"])
-def test_parallel_branches_do_not_mix_their_messages(nested, replicas):
-    if nested and not replicas.separate:
-        pytest.skip("TensorFlow refuses merge_call in a nested tf.function (tf-keras#301)")
+STRAIGHT = [lambda function, x: function(x)]
+
+
+def looped(function, x):
+    return tf.while_loop(lambda i, _: i < 1, lambda i, y: (i + 1, function(y)), (0, x))[1]
+
+
+def conditional(function, x):
+    return tf.cond(tf.reduce_all(x > -1e9), lambda: function(x), lambda: x)
+
+
+@pytest.mark.parametrize(
+    "constructs",
+    [
+        STRAIGHT,
+        [lambda function, x: tf.function(function)(x)],
+        # In a function a loop and its gradient have other tensors for a variable than a branch has.
+        [looped, conditional],
+    ],
+    ids=["one function", "nested functions", "loops and branches"],
+)
+def test_parallel_branches_do_not_mix_their_messages(constructs, replicas):
+    if constructs is not STRAIGHT and not replicas.separate:
+        pytest.skip("TensorFlow refuses merge_call in functions, branches and loops (tf-keras#301)")
     branches = 6
 
     class Branches(tf.keras.layers.Layer):
@@ -148,14 +169,15 @@ def test_parallel_branches_do_not_mix_their_messages(nested, replicas):
 
     def step(layer, x):
         def branch(part, factor, x):
-            return part(x * factor + factor, training=True)
+            return delayed(part, syncbn.resolve().rank)(x * factor + factor)
 
         with tf.GradientTape() as tape:
             tape.watch(x)
             outputs = []
             for number, part in enumerate(layer.parts):
                 function = functools.partial(branch, part, number + 1.0)
-                outputs.append((tf.function(function) if nested else function)(x))
+                construct = constructs[number % len(constructs)]
+                outputs.append(construct(function, x))
             loss = tf.add_n([tf.reduce_sum(y**3) for y in outputs])
         return outputs, tape.gradient(loss, x)
 

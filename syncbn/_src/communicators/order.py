@@ -9,7 +9,11 @@ from weakref import WeakKeyDictionary
 import tensorflow as tf
 from tensorflow.python.ops import handle_data_util
 
-from syncbn._src.communicators.tracing import in_branch_or_loop
+from syncbn._src.communicators.tracing import (
+    captured_by_gradient,
+    captured_outside_of_loops,
+    in_branch_or_loop,
+)
 from syncbn._src.communicators.vectorization import vectorized
 from syncbn._src.ops.differentiation import in_current_graph
 
@@ -80,6 +84,10 @@ class Turn:
     def __init__(self, order: Order):
         self._order = order
         self._handle: tf.Tensor | None = None
+        self._outside: tf.Tensor | None = None
+        """What the gradient of a loop takes instead, if it can. The handle inside of a loop is one
+        of the loop's outputs for its gradient, which for TensorFlow is another variable: the
+        gradient would be in no order with the rest of the function."""
         self._witness: tf.Tensor | None = None
 
     def all_reduce_sum(
@@ -106,13 +114,18 @@ class Turn:
                 total = add_up(tensor, name, None)
                 return vectorized(total, again), gradient
             known = self._handle if handle is None else handle
+            if known is None:
+                known = self._order.variable()
+            elif known is self._handle and self._outside is not None:
+                outside = captured_by_gradient(self._outside)
+                known = known if outside is None else outside
             with tf.control_dependencies(self._order.last()):
-                begin = _touch(self._order.variable() if known is None else known)
+                begin = _touch(known)
             if in_branch_or_loop():
-                # The gradient can take the handle from this graph, but not from outside.
+                # The gradient can take the handle from this graph, but not from outside of all.
                 own = begin.inputs[0]
                 if self._handle is None:
-                    self._handle = own
+                    self._handle, self._outside = own, captured_outside_of_loops(known)
             with tf.control_dependencies([begin]):
                 total = add_up(tensor, name, self._witness if witness is None else witness)
             if self._witness is None:

@@ -8,7 +8,7 @@ import operator
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any, Literal
 
@@ -18,13 +18,11 @@ import tensorflow as tf
 from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.host_collectives import sum_of_all
 from syncbn._src.communicators.resolution import resolve
-from syncbn._src.keras_compat import keras_api
-from syncbn._src.keras_compat.optimizer_state import create_optimizer_state, optimizer_kind
 from syncbn._src.keras_compat.resumed_fit import SkippedSteps, leave_no_steps_out, resume_at_epoch
 from syncbn._src.models.training_job import job_of
 from syncbn._src.training.callbacks import WorkerCallback
+from syncbn._src.training.checkpoint_contents import CheckpointContents
 from syncbn._src.training.checkpoint_files import CheckpointFiles, read_with_others
-from syncbn._src.training.kept_local import local_variables
 from syncbn._src.training.preemption_notice import PreemptionNotice
 from syncbn._src.training.sample_order import SampleOrder
 from syncbn._src.watchdog.messages import tell_user
@@ -305,9 +303,7 @@ class PreemptionCheckpoint(WorkerCallback):
         job = job_of(model, self._communicator)
         self._workers = workers = job.workers()
         with job.scope():
-            self._variables = _checkpoint_of(model, optimizer, workers)
-        self._shapes = [str(tuple(weight.shape)) for weight in model.weights]
-        self._optimizer = None if optimizer is None else optimizer_kind(optimizer)
+            self._contents = CheckpointContents(model, optimizer, workers)
         self._require_same(workers)
         number, progress = self._find()
         self._found = None  # there may be others when it is asked again
@@ -385,19 +381,8 @@ class PreemptionCheckpoint(WorkerCallback):
             )
 
     def _read(self, number: int, progress: dict[str, Any]) -> np.ndarray:
-        if progress["weights"] != self._shapes:
-            raise ValueError(
-                "A checkpoint must be of this model. Received: one of weights with the shapes "
-                f"{', '.join(progress['weights'])} in {self.path}, for a model with "
-                f"{', '.join(self._shapes)}. Name another folder."
-            )
-        if progress["optimizer"] != self._optimizer:
-            raise ValueError(
-                "A checkpoint must be of this model and optimizer. Received: one of "
-                f"{_described(progress['optimizer'])} in {self.path}, for "
-                f"{_described(self._optimizer)}. Name another folder."
-            )
-        self._files.read(number, self._variables)
+        self._contents.require_of_this_model(progress, self.path)
+        self._files.read(number, self._contents.variables)
         return np.zeros(0)
 
     def _is_due(self) -> bool:
@@ -433,8 +418,7 @@ class PreemptionCheckpoint(WorkerCallback):
             "order": self._order and [self._order.samples, self._order.seed],
             "seen": self._seen(epoch, steps),
             "workers": self._workers.size,
-            "weights": self._shapes,
-            "optimizer": self._optimizer,
+            **self._contents.described(),
         }
 
         workers = self._workers
@@ -442,9 +426,9 @@ class PreemptionCheckpoint(WorkerCallback):
 
         def write() -> np.ndarray:
             if workers.rank == 0:
-                self._files.write(self._variables, progress, others_read=in_cluster)
+                self._files.write(self._contents.variables, progress, others_read=in_cluster)
             elif in_cluster:
-                read_with_others(self._variables)
+                read_with_others(self._contents.variables)
             return np.zeros(0)
 
         # All wait for it: a worker that exits earlier may end the job.
@@ -461,34 +445,9 @@ class PreemptionCheckpoint(WorkerCallback):
         return self._seen_before + (steps - before) * self._order.batch_size
 
 
-def _described(kind: dict[str, list[str]] | None) -> str:
-    if kind is None:
-        return "no optimizer"
-    return f"{' around '.join(kind['classes'])}, with variables of {', '.join(kind['shapes'])}"
-
-
 def _frame_of_fit() -> FrameType | None:
     """Returns the call of `fit` that calls a callback, or ``None`` where another loop does."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_name != "fit":
         frame = frame.f_back
     return frame
-
-
-def _checkpoint_of(model: Any, optimizer: Any, workers: Communicator) -> tf.train.Checkpoint:
-    """Returns what is saved of a model and its optimizer, whose state exists from now on."""
-    if not model.built:
-        raise ValueError(
-            "The model must be built, or its weights cannot be restored. Received: "
-            f"{model.name}, which is not. Give it an Input, or call it on a batch first."
-        )
-    if workers.size > 1 and local_variables(optimizer):
-        raise ValueError(
-            "One checkpoint is for all workers. Received: an optimizer with variables that each "
-            "worker has for itself. Save these by a callback of your own."
-        )
-    weights: Sequence[Any] = [keras_api.variable(weight) for weight in model.weights]
-    if optimizer is None:
-        return tf.train.Checkpoint(weights=weights)
-    create_optimizer_state(optimizer, model.trainable_variables)
-    return tf.train.Checkpoint(weights=weights, optimizer=optimizer)
