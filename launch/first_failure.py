@@ -67,7 +67,7 @@ def pass_on_errors(process: "subprocess.Popen[bytes]", source: "IO[bytes]") -> "
 
 def main() -> int:
     """Runs horovodrun."""
-    job = rank_signals.Job(sys.argv[1:], ("HOROVOD_RANK",), stderr=subprocess.PIPE)
+    job = rank_signals.LaunchedJob(sys.argv[1:], ("HOROVOD_RANK",), stderr=subprocess.PIPE)
     failed = None
     try:
         with job.process.stderr as source:

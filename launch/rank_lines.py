@@ -267,7 +267,7 @@ def main() -> int:
     tag, *command = sys.argv[1:]
     prctl, set_child_subreaper = ctypes.CDLL(None).prctl, 36
     prctl(set_child_subreaper, 1)  # for `job_code`
-    job = rank_signals.Job(command, RANK, subprocess.PIPE, subprocess.PIPE)
+    job = rank_signals.LaunchedJob(command, RANK, subprocess.PIPE, subprocess.PIPE)
     failures = []
 
     def fail(message: str) -> None:

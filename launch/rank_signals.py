@@ -28,7 +28,7 @@ SAVE = 120.0
 SHELLS = ("ash", "bash", "dash", "fish", "ksh", "sh", "zsh")
 
 
-class Job:
+class LaunchedJob:
     """A command that starts ranks; signals of this process are for it from now on.
 
     Args:
