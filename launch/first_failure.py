@@ -4,7 +4,7 @@
 usage: launch/first_failure.py HOROVODRUN...
 
 horovod.sh starts horovodrun through this, which itself exits with 1 whatever its ranks have exited
-with. Its last words on stderr name the one that was first, and its code, also for ranks of other
+with. Its last words on stderr name the one that ended first, and its code, also for ranks of other
 machines: 128 + n where signal n has ended it, and 143 where horovodrun has, since it was told to
 end. What a rank writes cannot be taken for that, since Horovod marks its lines. Of an elastic job
 this is about the workers that it had at its end; one that was lost or removed before is not. Where
