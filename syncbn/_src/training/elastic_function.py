@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from syncbn._src.communicators.horovod import import_horovod
+from syncbn._src.communicators.horovod import import_horovod, watch_elastic_job
 from syncbn._src.communicators.horovod_errors import lost_collectives_as_internal_errors
 from syncbn._src.communicators.launcher import is_elastic
 from syncbn._src.training.elastic_state import ElasticState
+from syncbn._src.watchdog.watchdog import within_reset
 
 _log = logging.getLogger("syncbn")
 
@@ -88,13 +89,16 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
                 raise
 
         def reset() -> None:
-            hvd.shutdown()
-            # Horovod aborts a worker that has no place in the job any more, here.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            hvd.init()
+            with within_reset():
+                hvd.shutdown()
+                # Horovod aborts a worker that has no place in the job any more, here.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                hvd.init()
+            watch_elastic_job()
             _log.info("The job goes on with %d workers.", hvd.size())
 
+        watch_elastic_job()
         return run_fn(go_on, reset)(state, *args, **kwargs)
 
     return run
