@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ LAUNCHER = str(processes.ROOT / "launch" / "horovod.sh")
 
 
 @pytest.mark.parametrize(
-    # A step of `fit`, and one of a loop; the last commit before it, to which the other goes back.
-    ("legacy", "killed_at", "committed"),
-    [(False, 13, 12), (True, 8, 7)],
+    # In a step of `fit`, and one of a loop; the last commit before, to which the other goes back.
+    ("legacy", "fault", "step", "committed"),
+    [(False, "is killed", 13, 12), (True, "sleeps", 8, 7)],
     ids=["keras3-fit", "keras2-loop"],
 )
-def test_workers_come_and_go(legacy, killed_at, committed, tmp_path):
+def test_workers_come_and_go(legacy, fault, step, committed, tmp_path):
     (tmp_path / "hosts").write_text("localhost:1\n127.0.0.1:1\n")
     discovery = tmp_path / "discover"
     discovery.write_text(f"#!/bin/sh\ncat '{tmp_path}/hosts'\n")
@@ -25,14 +26,30 @@ def test_workers_come_and_go(legacy, killed_at, committed, tmp_path):
     command = [
         *(LAUNCHER, "-np", "2", "--min-np", "1", "--max-np", "2"),
         *("--host-discovery", str(discovery), "--network-interface", "lo", "--"),
-        *processes.program("elastic_training", str(tmp_path), "1", str(killed_at)),
+        *processes.program("elastic_training", str(tmp_path), "1", fault, str(step)),
     ]
-    # How long the one that is left waits for a new one, on a machine that may be busy.
-    env = {"TF_USE_LEGACY_KERAS": str(int(legacy)), "HOROVOD_GLOO_TIMEOUT_SECONDS": "600"}
+    env = {
+        "TF_USE_LEGACY_KERAS": str(int(legacy)),
+        # How long the one that is left waits for a new one, on a machine that may be busy.
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": "600",
+        "SYNCBN_WARN_SECONDS": "4",
+        "SYNCBN_TIMEOUT_SECONDS": "15" if fault == "sleeps" else "600",
+        "SYNCBN_RECORDS": str(tmp_path),
+    }
     finished = processes.run([("horovod.sh", command, {})], takes=40, env=env)
     assert finished.code == 0, finished.output
     assert "has been removed from elastic job" in finished.output, finished.output
     assert finished.output.count("A worker is lost: the others go back") == 1, finished.output
+    waits = r"rank \d has waited \d+ s in syncbn/sync_batch_normalization/statistics \(call \d+\); "
+    sleeps = r"rank \d \(process \d+ on \S+\) is in no collective"
+    if fault == "sleeps":
+        ends = rf"{waits}{sleeps}.*, the limit of 15 s\. The others go on without this rank"
+        assert re.search(ends, finished.output), finished.output
+        (record,) = tmp_path.glob("syncbn-record-horovod-*.json")
+        assert "before_step" in json.loads(record.read_text())["stack"]
+    else:
+        assert not list(tmp_path.glob("syncbn-record-*"))
+    assert "Traceback" not in finished.output, finished.output
     sizes = json.loads((tmp_path / "sizes.json").read_text())
     assert [size for size, _ in itertools.groupby(sizes)] == [2, 1, 2, 1], sizes
     assert sizes.index(1) == committed, sizes

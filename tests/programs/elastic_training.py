@@ -2,9 +2,9 @@
 
 ``python -m tests.programs.elastic_training FOLDER SLOTS FAULT STEP``, in each worker
 
-It begins with SLOTS workers on localhost, and one on 127.0.0.1, which has a FAULT before STEP: it
-"is killed", "is stopped", "sleeps" or "keeps Python's lock" so that no other thread runs. Then rank 0 changes ``FOLDER/hosts``, which the discovery script shows, so that localhost has one
-more, and one less; training goes on until the job has had all sizes. Epochs of five steps
+It begins with SLOTS workers on localhost, and one on 127.0.0.1, which has a FAULT before STEP: one
+of FAULTS. Then rank 0 changes ``FOLDER/hosts``, which the discovery script shows, so that localhost
+has one more, and one less; training goes on until the job has had all sizes. Epochs of five steps
 are trained by `fit` and by a loop in turn. ``FOLDER/initial.npz`` and ``final.npz`` have the
 variables, and ``sizes.json`` the number of workers in each step that counts.
 """

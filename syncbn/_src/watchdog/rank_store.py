@@ -8,7 +8,7 @@ that nothing can be said twice, or by anybody else. Nothing is unpickled.
 from __future__ import annotations
 
 import asyncio
-import functools
+import contextlib
 import hashlib
 import hmac
 import json
@@ -81,14 +81,18 @@ class Store:
         listening = socket.create_server(("127.0.0.1" if loopback else "", 0))
         self.port: int = listening.getsockname()[1]
         self._loop, self._closed = asyncio.new_event_loop(), asyncio.Event()
-        until_closed = functools.partial(self._loop.run_until_complete, self._run(listening))
-        threading.Thread(target=until_closed, name="syncbn-store", daemon=True).start()
+        name = "syncbn-store"
+        threading.Thread(target=self._run, args=(listening,), name=name, daemon=True).start()
 
     def close(self) -> None:
         """Ends the store: who asks it gets no answer any more."""
         self._loop.call_soon_threadsafe(self._closed.set)
 
-    async def _run(self, listening: socket.socket) -> None:
+    def _run(self, listening: socket.socket) -> None:
+        with contextlib.closing(self._loop):
+            self._loop.run_until_complete(self._answer_until_closed(listening))
+
+    async def _answer_until_closed(self, listening: socket.socket) -> None:
         server = await asyncio.start_server(self._serve, sock=listening)
         await self._closed.wait()
         server.close()

@@ -195,7 +195,7 @@ class Watchdog(threading.Thread):
             return
         self._exchange(waiting, overdue=reason)
         call = (waiting.name, waiting.call)
-        if missing and self._overdue != call:
+        if self._overdue != call and any(map(_lets_wait, missing)):
             self._overdue = call
             tell_user(f"{reason}. The job goes on without those that do not come")
         # In a reset, for new ranks, the engine waits as long as it is told to.
@@ -367,6 +367,12 @@ def _seconds_in(waiting: Waiting | None) -> float:
 
 def _takes_part(rank: int, waiting: Waiting) -> bool:
     return waiting.members is None or rank in waiting.members
+
+
+def _lets_wait(one: dict[str, Any]) -> bool:
+    """Says whether a rank that is not in a call is there, and does not wait itself."""
+    status = one.get("status")
+    return status == "silent" or (status == "running" and not one.get("waiting"))
 
 
 def _description(one: dict[str, Any]) -> str:
