@@ -23,6 +23,7 @@ import tensorflow as tf
 
 import syncbn
 from syncbn import training
+from syncbn._src.watchdog.watchdog import described
 from tests import kinds_of_replicas as kinds
 from tests.elastic_truth import MOMENTUM, RATE, batch
 from tests.keras import keras
@@ -139,7 +140,8 @@ def train(state):
     if not state.seen or state.seen[-1] != job.size:
         state.seen.append(job.size)
         state.since = len(state.history)
-    print(f"now {job.size} workers, in step {len(state.history)}", flush=True)
+    watched = described(job.size > 1)
+    print(f"now {job.size} workers, in step {len(state.history)}, watchdog {watched}", flush=True)
     while state.seen != SIZES or len(state.history) - state.since < AT_LEAST:
         (loop_epoch if state.epoch % 2 else fit_epoch)(state, job, state.model)
     return job

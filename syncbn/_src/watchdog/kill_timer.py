@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import signal
 import sys
@@ -59,3 +60,9 @@ class KillTimer:
     def unset(self) -> None:
         """Lets the process live."""
         self.set(math.inf)
+
+
+@functools.cache
+def own_kill_timer() -> KillTimer:
+    """Returns the timer of this process, which is not set at first."""
+    return KillTimer()

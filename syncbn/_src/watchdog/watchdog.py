@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from syncbn._src.watchdog.flight_recorder import RECORDER, Waiting
-from syncbn._src.watchdog.kill_timer import KillTimer
+from syncbn._src.watchdog.kill_timer import own_kill_timer
 from syncbn._src.watchdog.messages import EXIT_CODE, tell_user
 from syncbn._src.watchdog.rank_store import (
     ENDED,
@@ -92,7 +92,7 @@ class Watchdog(threading.Thread):
         self._warned: tuple[str, int] | None = None
         self._overdue: tuple[str, int] | None = None
         self._reset: Waiting | None = None
-        self._kill_timer = None if job.notices_loss is None else KillTimer()
+        self._kill_timer = None if job.notices_loss is None else own_kill_timer()
         self._store: Store | None = None
         if not job.share_in_thread:
             self._learn_address()
@@ -452,9 +452,8 @@ def described(several: bool) -> str:
     warn, end = _watchdog.limits
     told = "never" if warn == float("inf") else f"after {warn:g} s"
     ended = "never" if end == float("inf") else f"after {end:g} s"
-    if _watchdog.job.notices_loss is not None:
-        return f"on; a rank that waits says so {told}, and the job goes on without others {ended}"
-    return f"on; a rank that waits says so {told}, and ends the job {ended}"
+    then = "ends the job" if _watchdog.job.notices_loss is None else "goes on without the missing"
+    return f"on; a rank that waits says so {told}, and {then} {ended}"
 
 
 def current() -> Watchdog | None:
