@@ -34,8 +34,9 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
     for long do not call it again.
 
     A failed collective is recognized, whichever it was; other exceptions are raised as they are.
-    A worker that raises one ends, and counts as lost. One that is to leave is aborted by Horovod
-    where it begins again, "has been removed from elastic job", after its last commit.
+    A worker that raises one ends, and counts as lost. So does one that hangs: the watchdog ends it
+    after ``SYNCBN_TIMEOUT_SECONDS``. One that is to leave is aborted by Horovod where it begins
+    again, "has been removed from elastic job", after its last commit.
 
     Args:
         function: Takes an `ElasticState`, and other arguments.
