@@ -99,7 +99,7 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
             watch_elastic_job()
             _log.info("The job goes on with %d workers.", hvd.size())
 
-        watch_elastic_job()
+        watch_elastic_job()  # where `start` has not
         return run_fn(go_on, reset)(state, *args, **kwargs)
 
     return run
