@@ -25,7 +25,8 @@
 #                     TF_XLA_FLAGS
 #   --timeout SECONDS how long a rank may wait for the others in a synchronized layer before the job
 #                     ends: sets SYNCBN_TIMEOUT_SECONDS; 0 for ever (the default is 600). In an
-#                     elastic job: how long it waits for --min-np ranks
+#                     elastic job: before a worker that does not come ends, and the others go on
+#                     without it; and how long the job waits for --min-np ranks
 #
 # This is horovodrun with settings of its own, for layers that send small messages and wait for each.
 # Your environment takes precedence. The figures are of 53 synchronized layers, forward and backward,

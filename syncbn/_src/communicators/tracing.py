@@ -59,7 +59,7 @@ def in_branch_or_loop() -> bool:
 
 
 def captured_outside_of_loops(eager: tf.Tensor) -> tf.Tensor | None:
-    """Returns an eager tensor as it is around the outermost loop that is being traced, if any is."""
+    """Returns an eager tensor as it is around the outermost loop that is being traced, if any."""
     loops, _ = _loops_and_function(tf.compat.v1.get_default_graph())
     return loops[-1].outer_graph.capture(eager) if loops else None
 
