@@ -11,8 +11,8 @@ import uuid
 import pytest
 
 from tests import processes
+from tests.launch_scripts import LAUNCH
 
-LAUNCH = processes.ROOT / "launch"
 WORDS = "The first process to do so was:\nProcess name: {name}\nExit code: {code}\n"
 """What horovodrun says of the rank that failed first."""
 RANKS = """
