@@ -25,7 +25,8 @@
 #                     TF_XLA_FLAGS
 #   --timeout SECONDS how long a rank may wait for the others in a synchronized layer before the job
 #                     ends: sets SYNCBN_TIMEOUT_SECONDS; 0 for ever (the default is 600). In an
-#                     elastic job: how long it waits for --min-np ranks
+#                     elastic job: before a worker that does not come ends, and the others go on
+#                     without it; and how long the job waits for --min-np ranks
 #
 # This is horovodrun with settings of its own, for layers that send small messages and wait for each.
 # Your environment takes precedence. The figures are of 53 synchronized layers, forward and backward,
@@ -47,8 +48,9 @@
 #                            Under --gloo Horovod 0.28 does not notice; the layers' watchdog does.
 #
 # Each line of output has a mark of its rank: Horovod's under --gloo, `[0] line` under --mpi
-# (rank_lines.py). The exit code is horovodrun's: that of the rank that failed under --mpi, 1 under
-# --gloo.
+# (rank_lines.py). The exit code is that of the rank that failed first (first_failure.py under
+# --gloo, where horovodrun's own is 1). After SIGTERM the ranks on this machine have two minutes to
+# save and to end, before horovodrun is told to (rank_signals.py).
 set -euo pipefail
 
 die() { echo "horovod.sh: $*" >&2; exit 1; }
@@ -136,12 +138,14 @@ export HOROVOD_CYCLE_TIME="${HOROVOD_CYCLE_TIME:-0.1}"
   || export HOROVOD_CACHE_CAPACITY="${HOROVOD_CACHE_CAPACITY:-0}"
 export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-$(whole_seconds)}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-marked=()
+python=$(type -P python3) || die "python3 is required"
 if [ "$controller" = --mpi ]; then
   # Its mpirun is Open MPI 4, which tags pieces of lines.
-  python=$(type -P python3) || die "python3 is required"
-  marked=("$python" "$here/rank_lines.py" '\[[0-9]+,([0-9]+)\]<std(?:out|err|diag)>:')
+  runner=("$here/rank_lines.py" '\[[0-9]+,([0-9]+)\]<std(?:out|err|diag)>:')
+else
+  runner=("$here/first_failure.py")
 fi
-exec "${marked[@]}" horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} "${elastic[@]}" \
+exec "$python" "${runner[@]}" \
+  horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} "${elastic[@]}" \
   ${interface:+--network-interface "$interface"} \
   "$here/share_cores.sh" "$command" "$@"

@@ -43,7 +43,7 @@ from typing import IO
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 from process_groups import end, ended, free_addresses, settle
-from rank_lines import children, to_signal
+from rank_signals import children, to_signal
 
 SETTLE, TERMINATE = 5.0, 5.0
 """Seconds that workers get to fail by themselves, and to end when told to."""

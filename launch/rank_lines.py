@@ -15,19 +15,13 @@ since. A line that is written again and again after carriage returns, as by a pr
 printed as it stands, once a second at most, and as it is in the end.
 
 TAG is the regular expression of a tag, which begins with [ or the control character 1e; its group
-is the rank. MPIRUN may be a command that starts mpirun: signals go to its process group, a session
-of its own. The end is the command's, by exit code or by signal; where its output cannot be passed
-on, it is ended, and the exit code is 1. Should this process be killed, the command is told to end.
-
-SIGTERM goes to the ranks on this machine, which have two minutes to end by themselves, and so to
-save: told to end, Open MPI's mpirun would leave them one second. Where processes of ranks catch
-SIGTERM, only those get it, and a shell around them lives on. After that, after another SIGTERM, or
-where there are no ranks here, it goes to mpirun.
+is the rank. MPIRUN may be a command that starts mpirun. Signals go on to the ranks and to it, as
+rank_signals.py says. The end is the command's, by exit code or by signal; where its output cannot
+be passed on, it is ended, and the exit code is 1.
 
 Any python3 may come first on a PATH, so this keeps to what Python 3.6 has.
 """
 
-import contextlib
 import ctypes
 import os
 import re
@@ -39,15 +33,12 @@ import threading
 import time
 from typing import IO, Callable, Pattern  # noqa: UP035  (Python 3.6 has no others)
 
-FORWARDED = (
-    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
-    *(signal.SIGUSR1, signal.SIGUSR2),
-)
-SAVE = 120.0
-"""Seconds that ranks get to end by themselves after SIGTERM."""
-RANK = re.compile(rb"(^|\0)(OMPI_COMM_WORLD_RANK|PMI_RANK)=")
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+
+import rank_signals
+
+RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """What the environment of a rank has, under Open MPI and MPICH."""
-SHELLS = ("ash", "bash", "dash", "fish", "ksh", "sh", "zsh")
 PATIENCE = 1.0
 """Seconds after which what has come of a line is printed, finished or not."""
 AFTERWARDS = 5.0
@@ -271,135 +262,36 @@ def job_code(job: "subprocess.Popen[bytes]", passed_on: "list[int]") -> int:
     return code
 
 
-def children() -> "dict[int, list[int]]":
-    """Returns the processes of this machine by their parents."""
-    found = {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            found.setdefault(int(_status(int(name), "PPid")), []).append(int(name))
-    return found
-
-
-def ranks_here(family: "dict[int, list[int]]") -> "list[int]":
-    """Returns the ranks on this machine, without what they have started.
-
-    By descent: under Open MPI they are in the session of mpirun, under MPICH in those of their own.
-
-    Args:
-        family: `children`.
-    """
-    found, started = [], list(family.get(os.getpid(), []))
-    while started:
-        process = started.pop()
-        with contextlib.suppress(OSError), open(f"/proc/{process}/environ", "rb") as file:
-            if RANK.search(file.read()):
-                found.append(process)
-                continue
-        started += family.get(process, [])
-    return found
-
-
-def to_signal(process: int, family: "dict[int, list[int]]", number: int) -> "list[int]":
-    """Returns who is to get a signal for a process: itself, or what a shell has started.
-
-    The signal would end a shell around a training script, and with the shell the job. So it is for
-    what catches it there; where nothing does, for the shell and for what it has started. It is
-    never for the helpers of a script.
-
-    Args:
-        process: The process.
-        family: `children`.
-        number: The signal.
-    """
-    found, all_of_them, started = [], [], [process]
-    while started:
-        one = started.pop()
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            catches = int(_status(one, "SigCgt"), 16) >> (number - 1) & 1
-            all_of_them.append(one)
-            if catches:
-                found.append(one)
-            elif _status(one, "Name") in SHELLS:
-                started += family.get(one, [])
-    return found or all_of_them
-
-
-def _status(process: int, name: str) -> str:
-    with open(f"/proc/{process}/status", errors="replace") as file:
-        return next(line.split()[1] for line in file if line.startswith(f"{name}:"))
-
-
 def main() -> int:
     """Runs mpirun, and ends as it does."""
     tag, *command = sys.argv[1:]
-    prctl, set_parent_death_signal, set_child_subreaper = ctypes.CDLL(None).prctl, 1, 36
+    prctl, set_child_subreaper = ctypes.CDLL(None).prctl, 36
     prctl(set_child_subreaper, 1)  # for `job_code`
-    passed_on = []
-    job = subprocess.Popen(  # noqa: S603  (the user's own command, and no shell)
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # A task of srun has a rank itself; with that, mpirun would be one for `ranks_here`.
-        env={k: v for k, v in os.environ.items() if not RANK.match(os.fsencode(f"{k}="))},
-        # A terminal's signals come here only, and so to mpirun once.
-        start_new_session=True,
-        preexec_fn=lambda: prctl(set_parent_death_signal, signal.SIGTERM),
-    )
-
-    def pass_on(number: int, _: object) -> None:
-        passed_on.append(number)
-        try:
-            os.killpg(job.pid, number)
-        except ProcessLookupError:  # it has ended, and nobody may be reading its last words
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    told = []
-
-    def tell_ranks(number: int, frame: object) -> None:
-        family = children()
-        ranks = [] if told else ranks_here(family)
-        told.append(number)
-        if not ranks:
-            pass_on(number, frame)
-            return
-        for rank in ranks:
-            for process in to_signal(rank, family, number):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, number)
-        late = threading.Timer(SAVE, pass_on, [number, frame])
-        late.daemon = True
-        late.start()
-
-    for number in FORWARDED:
-        signal.signal(number, tell_ranks if number == signal.SIGTERM else pass_on)
+    job = rank_signals.LaunchedJob(command, RANK, subprocess.PIPE, subprocess.PIPE)
     failures = []
 
     def fail(message: str) -> None:
         failures.append(message)
-        pass_on(signal.SIGTERM, None)
+        job.pass_on(signal.SIGTERM)
         print(f"rank_lines.py: output could not be passed on: {message}", file=sys.stderr)
 
     output = Target()
     errors = output if os.path.sameopenfile(1, 2) else Target()
     copiers = [
         Copier(source, target, descriptor, re.compile(tag.encode()), fail)
-        for source, target, descriptor in ((job.stdout, output, 1), (job.stderr, errors, 2))
+        for source, target, descriptor in (
+            (job.process.stdout, output, 1),
+            (job.process.stderr, errors, 2),
+        )
     ]
     for copier in copiers:
         copier.start()
-    code = job_code(job, passed_on)
+    code = job_code(job.process, job.passed_on)
     for copier in copiers:
         copier.ended.set()
     for copier in copiers:
         copier.join()
-    if failures:
-        return 1
-    if code < 0:
-        if signal.getsignal(-code) != signal.SIG_DFL:
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    return code
+    return 1 if failures else rank_signals.end_as(code)
 
 
 if __name__ == "__main__":

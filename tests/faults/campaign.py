@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 import time
 import uuid
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from syncbn._src.watchdog import messages
 from tests import processes
 
 LAUNCH = processes.ROOT / "launch"
@@ -40,7 +42,7 @@ SAYS = {
     "disk is full": "A checkpoint must be written to",
     "out of memory": "(OOM|ResourceExhausted|bad_alloc|allocat)",
     "ends": _RANK + r"has ended.*ran out of batches, syncbn\.training\.join",
-    "exits with 3": _RANK + r"has ended",
+    "exits with 3": _RANK + r"has ended|Process name: {rank}\nExit code: 3\n",
     "is killed": "(signal 9|SIGKILL|Exit code: 137|is gone without a word)",
     "is stopped": _WAITS + "has not answered",
     "is stopped for 8 s": _WAITS + "has not answered",
@@ -52,6 +54,14 @@ SAYS = {
     "other dtype": "float64/statistics",
 }
 """By fault: what somebody says, by a pattern; ``None`` where the job goes on, and ends well."""
+CODES = {
+    **dict.fromkeys(("raises", "pipeline raises", "callback raises", "disk is full"), (1,)),
+    # At its end it shuts Horovod down, and the error that another one gets may end that one first.
+    "exits with 3": (3, 1),
+    "is killed": (128 + signal.SIGKILL,),
+    "sleeps": (messages.EXIT_CODE,),
+}
+"""By fault: what the job may end with, besides the code of the watchdog, if that was faster."""
 GO_ON = ("is stopped for 8 s",)
 """Faults that are spoken of, and survived all the same."""
 
@@ -162,4 +172,7 @@ def wrong_with(case, outcome):
         return "" if well else "it did not go on"
     if outcome.code == 0 or done:
         return "it ended as if nothing had happened"
+    codes = CODES.get(case.fault, (outcome.code,))
+    if outcome.code not in (*codes, messages.EXIT_CODE):
+        return f"its code is {outcome.code}, and none of {codes}"
     return "" if outcome.says(case) else f"nobody said {case.says}"

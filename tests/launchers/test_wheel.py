@@ -129,8 +129,7 @@ def test_a_launcher_gives_the_command_its_arguments_and_returns_a_code(engine, s
     arguments = ["a  b", "$(echo hi)", "*", "", "--help", "--"]
     code = "import sys; sys.stdout.write(f'{sys.argv[1:]}\\n'); sys.exit(7)"
     finished = syncbn("launch", engine, *options, "--", "python", "-c", code, *arguments)
-    # Horovod over Gloo has one code for all.
-    assert finished.code == (1 if engine == "horovod" else 7), finished.output
+    assert finished.code == 7, finished.output
     if engine in ("mirrored", "mpi", "multiworker"):
         assert f"{arguments}\n" in finished.output, finished.output
     else:

@@ -1,14 +1,15 @@
 """Training in an elastic job that loses a worker, gets one, and has one taken away.
 
-``python -m tests.programs.elastic_training FOLDER SLOTS STEP``, in each worker
+``python -m tests.programs.elastic_training FOLDER SLOTS FAULT STEP``, in each worker
 
-It begins with SLOTS workers on localhost, and one on 127.0.0.1, which kills itself before STEP.
-Then rank 0 changes ``FOLDER/hosts``, which the discovery script shows, so that localhost has one
-more, and one less; training goes on until the job has had all sizes. Epochs of five steps
+It begins with SLOTS workers on localhost, and one on 127.0.0.1, which has a FAULT before STEP: one
+of FAULTS. Then rank 0 changes ``FOLDER/hosts``, which the discovery script shows, so that localhost
+has one more, and one less; training goes on until the job has had all sizes. Epochs of five steps
 are trained by `fit` and by a loop in turn. ``FOLDER/initial.npz`` and ``final.npz`` have the
 variables, and ``sizes.json`` the number of workers in each step that counts.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -22,11 +23,18 @@ import tensorflow as tf
 
 import syncbn
 from syncbn import training
+from syncbn._src.watchdog.watchdog import described
 from tests import kinds_of_replicas as kinds
 from tests.elastic_truth import MOMENTUM, RATE, batch
 from tests.keras import keras
 
-FOLDER, SLOTS, KILLED_AT = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+FOLDER, SLOTS, FAULT, FAULT_AT = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+FAULTS = {
+    "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleeps": lambda: time.sleep(100000),
+    "keeps Python's lock": lambda: ctypes.PyDLL(None).sleep(100000),
+}
 STEPS = 5  # of an epoch
 AT_LEAST = 4  # steps with each size
 # The sizes that the job has, one after the other, and the slots of localhost that are discovered
@@ -63,8 +71,8 @@ def built():
 def before_step(state, job):
     """Does what is to happen to the job before the next step."""
     number, step = len(state.seen) - 1, len(state.history)
-    if os.environ["HOROVOD_HOSTNAME"] == "127.0.0.1" and step == KILLED_AT:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ["HOROVOD_HOSTNAME"] == "127.0.0.1" and step == FAULT_AT:
+        FAULTS[FAULT]()
     if NEXT_SLOTS[number] and job.rank == 0 and step - state.since >= AT_LEAST:
         (FOLDER / "next").write_text(f"localhost:{NEXT_SLOTS[number]}\n")
         (FOLDER / "next").rename(FOLDER / "hosts")
@@ -132,7 +140,8 @@ def train(state):
     if not state.seen or state.seen[-1] != job.size:
         state.seen.append(job.size)
         state.since = len(state.history)
-    print(f"now {job.size} workers, in step {len(state.history)}", flush=True)
+    watched = described(job.size > 1)
+    print(f"now {job.size} workers, in step {len(state.history)}, watchdog {watched}", flush=True)
     while state.seen != SIZES or len(state.history) - state.since < AT_LEAST:
         (loop_epoch if state.epoch % 2 else fit_epoch)(state, job, state.model)
     return job

@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from syncbn._src import cli
-from syncbn._src.watchdog import waiting_limits
+from syncbn._src.watchdog import kill_timer, waiting_limits
 from syncbn._src.watchdog.flight_recorder import FlightRecorder
 from syncbn._src.watchdog.rank_store import Store, StoreClient, _Codec
 from syncbn._src.watchdog.waiting_for_all import starting_within_limits, within_limits
@@ -95,6 +95,39 @@ def test_an_end_is_told_to_all(client):
     assert second.say(state(1))["end"] is None
     first.say(state(0, end={"rank": 0, "reason": "enough"}))
     assert second.say(state(1))["end"] == {"rank": 0, "reason": "enough"}
+
+
+def test_those_leave_that_let_others_wait_too_long_and_no_others(client):
+    waiting, calculating, elsewhere = client(), client(), client()
+    assert calculating.say(state(1, waiting=None))["leave"] is None
+    elsewhere.say(state(2, waiting=["b", 7]))
+    waiting.say(state(0))
+    assert calculating.say(state(1, waiting=None))["leave"] is None
+    assert waiting.say(state(0, overdue="15 s in a"))["leave"] is None
+    assert elsewhere.say(state(2, waiting=["b", 7]))["leave"] is None
+    # Once it is decided, it is; the others may have gone on without.
+    assert calculating.say(state(1))["leave"] == "15 s in a"
+
+
+def test_who_has_ended_or_takes_no_part_does_not_have_to_leave(client):
+    waiting, ended, other = client(), client(), client()
+    ended.say(state(1, status="has ended", waiting=None))
+    other.say(state(2, waiting=None))
+    waiting.say(state(0, overdue="too long", members=[0, 1]))
+    assert other.say(state(2, waiting=None))["leave"] is None
+    assert ended.say(state(1, status="has ended", waiting=None))["leave"] is None
+
+
+def test_a_store_that_is_closed_answers_nobody(client, store):
+    first, quiet = client(), client()
+    first.say(state(0))
+    store.close()
+    with pytest.raises(ConnectionError):
+        soon(lambda: first.say(state(0)) is None)
+    with pytest.raises(ConnectionError):
+        quiet.say(state(1))
+    with pytest.raises(ConnectionError):
+        StoreClient(["127.0.0.1"], store.port, KEY)
 
 
 def test_who_has_ended_says_so_and_nobody_else_has(client):
@@ -297,6 +330,62 @@ def test_a_step_that_has_failed_is_waited_for_no_longer_once_others_are_done():
         step(tf.constant(1.0))
         waiting = recorder.waiting()
     assert waiting is None
+
+
+def test_who_begins_anew_waits_for_nothing_and_counts_from_one():
+    recorder = FlightRecorder()
+
+    def checked(x):
+        tf.debugging.assert_positive(x)
+        return tf.identity(x)
+
+    step = tf.function(lambda x: recorder.watch("step", None, x, checked))
+    step(tf.constant(1.0))
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        step(tf.constant(-1.0))
+    recorder.enter("eager", None)
+    assert recorder.waiting() is not None
+    recorder.begin_anew()
+    assert recorder.waiting() is None
+    step(tf.constant(1.0))
+    assert recorder.waiting() is None
+    assert recorder.counts() == {"step": 1}
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        step(tf.constant(-1.0))  # as if it waited
+    assert recorder.waiting()[:2] == ("step", 2)
+    assert recorder.enter("eager", None).number == 1
+
+
+# The module alone: the package would bring TensorFlow.
+_TIMED = f"""
+import ctypes, os, runpy, signal, sys, time
+timer = runpy.run_path({kill_timer.__file__!r})["KillTimer"]()
+timer.set(1)
+{{then}}
+print("lives")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the timer is Linux's")
+@pytest.mark.parametrize(
+    ("then", "killed"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSTOP)", True),
+        ("ctypes.PyDLL(None).sleep(1000)", True),
+        ("timer.set(1000)\ntime.sleep(2)", False),
+        ("timer.unset()\ntime.sleep(2)", False),
+        (
+            "if os.fork():\n    timer.unset()\n    assert os.wait()[1] == 0\n"
+            "else:\n    time.sleep(2)\n    os._exit(0)",
+            False,
+        ),
+    ],
+    ids=["stopped", "no-thread-runs", "set-anew", "unset", "a-child-has-none"],
+)
+def test_a_process_that_does_not_look_any_more_is_killed_by_its_timer(then, killed):
+    finished = processes.python(_TIMED.format(then=then))
+    assert finished.code == (-9 if killed else 0), finished.output
+    assert ("lives" in finished.output) != killed
 
 
 def record(rank, waiting=None, **more):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +12,10 @@ import tensorflow as tf
 
 from syncbn._src.communicators import horovod_settings
 from syncbn._src.communicators.base import wire_dtype
-from syncbn._src.communicators.horovod_errors import note_collective
+from syncbn._src.communicators.horovod_errors import (
+    lost_collectives_as_internal_errors,
+    note_collective,
+)
 from syncbn._src.communicators.launcher import is_elastic, require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
@@ -183,17 +188,34 @@ class HorovodCommunicator:
 
 
 def _watch(hvd: Any) -> None:
-    """Starts the watchdog, but not in an elastic job, whose ranks and sizes change."""
-    if is_elastic():
-        return
+    """Starts the watchdog; in an elastic job `watch_elastic_job` does."""
+    if not is_elastic():
+        watch_job(_watched_job(hvd))
 
+
+def watch_elastic_job() -> None:
+    """Starts the watchdog of an elastic job, as it is now, unless it runs.
+
+    All workers call it, before their first synchronized call. Where a worker is lost meanwhile,
+    that call fails too.
+    """
+    from horovod.common.exceptions import HorovodInternalError
+
+    # What Horovod takes where nothing is set.
+    notices_loss = float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS") or 30)
+    job = _watched_job(import_horovod())._replace(share_in_thread=False, notices_loss=notices_loss)
+    with contextlib.suppress(HorovodInternalError), lost_collectives_as_internal_errors():
+        watch_job(job)
+
+
+def _watched_job(hvd: Any) -> WatchedJob:
     def share(own: bytes | None) -> bytes:
         with tf.device("CPU:0"):
             message = tf.constant(to_array(own))
             return to_bytes(hvd.broadcast(message, 0, name="syncbn/watchdog").numpy())
 
     one_host = hvd.local_size() == hvd.size()
-    watch_job(WatchedJob("horovod", hvd.rank(), hvd.size(), one_host, share))
+    return WatchedJob("horovod", hvd.rank(), hvd.size(), one_host, share)
 
 
 def import_horovod() -> Any:

@@ -9,11 +9,7 @@ from weakref import WeakKeyDictionary
 import tensorflow as tf
 from tensorflow.python.ops import handle_data_util
 
-from syncbn._src.communicators.tracing import (
-    captured_by_gradient,
-    captured_outside_of_loops,
-    in_branch_or_loop,
-)
+from syncbn._src.communicators.tracing import HandleAround, in_branch_or_loop
 from syncbn._src.communicators.vectorization import vectorized
 from syncbn._src.ops.differentiation import in_current_graph
 
@@ -84,10 +80,7 @@ class Turn:
     def __init__(self, order: Order):
         self._order = order
         self._handle: tf.Tensor | None = None
-        self._outside: tf.Tensor | None = None
-        """What the gradient of a loop takes instead, if it can. The handle inside of a loop is one
-        of the loop's outputs for its gradient, which for TensorFlow is another variable: the
-        gradient would be in no order with the rest of the function."""
+        self._around: HandleAround | None = None
         self._witness: tf.Tensor | None = None
 
     def all_reduce_sum(
@@ -116,8 +109,8 @@ class Turn:
             known = self._handle if handle is None else handle
             if known is None:
                 known = self._order.variable()
-            elif known is self._handle and self._outside is not None:
-                outside = captured_by_gradient(self._outside)
+            elif known is self._handle and self._around is not None:
+                outside = self._around.in_gradient()
                 known = known if outside is None else outside
             with tf.control_dependencies(self._order.last()):
                 begin = _touch(known)
@@ -125,7 +118,7 @@ class Turn:
                 # The gradient can take the handle from this graph, but not from outside of all.
                 own = begin.inputs[0]
                 if self._handle is None:
-                    self._handle, self._outside = own, captured_outside_of_loops(known)
+                    self._handle, self._around = own, HandleAround(known)
             with tf.control_dependencies([begin]):
                 total = add_up(tensor, name, self._witness if witness is None else witness)
             if self._witness is None:

@@ -58,30 +58,43 @@ def in_branch_or_loop() -> bool:
     return graph is not None
 
 
-def captured_outside_of_loops(eager: tf.Tensor) -> tf.Tensor | None:
-    """Returns an eager tensor as it is around the outermost loop that is being traced, if any is."""
-    loops, _ = _loops_and_function(tf.compat.v1.get_default_graph())
-    return loops[-1].outer_graph.capture(eager) if loops else None
+class HandleAround:
+    """A variable's handle in each of the graphs around a call, for the gradient of the call.
 
+    The gradient of a loop cannot take an eager tensor. What it takes of a tensor inside of the loop
+    is an output of the loop, which for TensorFlow is another variable: it would be accessed in no
+    order with what is beside the loop. So the gradient takes the tensor from around the loop.
 
-def captured_by_gradient(outside: tf.Tensor) -> tf.Tensor | None:
-    """Returns such a tensor as it is in the gradient of the loop that is being traced.
-
-    Or nothing, where that gradient belongs to another function.
+    Args:
+        handle: The handle, an eager tensor.
     """
-    loops, function = _loops_and_function(tf.compat.v1.get_default_graph())
-    if not loops or _loops_and_function(outside.graph)[1] is not function:
-        return None
-    for graph in reversed(loops):  # a branch takes nothing that is not in the graph around it
-        outside = graph.capture(outside)
-    return outside
+
+    def __init__(self, handle: tf.Tensor):
+        self._graphs = _graphs_to_function()
+        self._handles = [graph.capture(handle) for graph in self._graphs]
+
+    def in_gradient(self) -> tf.Tensor | None:
+        """Returns the handle as it is in the gradient of a loop, if that is what is being traced.
+
+        Nothing else needs it. A gradient in another function, and that of a loop in a branch in a
+        loop, cannot take it.
+        """
+        graphs = _graphs_to_function()
+        depth = next((n for n, graph in enumerate(graphs) if graph in self._graphs), 0)
+        loops = [n for n, graph in enumerate(graphs[:depth]) if isinstance(graph, _LOOPS)]
+        if graphs[depth:] != self._graphs[depth:]:  # not that of the call, in its place
+            return None
+        if not loops or any(n not in loops for n in range(loops[0], loops[-1])):
+            return None
+        handle = self._handles[loops[-1] + 1]
+        for graph in reversed(graphs[: loops[-1] + 1]):
+            handle = graph.capture(handle)  # a branch takes nothing but from the graph around it
+        return handle
 
 
-def _loops_and_function(graph: Any) -> tuple[list[Any], Any]:
-    """Returns the graphs from ``graph`` to the outermost loop's, and that of the function."""
-    found, last = [], 0
-    while isinstance(graph, _BRANCHES_AND_LOOPS):
-        found.append(graph)
-        last = len(found) if isinstance(graph, _LOOPS) else last
-        graph = graph.outer_graph
-    return found[:last], graph
+def _graphs_to_function() -> list[Any]:
+    """Returns the branches and loops that are being traced, inner ones first, and the function."""
+    found = [tf.compat.v1.get_default_graph()]
+    while isinstance(found[-1], _BRANCHES_AND_LOOPS):
+        found.append(found[-1].outer_graph)
+    return found

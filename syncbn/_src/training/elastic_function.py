@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from syncbn._src.communicators.horovod import import_horovod
+from syncbn._src.communicators.horovod import import_horovod, watch_elastic_job
 from syncbn._src.communicators.horovod_errors import lost_collectives_as_internal_errors
 from syncbn._src.communicators.launcher import is_elastic
 from syncbn._src.training.elastic_state import ElasticState
+from syncbn._src.watchdog.watchdog import within_reset
 
 _log = logging.getLogger("syncbn")
 
@@ -33,8 +34,9 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
     for long do not call it again.
 
     A failed collective is recognized, whichever it was; other exceptions are raised as they are.
-    A worker that raises one ends, and counts as lost. One that is to leave is aborted by Horovod
-    where it begins again, "has been removed from elastic job", after its last commit.
+    A worker that raises one ends, and counts as lost. So does one that hangs: the watchdog ends it
+    after ``SYNCBN_TIMEOUT_SECONDS``. One that is to leave is aborted by Horovod where it begins
+    again, "has been removed from elastic job", after its last commit.
 
     Args:
         function: Takes an `ElasticState`, and other arguments.
@@ -88,13 +90,16 @@ def elastic(function: Callable[..., Any]) -> Callable[..., Any]:
                 raise
 
         def reset() -> None:
-            hvd.shutdown()
-            # Horovod aborts a worker that has no place in the job any more, here.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            hvd.init()
+            with within_reset():
+                hvd.shutdown()
+                # Horovod aborts a worker that has no place in the job any more, here.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                hvd.init()
+            watch_elastic_job()
             _log.info("The job goes on with %d workers.", hvd.size())
 
+        watch_elastic_job()  # where `start` has not
         return run_fn(go_on, reset)(state, *args, **kwargs)
 
     return run

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from syncbn._src.communicators.base import process_communicator
-from syncbn._src.communicators.horovod import import_horovod
+from syncbn._src.communicators.horovod import import_horovod, watch_elastic_job
 from syncbn._src.communicators.launcher import cluster_task, is_elastic, launcher_engine
 from syncbn._src.communicators.resolution import choose_engine, resolve
 from syncbn._src.keras_compat.keras_api import keras
@@ -85,7 +85,8 @@ def start(engine: str = "auto", *, seed: int | None = None, own_gpu: bool = True
 
     A process that nobody has launched, as with a MirroredStrategy or without any, is rank 0 of 1,
     and keeps all of its GPUs. A second call returns the same; in an elastic job (see `elastic`)
-    with the rank and the size that there are then.
+    with the rank and the size that there are then. In such a job the first call starts TensorFlow
+    too, so what is to be configured before that comes before this call.
 
     Args:
         engine: ``"horovod"``, ``"mpi"``, ``"tf.distribute"`` or ``"local"``. ``"auto"`` is the one
@@ -122,6 +123,8 @@ def start(engine: str = "auto", *, seed: int | None = None, own_gpu: bool = True
     if job.engine == "horovod" and is_elastic():
         communicator = resolve("horovod")
         job = job._replace(rank=communicator.rank, size=communicator.size)
+        # Here, where all have just met, and not where each of them begins to train.
+        watch_elastic_job()
     if seed is not None:
         shared = job.strategy is not None
         keras.utils.set_random_seed(seed if shared else seed + job.rank)

@@ -74,8 +74,15 @@ class Site:
                 tf.raw_ops.AssignVariableOp(resource=_handle(counter, dtype), value=zero)
         self.since: float | None = None
         """When it was seen first that it had been entered, and not left."""
+        self._before = (0, 0)
         self._seen = (0, 0)
         self._outstanding: deque[int] = deque(maxlen=3)
+
+    def begin_anew(self) -> None:
+        """Counts from now on. Nobody is in it."""
+        self._before = self._counted()
+        self.since, self._seen = None, (0, 0)
+        self._outstanding.clear()
 
     def enter(self) -> tf.Tensor:
         """Counts an entry, in the graph that is being made, and returns its time."""
@@ -93,9 +100,7 @@ class Site:
 
     def poll(self) -> tuple[int, int]:
         """Returns how often it was entered and left."""
-        # In this order: what is left was entered before.
-        left, entered = _value(self._left), _value(self._entered)
-        counts = entered, left
+        counts = entered, left = self._since_beginning()
         if left != self._seen[1]:
             self._outstanding.append(entered - left)
         # What stays entered while it goes on is of steps that have failed.
@@ -106,6 +111,15 @@ class Site:
             self.since = time.time()
         self._seen = counts
         return counts
+
+    def _since_beginning(self) -> tuple[int, int]:
+        (entered, left), (entered_before, left_before) = self._counted(), self._before
+        return entered - entered_before, left - left_before
+
+    def _counted(self) -> tuple[int, int]:
+        # In this order: what is left was entered before.
+        left, entered = _value(self._left), _value(self._entered)
+        return entered, left
 
 
 def _handle(counter: str, dtype: tf.DType = tf.int64) -> tf.Tensor:
@@ -163,6 +177,16 @@ class FlightRecorder:
         self._sites: list[Site] = []
         self._count = 0
         self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    def begin_anew(self) -> None:
+        """Forgets all but the times that were added up: numbers are those of another job.
+
+        What was entered and not left has failed, and is waited for no longer.
+        """
+        self._latest.clear()
+        self._count = 0
+        for site in self._sites:
+            site.begin_anew()
 
     def enter(self, name: str, members: Sequence[int] | None) -> Collective:
         """Makes a record of a collective that Python is about to run."""

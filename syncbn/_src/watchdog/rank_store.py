@@ -8,6 +8,7 @@ that nothing can be said twice, or by anybody else. Nothing is unpickled.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
@@ -16,6 +17,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 KEY_LENGTH, _NONCE_LENGTH, _MAC_LENGTH = 32, 16, 32
@@ -75,11 +77,29 @@ class Store:
         self._connections: dict[int, asyncio.StreamWriter] = {}
         self._asked: tuple[float, str | None] = (float("-inf"), None)
         self._end: dict[str, Any] | None = None
+        self._leaving: dict[int, str] = {}
         listening = socket.create_server(("127.0.0.1" if loopback else "", 0))
         self.port: int = listening.getsockname()[1]
-        loop = asyncio.new_event_loop()
-        loop.run_until_complete(asyncio.start_server(self._serve, sock=listening))
-        threading.Thread(target=loop.run_forever, name="syncbn-store", daemon=True).start()
+        self._loop, self._closed = asyncio.new_event_loop(), asyncio.Event()
+        name = "syncbn-store"
+        threading.Thread(target=self._run, args=(listening,), name=name, daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the store: who asks it gets no answer any more."""
+        self._loop.call_soon_threadsafe(self._closed.set)
+
+    def _run(self, listening: socket.socket) -> None:
+        with contextlib.closing(self._loop):
+            self._loop.run_until_complete(self._answer_until_closed(listening))
+
+    async def _answer_until_closed(self, listening: socket.socket) -> None:
+        server = await asyncio.start_server(self._serve, sock=listening)
+        await self._closed.wait()
+        server.close()
+        serving = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
 
     def wait_until_heard(self, seconds: float) -> None:
         """Waits until the others that have not ended have had an answer, or the time is over.
@@ -108,8 +128,8 @@ class Store:
                 self._connections[rank] = writer
                 writer.write(outgoing.seal(self._answer(rank, state)))
                 await writer.drain()
-        except (OSError, EOFError, ValueError, KeyError):
-            pass  # gone, or somebody else
+        except (OSError, EOFError, ValueError, KeyError, asyncio.CancelledError):
+            pass  # gone, somebody else, or the store is closed
         finally:
             writer.close()
             # A rank that comes back has another connection.
@@ -124,23 +144,39 @@ class Store:
         if state["asks"] and state["waiting"]:
             self._asked = now, state["waiting"][0]
         self._end = self._end or state.get("end")
+        if state.get("overdue"):
+            self._have_leave(state)
         gone = [one for one in self._states.values() if one["status"] != "running"]
         since, name = self._asked
         answer: dict[str, Any] = {
             "asked": name if now - since < TIMEOUT else None,
             "end": self._end,
+            "leave": self._leaving.get(rank),
             "gone": [one for one in gone if one["rank"] != rank][:_TOLD],
         }
         if state["asks"]:
             answer["missing"] = self._missing(rank, state)
         return answer
 
+    def _have_leave(self, state: dict[str, Any]) -> None:
+        """Decides who has to leave the job, because a rank has waited for them too long.
+
+        Those that answer, and are in no collective. One that is in another, or in this one by now,
+        waits itself; one that does not answer cannot be told.
+        """
+        for rank in self._members(state):
+            one = self._known(rank)
+            if one["status"] == "running" and one["waiting"] is None:
+                self._leaving.setdefault(rank, state["overdue"])
+
+    def _members(self, state: dict[str, Any]) -> Iterable[int]:
+        return range(self._size) if state["members"] is None else state["members"]
+
     def _missing(self, rank: int, state: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns what those are at that are not in the call in which a rank waits."""
-        members = range(self._size) if state["members"] is None else state["members"]
         found = [
             one
-            for one in map(self._known, members)
+            for one in map(self._known, self._members(state))
             if one["rank"] != rank
             and not (one["status"] == "running" and one["waiting"] == state["waiting"])
         ]

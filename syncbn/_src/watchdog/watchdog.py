@@ -7,6 +7,7 @@ there which others are not in it, what they are at instead, and whether they hav
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import socket
@@ -14,13 +15,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from syncbn._src.watchdog.flight_recorder import RECORDER, Waiting
+from syncbn._src.watchdog.kill_timer import own_kill_timer
 from syncbn._src.watchdog.messages import EXIT_CODE, tell_user
 from syncbn._src.watchdog.rank_store import (
     ENDED,
@@ -39,6 +41,9 @@ GRACE = 3.0
 """Seconds that a rank waits for what may be under way: the last messages of one that has ended, or
 where one is that it has asked."""
 _OUT_OF_DATA = " (if it ran out of batches, syncbn.training.join(dataset) gives it empty ones)"
+_ROOM = 60.0
+"""Seconds beyond its limit after which a process is killed that looks no more: a look may take long
+where the store does not answer."""
 _FRAMES = 12
 """Frames of a stack that are shown."""
 
@@ -58,7 +63,10 @@ class WatchedJob(NamedTuple):
     share_in_thread: bool = True
     """Whether `share` may be called from the watchdog's thread, whenever ranks come to it."""
     end: Callable[[int], object] = os._exit
-    """Ends this process, and with it the job, with a code."""
+    """Ends this process, and with it the job unless that goes on without it, with a code."""
+    notices_loss: float | None = None
+    """Where the job goes on without a rank that is lost: for how many seconds a rank may wait in a
+    collective until it notices."""
 
 
 class Watchdog(threading.Thread):
@@ -82,6 +90,9 @@ class Watchdog(threading.Thread):
         self._asked: str | None = None
         self._gone: dict[int, dict[str, Any]] = {}
         self._warned: tuple[str, int] | None = None
+        self._overdue: tuple[str, int] | None = None
+        self._reset: Waiting | None = None
+        self._kill_timer = None if job.notices_loss is None else own_kill_timer()
         self._store: Store | None = None
         if not job.share_in_thread:
             self._learn_address()
@@ -97,6 +108,8 @@ class Watchdog(threading.Thread):
         except Exception as error:  # of an engine or an interpreter that goes down, anything
             if not self._stopped.is_set():
                 tell_user(f"the watchdog of rank {self.job.rank} has ended: {error!r}")
+        finally:
+            self._let_live()
 
     def _learn_address(self) -> None:
         """Learns from rank 0 where its store is, and the limits. All ranks take part."""
@@ -105,7 +118,11 @@ class Watchdog(threading.Thread):
         waited = _seconds_in_any if self.job.share_in_thread else None
         end = self.job.end
         with within_limits("make their first synchronized call", end, waited) as self._stopped_wait:
-            where = json.loads(self.job.share(own))
+            try:
+                where = json.loads(self.job.share(own))
+            except BaseException:
+                self.close()
+                raise
         if "error" in where:
             raise ValueError(where["error"])
         if where:
@@ -133,25 +150,31 @@ class Watchdog(threading.Thread):
 
     def _look(self, limits: Limits) -> None:
         begin = time.monotonic()
-        waiting = RECORDER.waiting()
+        waiting = self._reset or RECORDER.waiting()
         self._polled = time.monotonic() - begin
         waited = _seconds_in(waiting)
+        if self._kill_timer is not None:
+            self._kill_timer.set(limits.end + _ROOM)
         # Asked for before it is to be told.
         asks = waited > min(GRACE, limits.warn - 2 * PERIOD)
         asked_before = self._asked
         answer = self._exchange(waiting, asks)
         if self._asked is not None and asked_before is None:
             answer = self._exchange(waiting, asks)  # now, with what somebody asks for
+        if self._stopped.is_set():  # meanwhile; this is of a job that was
+            return
         if answer.get("end"):
             self._end(answer["end"]["reason"], told=True)
+        if answer.get("leave"):
+            self._leave_job(answer["leave"])
         if waiting is None:
             return
         gone = [one for rank, one in self._gone.items() if _takes_part(rank, waiting)]
-        if gone and waited > GRACE:
+        if gone and waited > GRACE and self.job.notices_loss is None:
             self._end(self._sentence(waiting, gone))
         missing = answer.get("missing", [{"rank": 0, "status": "silent"}])
         if waited > limits.end:
-            self._end(self._sentence(waiting, missing) + f", the limit of {limits.end:g} s")
+            self._wait_no_longer(waiting, missing, limits.end)
         call = (waiting.name, waiting.call)
         # A rank that was asked where it is may be slow to say so, on a busy machine.
         unheard = any(one.get("status") == "running" and "stack" not in one for one in missing)
@@ -162,8 +185,30 @@ class Watchdog(threading.Thread):
                 if one.get("stack"):
                     tell_user(f"rank {one['rank']} is at:\n{one['stack']}")
 
+    def _wait_no_longer(
+        self, waiting: Waiting, missing: list[dict[str, Any]], limit: float
+    ) -> None:
+        """Ends the job, or has those end that are in no collective, where it goes on without."""
+        reason = f"{self._sentence(waiting, missing)}, the limit of {limit:g} s"
+        if self.job.notices_loss is None:
+            self._end(reason)
+            return
+        self._exchange(waiting, overdue=reason)
+        call = (waiting.name, waiting.call)
+        if self._overdue != call and any(map(_lets_wait, missing)):
+            self._overdue = call
+            tell_user(f"{reason}. The job goes on without those that do not come")
+        # In a reset, for new ranks, the engine waits as long as it is told to.
+        last = limit + _ROOM + 2 * self.job.notices_loss
+        if self._reset is None and _seconds_in(waiting) > last:
+            self._end(f"{self._sentence(waiting, missing)}, and the job has not gone on without")
+
     def _exchange(
-        self, waiting: Waiting | None = None, asks: bool = False, end: str | None = None
+        self,
+        waiting: Waiting | None = None,
+        asks: bool = False,
+        end: str | None = None,
+        overdue: str | None = None,
     ) -> dict[str, Any]:
         """Tells the store what this rank is at; returns the answer, empty where there is none."""
         state: dict[str, Any] = {
@@ -176,6 +221,7 @@ class Watchdog(threading.Thread):
             "last": RECORDER.last(),
             "now": time.time(),
             "asks": asks,
+            "overdue": overdue,
         }
         if end is not None:
             state["end"] = {"rank": self.job.rank, "reason": end}
@@ -215,7 +261,21 @@ class Watchdog(threading.Thread):
         """Ends the thread: one that runs TensorFlow while Python ends may never come back."""
         self._stopped.set()
         self._stopped_wait.set()
+        self._let_live()
         self.join(TIMEOUT)
+
+    def close(self) -> None:
+        """Ends the store, if it is in this process."""
+        if self._store is not None:
+            self._store.close()
+
+    def wait_for_reset(self) -> None:
+        """Tells the others from now on that this rank waits for them, to be in a job anew."""
+        self._reset = Waiting("the reset of the job", 1, time.time(), None)
+
+    def _let_live(self) -> None:
+        if self._kill_timer is not None:
+            self._kill_timer.unset()
 
     def is_running(self) -> bool:
         """Says whether nothing has been told of an end yet."""
@@ -242,6 +302,13 @@ class Watchdog(threading.Thread):
         if not told:
             self._exchange(end=reason)
             time.sleep(2 * PERIOD)  # the others write their records
+        sys.stdout.flush()
+        self.job.end(EXIT_CODE)
+
+    def _leave_job(self, reason: str) -> None:
+        """Ends this process; the others go on."""
+        file = self._write_record(reason)
+        tell_user(f"{reason}. The others go on without this rank, whose record is in {file}")
         sys.stdout.flush()
         self.job.end(EXIT_CODE)
 
@@ -302,6 +369,12 @@ def _takes_part(rank: int, waiting: Waiting) -> bool:
     return waiting.members is None or rank in waiting.members
 
 
+def _lets_wait(one: dict[str, Any]) -> bool:
+    """Says whether a rank that is not in a call is there, and does not wait itself."""
+    status = one.get("status")
+    return status == "silent" or (status == "running" and not one.get("waiting"))
+
+
 def _description(one: dict[str, Any]) -> str:
     """Says what a rank is at."""
     if one["rank"] is None:
@@ -352,6 +425,24 @@ def watch_job(job: WatchedJob) -> None:
         atexit.register(_watchdog.leave)
 
 
+@contextlib.contextmanager
+def within_reset() -> Iterator[None]:
+    """Within, this process leaves its job for another one, for which it may wait.
+
+    The watchdog ends with it, and what was recorded of the job that was is forgotten.
+    """
+    global _watchdog
+    if _watchdog is not None:
+        _watchdog.wait_for_reset()
+    yield
+    if _watchdog is not None:
+        _watchdog.stop()
+        _watchdog.close()
+        atexit.unregister(_watchdog.leave)
+        _watchdog = None
+    RECORDER.begin_anew()
+
+
 def described(several: bool) -> str:
     """Says in words whether this process is watched; ``several``: whether its job has others."""
     if not several:
@@ -361,7 +452,8 @@ def described(several: bool) -> str:
     warn, end = _watchdog.limits
     told = "never" if warn == float("inf") else f"after {warn:g} s"
     ended = "never" if end == float("inf") else f"after {end:g} s"
-    return f"on; a rank that waits says so {told}, and ends the job {ended}"
+    then = "ends the job" if _watchdog.job.notices_loss is None else "goes on without the missing"
+    return f"on; a rank that waits says so {told}, and {then} {ended}"
 
 
 def current() -> Watchdog | None:

@@ -1,0 +1,163 @@
+"""Jobs of mpirun or horovodrun that get a launcher's signals, and whose ranks have time to save.
+
+SIGTERM goes to the ranks on this machine, which have two minutes to end by themselves: told to end,
+Open MPI's mpirun would leave them one second, and horovodrun five. Where processes of ranks catch
+SIGTERM, only those get it, and a shell around them lives on. After that, after another SIGTERM, or
+where there are no ranks here, it goes to the process group of mpirun or horovodrun, a session of
+its own. Other signals go there at once. Should the launcher be killed, the job is told to end.
+
+rank_lines.py and first_failure.py start jobs so. Any python3 may come first on a PATH, so this
+keeps to what Python 3.6 has.
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import threading
+from typing import IO, Sequence  # noqa: UP035  (Python 3.6 has no others)
+
+FORWARDED = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2),
+)
+SAVE = 120.0
+"""Seconds that ranks get to end by themselves after SIGTERM."""
+SHELLS = ("ash", "bash", "dash", "fish", "ksh", "sh", "zsh")
+
+
+class LaunchedJob:
+    """A command that starts ranks; signals of this process are for it from now on.
+
+    Args:
+        command: The command.
+        variables: Names of variables that the environment of each rank has, and of nobody else.
+        stdout: See `subprocess.Popen`.
+        stderr: See `subprocess.Popen`.
+
+    Attributes:
+        process: The command's process.
+        passed_on: The signals that its group has been sent.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        variables: Sequence[str],
+        stdout: "int | IO[bytes] | None" = None,
+        stderr: "int | IO[bytes] | None" = None,
+    ) -> None:
+        self._rank = re.compile(r"(^|\0)({})=".format("|".join(variables)).encode())
+        self._told = False
+        self.passed_on: list[int] = []
+        prctl, set_parent_death_signal = ctypes.CDLL(None).prctl, 1
+        self.process = subprocess.Popen(  # noqa: S603  (the user's own command, and no shell)
+            command,
+            stdout=stdout,
+            stderr=stderr,
+            # A launcher may be started by a rank, such as a task of srun; with these the command
+            # would be a rank itself.
+            env={k: v for k, v in os.environ.items() if k not in variables},
+            # A terminal's signals come here only, and so to the command once.
+            start_new_session=True,
+            preexec_fn=lambda: prctl(set_parent_death_signal, signal.SIGTERM),
+        )
+        for number in FORWARDED:
+            signal.signal(number, self._tell_ranks if number == signal.SIGTERM else self.pass_on)
+
+    def pass_on(self, number: int, _: object = None) -> None:
+        """Sends a signal to the command's group."""
+        self.passed_on.append(number)
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:  # it has ended, and nobody may be reading its last words
+            end_by(number)
+
+    def ranks_here(self, family: "dict[int, list[int]]") -> "list[int]":
+        """Returns the ranks on this machine, without what they have started.
+
+        By descent: ranks are in the session of Open MPI's mpirun, but in sessions of their own
+        under MPICH and Horovod.
+
+        Args:
+            family: `children`.
+        """
+        found, started = [], list(family.get(os.getpid(), []))
+        while started:
+            process = started.pop()
+            with contextlib.suppress(OSError), open(f"/proc/{process}/environ", "rb") as file:
+                if self._rank.search(file.read()):
+                    found.append(process)
+                    continue
+            started += family.get(process, [])
+        return found
+
+    def _tell_ranks(self, number: int, _: object) -> None:
+        family = children()
+        ranks = [] if self._told else self.ranks_here(family)
+        self._told = True
+        if not ranks:
+            self.pass_on(number)
+            return
+        for rank in ranks:
+            for process in to_signal(rank, family, number):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+        late = threading.Timer(SAVE, self.pass_on, [number])
+        late.daemon = True
+        late.start()
+
+
+def end_as(code: int) -> int:
+    """Returns an exit code, as `subprocess.Popen` has it, or ends as the signal did that it has."""
+    if code < 0:
+        end_by(-code)
+    return code
+
+
+def end_by(number: int) -> None:
+    """Ends this process by a signal."""
+    if signal.getsignal(number) != signal.SIG_DFL:
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def children() -> "dict[int, list[int]]":
+    """Returns the processes of this machine by their parents."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found.setdefault(int(_status(int(name), "PPid")), []).append(int(name))
+    return found
+
+
+def to_signal(process: int, family: "dict[int, list[int]]", number: int) -> "list[int]":
+    """Returns who is to get a signal for a process: itself, or what a shell has started.
+
+    The signal would end a shell around a training script, and with the shell the job. So it is for
+    what catches it there; where nothing does, for the shell and for what it has started. It is
+    never for the helpers of a script.
+
+    Args:
+        process: The process.
+        family: `children`.
+        number: The signal.
+    """
+    found, all_of_them, started = [], [], [process]
+    while started:
+        one = started.pop()
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            catches = int(_status(one, "SigCgt"), 16) >> (number - 1) & 1
+            all_of_them.append(one)
+            if catches:
+                found.append(one)
+            elif _status(one, "Name") in SHELLS:
+                started += family.get(one, [])
+    return found or all_of_them
+
+
+def _status(process: int, name: str) -> str:
+    with open(f"/proc/{process}/status", errors="replace") as file:
+        return next(line.split()[1] for line in file if line.startswith(f"{name}:"))

@@ -1,0 +1,164 @@
+"""`horovod.sh` over Gloo: the code of the rank that failed first, and time to save at SIGTERM."""
+
+import ast
+import os
+import re
+import shlex
+import signal
+import sys
+import uuid
+
+import pytest
+
+from tests import processes
+from tests.launch_scripts import LAUNCH
+
+WORDS = "The first process to do so was:\nProcess name: {name}\nExit code: {code}\n"
+"""What horovodrun says of the rank that failed first."""
+RANKS = """
+import os, pathlib, signal, sys, time
+
+rank, folder = int(os.environ["HOROVOD_RANK"]), pathlib.Path(sys.argv[1])
+told = []
+
+
+def signal_launcher(number):
+    while len([*folder.iterdir()]) < 2:
+        time.sleep(0.05)
+    os.kill(int(os.environ["LAUNCHER"]), number)
+
+
+def tell(text):
+    sys.stdout.write(f"{text}\\n")  # in one piece, as Horovod marks each
+    sys.stdout.flush()
+"""
+"""What comes before the code of each rank."""
+NOTE_SIGTERM = "signal.signal(signal.SIGTERM, lambda *_: told.append('once'))\n"
+READY = "(folder / str(rank)).touch()\n"
+
+
+def launcher(code, folder, *options):
+    """The command that runs ``code`` in two ranks, which know the launcher's process number."""
+    start = [str(LAUNCH / "horovod.sh"), "-np", "2", *options, "--"]
+    line = shlex.join([*start, sys.executable, "-c", RANKS + code, str(folder)])
+    return ["bash", "-c", f"export LAUNCHER=$$; exec {line}"]
+
+
+def run(code, folder, *options):
+    return processes.run([("horovod.sh", launcher(code, folder, *options), {})])
+
+
+def test_the_code_is_that_of_the_rank_that_failed_first(tmp_path):
+    # The other one is ended by horovodrun, has another code then, and may say what it likes.
+    words = WORDS.format(name=0, code=9)
+    code = f"tell('ready') if rank else sys.stderr.write({words!r})\n{READY}" + (
+        "while not (folder / '0').exists(): time.sleep(0.05)\n"
+        "sys.exit(3) if rank else time.sleep(600)"
+    )
+    finished = run(code, tmp_path)
+    assert finished.code == 3, finished.output
+    assert "[0]<stderr>:Exit code: 9\n" in finished.output, finished.output
+    assert "[1]<stdout>:ready\n" in finished.output, finished.output
+
+
+def test_a_rank_that_is_killed_has_128_and_the_signal(tmp_path):
+    finished = run("time.sleep(600) if rank else os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
+    assert finished.code == 128 + signal.SIGKILL, finished.output
+
+
+def test_ranks_have_more_than_five_seconds_to_save_after_sigterm(tmp_path):
+    code = (
+        f"{NOTE_SIGTERM}{READY}"
+        "if rank == 0: signal_launcher(signal.SIGTERM)\n"
+        "while not told: time.sleep(0.05)\n"
+        # Horovod would have killed the first; and the second ends well, which ends nobody.
+        "time.sleep(1 if rank else 8)\n"
+        "tell(f'saved {rank}, told {told}')\n"
+        f"sys.exit(0 if rank else {os.EX_TEMPFAIL})"
+    )
+    finished = run(code, tmp_path)
+    assert finished.code == os.EX_TEMPFAIL, finished.output
+    for rank in range(2):
+        said = f"[{rank}]<stdout>:saved {rank}, told ['once']\n"
+        assert said in finished.output, finished.output
+
+
+def test_ctrl_c_ends_all_ranks(tmp_path):
+    folder = tmp_path / uuid.uuid4().hex
+    folder.mkdir()
+    finished = run(f"{READY}signal_launcher(signal.SIGINT) if rank else 0\ntime.sleep(600)", folder)
+    assert finished.code == 128 + signal.SIGTERM, finished.output  # which horovodrun has sent them
+    assert not processes.left(str(folder))
+
+
+def first_failure(script, redirect=""):
+    """Runs a script of Bash in place of horovodrun."""
+    line = shlex.join([sys.executable, str(LAUNCH / "first_failure.py"), "bash", "-c", script])
+    return processes.run([("", ["bash", "-c", f"export LAUNCHER=$$; exec {line} {redirect}"], {})])
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("exit 0", 0),
+        ("exit 2", 2),
+        ("kill -9 $$", -9),
+        # A worker of an elastic job that was lost before.
+        (f"printf {shlex.quote(WORDS.format(name='here[0]', code=5))} >&2; exit 0", 0),
+        (f"printf {shlex.quote(WORDS.format(name='here[0]', code=5))} >&2; exit 1", 5),
+        # What has started the rank was killed, and Python says so by a negative number.
+        (f"printf {shlex.quote(WORDS.format(name=1, code=-9))} >&2; exit 1", 137),
+        # In two pieces, and something after it.
+        ("printf 'The first process to do so was:\\nProcess na' >&2; sleep 0.5; "
+         "printf 'me: 1\\nExit code: 75\\n' >&2; sleep 0.5; echo leaked >&2; exit 1", 75),
+        # Of a rank, whose lines have marks.
+        ("printf '[1]<stderr>:The first process to do so was:\\n[1]<stderr>:Process name: 0\\n"
+         "[1]<stderr>:Exit code: 5\\n' >&2; exit 1", 1),
+        # On stdout, which horovodrun does not say it on.
+        (f"printf {shlex.quote(WORDS.format(name=1, code=5))}; exit 1", 1),
+    ],
+)  # fmt: skip
+def test_what_horovodrun_says_and_returns_make_the_code(script, code):
+    finished = first_failure(script)
+    assert finished.code == code, finished.output
+
+
+def test_errors_that_somebody_keeps_open_are_not_waited_for():
+    words = shlex.quote(WORDS.format(name=1, code=5))
+    finished = first_failure(
+        f'setsid sleep 600 & echo "kept by $!" >&2; printf {words} >&2; exit 1'
+    )
+    kept = re.search(r"^kept by (\d+)$", finished.output, re.MULTILINE)
+    assert kept, finished.output
+    os.kill(int(kept[1]), signal.SIGKILL)  # it is still there
+    assert finished.code == 5, finished.output
+
+
+def test_errors_that_cannot_be_passed_on_end_the_job():
+    finished = first_failure("echo said >&2; exec sleep 600", "2>/dev/full")
+    assert finished.code == 1, finished.output
+
+
+def test_the_first_sigterm_is_for_ranks_and_the_second_for_horovodrun():
+    rank = (
+        "import os, signal, sys, time; told = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: told.append('once'))\n"
+        "for n in range(1, 3):\n"
+        "    os.kill(int(os.environ['LAUNCHER']), signal.SIGTERM)\n"
+        "    while n == 1 and not told: time.sleep(0.05)\n"
+        "    time.sleep(1)\n"
+        "print('rank told', *told, flush=True)"
+    )
+    script = (
+        "trap 'echo horovodrun told; trap - TERM' TERM; "
+        f"HOROVOD_RANK=0 setsid {shlex.join([sys.executable, '-c', rank])}; exit 1"
+    )
+    # The rank has a session of its own, as under horovodrun, and so only what is meant for it.
+    finished = first_failure(script)
+    assert finished.code == 1, finished.output
+    assert "rank told once\nhorovodrun told\n" in finished.output, finished.output
+
+
+@pytest.mark.parametrize("name", ["first_failure.py", "rank_signals.py"])
+def test_what_any_python_runs_has_the_syntax_of_python_3_6(name):
+    ast.parse((LAUNCH / name).read_text(), feature_version=(3, 6))
