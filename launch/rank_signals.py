@@ -3,10 +3,11 @@
 SIGTERM goes to the ranks on this machine, which have two minutes to end by themselves: told to end,
 Open MPI's mpirun would leave them one second, and horovodrun five. So much is left to the others
 once a rank has exited with another code than 0. Where processes of ranks catch SIGTERM, only those
-get it, and a shell around them lives on. After that, after another SIGTERM, or where there are no
-ranks here, it goes to the process group of mpirun or horovodrun, a session of its own; in an
-elastic job, where others would go on without it, also once one of these ranks has ended, and that
-group is killed where it has not ended 15 seconds later. Other signals go there at once. Should the launcher be killed, the job is told to end.
+get it, and a shell around them lives on.
+After that, after another SIGTERM, or where there are no ranks here, it goes to the process group of
+mpirun or horovodrun, a session of its own. In an elastic job, where others would go on without it,
+it does so once one of these ranks has ended, and 15 seconds later that group is killed. Other
+signals go there at once. Should the launcher be killed, the job is told to end.
 
 rank_lines.py and first_failure.py start jobs so. Any python3 may come first on a PATH, so this
 keeps to what Python 3.6 has.
@@ -63,7 +64,7 @@ class LaunchedJob:
     ) -> None:
         self._rank = re.compile(r"(^|\0)({})=".format("|".join(variables)).encode())
         self._elastic = elastic
-        self._told: "float | None" = None  # when ranks were
+        self._told: float | None = None  # when ranks were
         self.passed_on: list[int] = []
         prctl, set_parent_death_signal = ctypes.CDLL(None).prctl, 1
         self.process = subprocess.Popen(  # noqa: S603  (the user's own command, and no shell)

@@ -83,6 +83,36 @@ def test_ranks_have_more_than_five_seconds_to_save_after_sigterm(tmp_path):
         assert said in finished.output, finished.output
 
 
+def test_the_first_rank_that_exits_leaves_five_seconds_to_the_others(tmp_path):
+    code = (
+        f"{NOTE_SIGTERM}{READY}"
+        "if rank == 0: signal_launcher(signal.SIGTERM)\n"
+        "while not told: time.sleep(0.05)\n"
+        "time.sleep(1 if rank else 20)\n"
+        "tell(f'saved {rank}')\n"
+        f"sys.exit({os.EX_TEMPFAIL})"
+    )
+    finished = run(code, tmp_path)
+    assert finished.code == os.EX_TEMPFAIL, finished.output
+    assert "saved 1\n" in finished.output, finished.output
+    assert "saved 0\n" not in finished.output, finished.output
+
+
+def test_an_elastic_job_ends_at_sigterm_where_a_rank_does(tmp_path):
+    folder = tmp_path / uuid.uuid4().hex
+    folder.mkdir()
+    code = (
+        f"{NOTE_SIGTERM}{READY}"
+        "if rank == 0: signal_launcher(signal.SIGTERM)\n"
+        "while not told: time.sleep(0.05)\n"
+        f"sys.exit({os.EX_TEMPFAIL}) if rank else time.sleep(600)"
+    )
+    options = ["--min-np", "1", "--hosts", "localhost:2", "--network-interface", "lo"]
+    finished = run(code, folder, *options)
+    assert finished.code == os.EX_TEMPFAIL, finished.output
+    assert not processes.left(str(folder))
+
+
 def test_ctrl_c_ends_all_ranks(tmp_path):
     folder = tmp_path / uuid.uuid4().hex
     folder.mkdir()
