@@ -107,7 +107,10 @@ def test_an_elastic_job_ends_at_sigterm_where_a_rank_does(tmp_path):
         "while not told: time.sleep(0.05)\n"
         f"sys.exit({os.EX_TEMPFAIL}) if rank else time.sleep(600)"
     )
-    options = ["--min-np", "1", "--hosts", "localhost:2", "--network-interface", "lo"]
+    hosts = tmp_path / "hosts.sh"  # without a third one in the place of the first that is lost
+    hosts.write_text("#!/bin/sh\nprintf 'localhost:1\\n127.0.0.1:1\\n'\n")
+    hosts.chmod(0o755)
+    options = ["--min-np", "2", "--host-discovery", str(hosts), "--network-interface", "lo"]
     finished = run(code, folder, *options)
     assert finished.code == os.EX_TEMPFAIL, finished.output
     assert not processes.left(str(folder))
