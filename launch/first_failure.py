@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run horovodrun over Gloo, and end with the exit code of the rank that failed first.
 
-usage: launch/first_failure.py HOROVODRUN...
+usage: launch/first_failure.py [--elastic] HOROVODRUN...
 
 horovod.sh starts horovodrun through this, which itself exits with 1 whatever its ranks have exited
 with. Its last words on stderr name the one that ended first, and its code, also for ranks of other
@@ -9,11 +9,12 @@ machines: 128 + n where signal n has ended it, and 143 where horovodrun has, sin
 end. What a rank writes cannot be taken for that, since Horovod marks its lines. Of an elastic job
 this is about the workers that it had at its end; one that was lost or removed before is not. Where
 horovodrun exits with 0, or does not say which rank has failed, the end is its own, by exit code or
-by signal.
+by signal. A rank has ended, for horovodrun, once its output has: with the last process that holds
+it, such as a helper that a rank leaves behind.
 
-Signals go on to the ranks and to horovodrun, as rank_signals.py says. stderr is passed on as it
-comes, stdout is horovodrun's own. Where stderr cannot be passed on, the job is ended, and the exit
-code is 1.
+Signals go on to the ranks and to horovodrun, as rank_signals.py says, with --elastic in such a job.
+stderr is passed on as it comes, in whole lines, stdout is horovodrun's own. Where stderr cannot be
+passed on, the job is ended, and the exit code is 1.
 
 Any python3 may come first on a PATH, so this keeps to what Python 3.6 has.
 """
@@ -29,6 +30,7 @@ from typing import IO
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
+import rank_lines
 import rank_signals
 
 FAILED = re.compile(
@@ -37,6 +39,8 @@ FAILED = re.compile(
 """What horovodrun says at its end, with the code of a rank."""
 LONGEST = 4096
 """Bytes that `FAILED` may take."""
+PIPE = 1 << 20
+"""Bytes that a pipe holds at most, on all systems."""
 LOOK = 0.2
 """Seconds between looks at whether horovodrun has ended, where somebody keeps its stderr open."""
 
@@ -48,37 +52,39 @@ def pass_on_errors(process: "subprocess.Popen[bytes]", source: "IO[bytes]") -> "
         The code of the rank that failed first, or ``None``.
     """
     code, said, over = None, b"", False
-    while True:
+    while not over:
+        over = process.poll() is not None  # and all that it has said is in the pipe
         readable, _, _ = select.select([source], [], [], 0 if over else LOOK)
         if not readable:
-            if over:  # and all that it has said has come
-                return code
-            over = process.poll() is not None
             continue
-        data = os.read(source.fileno(), 1 << 16)
+        data = os.read(source.fileno(), PIPE)
         if not data:
-            return code
+            break
         said = said[-LONGEST:] + data
         for found in FAILED.finditer(said):
             code = int(found.group(1))
-        while data:
-            data = data[os.write(2, data) :]
+        rank_lines.write_lines(2, data)
+    return code
 
 
 def main() -> int:
     """Runs horovodrun."""
-    job = rank_signals.LaunchedJob(sys.argv[1:], ("HOROVOD_RANK",), stderr=subprocess.PIPE)
+    elastic = sys.argv[1:2] == ["--elastic"]
+    command = sys.argv[2 if elastic else 1 :]
+    job = rank_signals.LaunchedJob(command, ("HOROVOD_RANK",), elastic, stderr=subprocess.PIPE)
     failed = None
     try:
         with job.process.stderr as source:
             failed = pass_on_errors(job.process, source)
     except OSError as error:
-        job.pass_on(signal.SIGTERM)
+        job.send(signal.SIGTERM)
         with contextlib.suppress(OSError):
             print(f"first_failure.py: errors could not be passed on: {error}", file=sys.stderr)
         job.process.wait()
         return 1
     code = job.process.wait()
+    if code == -signal.SIGKILL and signal.SIGKILL in job.passed_on:  # after SIGTERM
+        code = -signal.SIGTERM
     if code <= 0 or failed is None:
         return rank_signals.end_as(code)
     return failed if failed > 0 else 128 - failed

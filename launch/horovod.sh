@@ -50,7 +50,9 @@
 # Each line of output has a mark of its rank: Horovod's under --gloo, `[0] line` under --mpi
 # (rank_lines.py). The exit code is that of the rank that failed first (first_failure.py under
 # --gloo, where horovodrun's own is 1). After SIGTERM the ranks on this machine have two minutes to
-# save and to end, before horovodrun is told to (rank_signals.py).
+# save and to end, before horovodrun is told to (rank_signals.py); in an elastic job until the first
+# of them has ended. Horovod leaves five seconds to the others once a rank has exited with another
+# code than 0, so let all wait for the one that writes. Ranks of other machines are not told.
 set -euo pipefail
 
 die() { echo "horovod.sh: $*" >&2; exit 1; }
@@ -143,7 +145,7 @@ if [ "$controller" = --mpi ]; then
   # Its mpirun is Open MPI 4, which tags pieces of lines.
   runner=("$here/rank_lines.py" '\[[0-9]+,([0-9]+)\]<std(?:out|err|diag)>:')
 else
-  runner=("$here/first_failure.py")
+  runner=("$here/first_failure.py" ${elastic:+--elastic})
 fi
 exec "$python" "${runner[@]}" \
   horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} "${elastic[@]}" \

@@ -180,8 +180,7 @@ class Target:
                 before = b"\n" if self._unfinished else b""
                 text = before + (b"[%s] " % rank if rank else b"") + text
             self._unfinished = None if text.endswith(b"\n") else (descriptor, rank)
-            while text:
-                text = text[os.write(descriptor, text) :]
+            write_lines(descriptor, text)
 
 
 class Copier(threading.Thread):
@@ -246,6 +245,20 @@ class Copier(threading.Thread):
         self._writing += time.monotonic() - start
 
 
+def write_lines(descriptor: int, text: bytes) -> None:
+    """Writes a text in pieces that nobody else's come between in a pipe, at ends of lines if any.
+
+    Also where the file is one that others have told not to wait.
+    """
+    while text:
+        piece = text[: select.PIPE_BUF]
+        piece = piece[: piece.rfind(b"\n") + 1] or piece
+        try:
+            text = text[os.write(descriptor, piece) :]
+        except BlockingIOError:
+            select.select([], [descriptor], [])
+
+
 def job_code(job: "subprocess.Popen[bytes]", passed_on: "list[int]") -> int:
     """Waits for the end, and returns the exit code, as Popen has it.
 
@@ -267,12 +280,12 @@ def main() -> int:
     tag, *command = sys.argv[1:]
     prctl, set_child_subreaper = ctypes.CDLL(None).prctl, 36
     prctl(set_child_subreaper, 1)  # for `job_code`
-    job = rank_signals.LaunchedJob(command, RANK, subprocess.PIPE, subprocess.PIPE)
+    job = rank_signals.LaunchedJob(command, RANK, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     failures = []
 
     def fail(message: str) -> None:
         failures.append(message)
-        job.pass_on(signal.SIGTERM)
+        job.send(signal.SIGTERM)
         print(f"rank_lines.py: output could not be passed on: {message}", file=sys.stderr)
 
     output = Target()

@@ -1,10 +1,13 @@
 """Jobs of mpirun or horovodrun that get a launcher's signals, and whose ranks have time to save.
 
 SIGTERM goes to the ranks on this machine, which have two minutes to end by themselves: told to end,
-Open MPI's mpirun would leave them one second, and horovodrun five. Where processes of ranks catch
-SIGTERM, only those get it, and a shell around them lives on. After that, after another SIGTERM, or
-where there are no ranks here, it goes to the process group of mpirun or horovodrun, a session of
-its own. Other signals go there at once. Should the launcher be killed, the job is told to end.
+Open MPI's mpirun would leave them one second, and horovodrun five. So much is left to the others
+once a rank has exited with another code than 0. Where processes of ranks catch SIGTERM, only those
+get it, and a shell around them lives on.
+After that, after another SIGTERM, or where there are no ranks here, it goes to the process group of
+mpirun or horovodrun, a session of its own. In an elastic job, where others would go on without it,
+it does so once one of these ranks has ended, and 15 seconds later that group is killed. Other
+signals go there at once. Should the launcher be killed, the job is told to end.
 
 rank_lines.py and first_failure.py start jobs so. Any python3 may come first on a PATH, so this
 keeps to what Python 3.6 has.
@@ -17,6 +20,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from typing import IO, Sequence  # noqa: UP035  (Python 3.6 has no others)
 
 FORWARDED = (
@@ -25,6 +29,13 @@ FORWARDED = (
 )
 SAVE = 120.0
 """Seconds that ranks get to end by themselves after SIGTERM."""
+TOGETHER = 1.0
+"""Seconds after SIGTERM in which another one is the same, from somebody else."""
+KILL = 15.0
+"""Seconds after which horovodrun is killed in an elastic job. Told to end, it ends the ranks within
+ten, but waits for others in their place until --elastic-timeout, where one had ended before."""
+LOOK = 0.1
+"""Seconds between looks at whether a rank has ended."""
 SHELLS = ("ash", "bash", "dash", "fish", "ksh", "sh", "zsh")
 
 
@@ -34,6 +45,7 @@ class LaunchedJob:
     Args:
         command: The command.
         variables: Names of variables that the environment of each rank has, and of nobody else.
+        elastic: Whether the job goes on where a rank ends, and after SIGTERM must not.
         stdout: See `subprocess.Popen`.
         stderr: See `subprocess.Popen`.
 
@@ -46,11 +58,13 @@ class LaunchedJob:
         self,
         command: Sequence[str],
         variables: Sequence[str],
+        elastic: bool = False,
         stdout: "int | IO[bytes] | None" = None,
         stderr: "int | IO[bytes] | None" = None,
     ) -> None:
         self._rank = re.compile(r"(^|\0)({})=".format("|".join(variables)).encode())
-        self._told = False
+        self._elastic = elastic
+        self._told: float | None = None  # when ranks were
         self.passed_on: list[int] = []
         prctl, set_parent_death_signal = ctypes.CDLL(None).prctl, 1
         self.process = subprocess.Popen(  # noqa: S603  (the user's own command, and no shell)
@@ -67,12 +81,19 @@ class LaunchedJob:
         for number in FORWARDED:
             signal.signal(number, self._tell_ranks if number == signal.SIGTERM else self.pass_on)
 
-    def pass_on(self, number: int, _: object = None) -> None:
-        """Sends a signal to the command's group."""
+    def send(self, number: int) -> bool:
+        """Sends a signal to the command's group, and returns whether anybody is there."""
         self.passed_on.append(number)
+        self.process.poll()  # or it would be there for as long as nobody asks for its code
         try:
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:  # it has ended, and nobody may be reading its last words
+        except ProcessLookupError:
+            return False
+        return True
+
+    def pass_on(self, number: int, _: object = None) -> None:
+        """Sends a signal to the command's group, or ends where nobody is there."""
+        if not self.send(number):  # and nobody may be reading its last words
             end_by(number)
 
     def ranks_here(self, family: "dict[int, list[int]]") -> "list[int]":
@@ -95,19 +116,33 @@ class LaunchedJob:
         return found
 
     def _tell_ranks(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if self._told is not None:
+            if now > self._told + TOGETHER:
+                self.pass_on(number)
+            return
+        self._told = now
         family = children()
-        ranks = [] if self._told else self.ranks_here(family)
-        self._told = True
+        ranks = self.ranks_here(family)
         if not ranks:
             self.pass_on(number)
-            return
         for rank in ranks:
             for process in to_signal(rank, family, number):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, number)
-        late = threading.Timer(SAVE, self.pass_on, [number])
-        late.daemon = True
-        late.start()
+        threading.Thread(target=self._send_late, args=[ranks, number], daemon=True).start()
+
+    def _send_late(self, ranks: "list[int]", number: int) -> None:
+        late = time.monotonic() + SAVE
+        while (
+            ranks and time.monotonic() < late and not (self._elastic and any(map(has_ended, ranks)))
+        ):
+            time.sleep(LOOK)
+        if ranks:
+            self.send(number)
+        if self._elastic:
+            time.sleep(KILL)
+            self.send(signal.SIGKILL)
 
 
 def end_as(code: int) -> int:
@@ -122,6 +157,14 @@ def end_by(number: int) -> None:
     if signal.getsignal(number) != signal.SIG_DFL:
         signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+def has_ended(process: int) -> bool:
+    """Returns whether a process has ended, also where nobody has asked for its code yet."""
+    try:
+        return _status(process, "State") in "ZX"
+    except OSError:
+        return True
 
 
 def children() -> "dict[int, list[int]]":

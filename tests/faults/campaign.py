@@ -56,12 +56,14 @@ SAYS = {
 """By fault: what somebody says, by a pattern; ``None`` where the job goes on, and ends well."""
 CODES = {
     **dict.fromkeys(("raises", "pipeline raises", "callback raises", "disk is full"), (1,)),
-    # At its end it shuts Horovod down, and the error that another one gets may end that one first.
-    "exits with 3": (3, 1),
+    "exits with 3": (3,),
     "is killed": (128 + signal.SIGKILL,),
     "sleeps": (messages.EXIT_CODE,),
 }
-"""By fault: what the job may end with, besides the code of the watchdog, if that was faster."""
+"""By fault: what the job may end with, besides the code of the watchdog, if that was faster.
+
+Others make a rank fail by an error, which is 1.
+"""
 GO_ON = ("is stopped for 8 s",)
 """Faults that are spoken of, and survived all the same."""
 
@@ -111,6 +113,7 @@ class Outcome(NamedTuple):
     """The processes that have outlived it."""
     checkpoints: list[str]
     """What is wrong with the checkpoints that are left."""
+    launcher: str
 
     def says(self, case):
         """The line that speaks of the fault, or nothing."""
@@ -138,7 +141,8 @@ def run(launcher, case, folder):
     seconds = time.monotonic() - started
     # Open MPI puts its marks into lines that Python writes in pieces.
     output = re.sub(r"\[\d+,\d+\]<std\w+>:", "", finished.output)
-    return Outcome(finished.code, seconds, output, processes.left(mark), _checkpoints(case, folder))
+    left, checkpoints = processes.left(mark), _checkpoints(case, folder)
+    return Outcome(finished.code, seconds, output, left, checkpoints, launcher)
 
 
 def _checkpoints(case, folder):
@@ -172,7 +176,10 @@ def wrong_with(case, outcome):
         return "" if well else "it did not go on"
     if outcome.code == 0 or done:
         return "it ended as if nothing had happened"
-    codes = CODES.get(case.fault, (outcome.code,))
+    codes = CODES.get(case.fault, (1,))
+    if (case.fault, outcome.launcher) == ("exits with 3", "horovod-gloo"):
+        # It shuts Horovod down, and the error that another one gets may end that one first.
+        codes += (1,)
     if outcome.code not in (*codes, messages.EXIT_CODE):
         return f"its code is {outcome.code}, and none of {codes}"
     return "" if outcome.says(case) else f"nobody said {case.says}"

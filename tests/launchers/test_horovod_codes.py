@@ -83,6 +83,39 @@ def test_ranks_have_more_than_five_seconds_to_save_after_sigterm(tmp_path):
         assert said in finished.output, finished.output
 
 
+def test_the_first_rank_that_exits_leaves_five_seconds_to_the_others(tmp_path):
+    code = (
+        f"{NOTE_SIGTERM}{READY}"
+        "if rank == 0: signal_launcher(signal.SIGTERM)\n"
+        "while not told: time.sleep(0.05)\n"
+        "time.sleep(1 if rank else 20)\n"
+        "tell(f'saved {rank}')\n"
+        f"sys.exit({os.EX_TEMPFAIL})"
+    )
+    finished = run(code, tmp_path)
+    assert finished.code == os.EX_TEMPFAIL, finished.output
+    assert "saved 1\n" in finished.output, finished.output
+    assert "saved 0\n" not in finished.output, finished.output
+
+
+def test_an_elastic_job_ends_at_sigterm_where_a_rank_does(tmp_path):
+    folder = tmp_path / uuid.uuid4().hex
+    folder.mkdir()
+    code = (
+        f"{NOTE_SIGTERM}{READY}"
+        "if rank == 0: signal_launcher(signal.SIGTERM)\n"
+        "while not told: time.sleep(0.05)\n"
+        f"sys.exit({os.EX_TEMPFAIL}) if rank else time.sleep(600)"
+    )
+    hosts = tmp_path / "hosts.sh"  # without a third one in the place of the first that is lost
+    hosts.write_text("#!/bin/sh\nprintf 'localhost:1\\n127.0.0.1:1\\n'\n")
+    hosts.chmod(0o755)
+    options = ["--min-np", "2", "--host-discovery", str(hosts), "--network-interface", "lo"]
+    finished = run(code, folder, *options)
+    assert finished.code == os.EX_TEMPFAIL, finished.output
+    assert not processes.left(str(folder))
+
+
 def test_ctrl_c_ends_all_ranks(tmp_path):
     folder = tmp_path / uuid.uuid4().hex
     folder.mkdir()
@@ -146,7 +179,7 @@ def test_the_first_sigterm_is_for_ranks_and_the_second_for_horovodrun():
         "for n in range(1, 3):\n"
         "    os.kill(int(os.environ['LAUNCHER']), signal.SIGTERM)\n"
         "    while n == 1 and not told: time.sleep(0.05)\n"
-        "    time.sleep(1)\n"
+        "    time.sleep(1.5)\n"
         "print('rank told', *told, flush=True)"
     )
     script = (
@@ -157,6 +190,45 @@ def test_the_first_sigterm_is_for_ranks_and_the_second_for_horovodrun():
     finished = first_failure(script)
     assert finished.code == 1, finished.output
     assert "rank told once\nhorovodrun told\n" in finished.output, finished.output
+
+
+def test_ended_errors_that_nobody_reads_do_not_keep_the_launcher():
+    command = [sys.executable, str(LAUNCH / "first_failure.py"), "bash", "-c"]
+    code = (
+        "import os, subprocess, sys, time\n"
+        "read, write = os.pipe()\n"
+        "job = subprocess.Popen(sys.argv[1:], stderr=write)\n"
+        "time.sleep(2)\n"
+        "for _ in range(3):\n"
+        "    job.terminate(); time.sleep(1.5)\n"
+        "print('ended', job.poll(), flush=True); job.kill()"
+    )
+    words = [*command, "head -c 130000 /dev/zero >&2; exec sleep 600"]
+    finished = processes.run([("", [sys.executable, "-c", code, *words], {})])
+    assert f"ended {-signal.SIGTERM}\n" in finished.output, finished.output
+
+
+def test_a_flood_of_errors_after_the_end_is_not_waited_for():
+    flood = "setsid timeout 60 yes kept >&2 & sleep 0.2; exit 3"
+    finished = first_failure(flood, "2>/dev/null")
+    assert finished.code == 3, finished.output
+
+
+def test_errors_may_go_to_a_file_that_does_not_wait():
+    code = (
+        "import os, subprocess, sys, time\n"
+        "read, write = os.pipe(); os.set_blocking(write, False)\n"
+        "job = subprocess.Popen(sys.argv[1:], stderr=write); os.close(write)\n"
+        "time.sleep(2); came = 0\n"
+        "while True:\n"
+        "    data = os.read(read, 4000); came += len(data)\n"
+        "    if not data: break\n"
+        "print('came', came, job.wait())"
+    )
+    script = "seq -f %0100g 3000 >&2; exit 4"
+    words = [sys.executable, str(LAUNCH / "first_failure.py"), "bash", "-c", script]
+    finished = processes.run([("", [sys.executable, "-c", code, *words], {})])
+    assert "came 303000 4\n" in finished.output, finished.output
 
 
 @pytest.mark.parametrize("name", ["first_failure.py", "rank_signals.py"])

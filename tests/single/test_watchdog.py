@@ -8,13 +8,14 @@ import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from syncbn._src import cli
-from syncbn._src.watchdog import kill_timer, waiting_limits
+from syncbn._src.watchdog import kill_timer, waiting_limits, watchdog
 from syncbn._src.watchdog.flight_recorder import FlightRecorder
 from syncbn._src.watchdog.rank_store import Store, StoreClient, _Codec
 from syncbn._src.watchdog.waiting_for_all import starting_within_limits, within_limits
@@ -386,6 +387,151 @@ def test_a_process_that_does_not_look_any_more_is_killed_by_its_timer(then, kill
     finished = processes.python(_TIMED.format(then=then))
     assert finished.code == (-9 if killed else 0), finished.output
     assert ("lives" in finished.output) != killed
+
+
+@pytest.fixture
+def elastic_rank(monkeypatch):
+    """Makes the watchdog of a rank whose job goes on without others, and ends no process."""
+    recorder, stack = FlightRecorder(), contextlib.ExitStack()
+    monkeypatch.setattr(watchdog, "RECORDER", recorder)
+
+    def rank(number, store=None):
+        shared, ended = [], []
+
+        def share(own):
+            shared.append(json.loads(own) if own else {})
+            if store is not None:
+                where = {"addresses": ["127.0.0.1"], "port": store.port, "key": KEY.hex()}
+                own = json.dumps({**where, "limits": [30, 600]}).encode()
+            return own
+
+        job = watchdog.WatchedJob("horovod", number, 3, True, share, share_in_thread=False)
+        one = watchdog.Watchdog(job._replace(end=ended.append, notices_loss=30.0))
+        stack.callback(lambda: one._client and one._client.close())
+        stack.callback(one.close)
+        return SimpleNamespace(watchdog=one, recorder=recorder, where=shared[0], ended=ended)
+
+    with stack:
+        yield rank
+
+
+@pytest.fixture
+def seconds_set(monkeypatch):
+    """What the kill timer is set to, and not the timer."""
+    found = []
+    timer = SimpleNamespace(set=found.append, unset=lambda: found.append(None))
+    monkeypatch.setattr(watchdog, "own_kill_timer", lambda: timer)
+    return found
+
+
+def test_rank_zero_leaves_once_others_that_leave_know_it(
+    elastic_rank, seconds_set, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("SYNCBN_RECORDS", str(tmp_path))
+    monkeypatch.setattr(watchdog, "PERIOD", patience.limit())
+    zero = elastic_rank(0)
+    with contextlib.ExitStack() as stack:
+        address = ["127.0.0.1"], zero.where["port"], bytes.fromhex(zero.where["key"])
+        other, waits = (
+            stack.enter_context(contextlib.closing(StoreClient(*address))) for _ in "ab"
+        )
+        zero.watchdog._exchange()
+        assert other.say(state(1, waiting=None))["leave"] is None
+        waits.say(state(2, overdue="too long"))
+        look = threading.Thread(target=zero.watchdog._look, args=(waiting_limits.Limits(30, 600),))
+        look.start()
+        soon(lambda: list(tmp_path.iterdir()))
+        time.sleep(0.2)
+        assert not zero.ended
+        assert other.say(state(1, waiting=None))["leave"] == "too long"
+        soon(lambda: (other.say(state(1)), waits.say(state(2)), zero.ended)[-1] == [70])
+        look.join()
+
+
+def test_who_may_hang_and_cannot_be_told_is_left_to_its_timer(elastic_rank, seconds_set, store):
+    one = elastic_rank(1, store)
+
+    def renewed():
+        seconds_set.clear()
+        one.watchdog._look(waiting_limits.Limits(30, 600))
+        return seconds_set == [660]
+
+    assert renewed()
+    store.close()
+    # It takes a look to see that the store is gone, and one to see that nothing goes on.
+    soon(lambda: not renewed())
+    assert not renewed()
+    one.recorder.enter("goes on", None).leave()
+    renewed()
+    assert renewed()
+    assert not renewed()
+    waits = one.recorder.enter("waits", None)
+    renewed()
+    assert all(renewed() for _ in range(3))
+    waits.leave()
+    soon(lambda: not renewed())
+    one.watchdog.wait_for_reset()
+    renewed()
+    assert all(renewed() for _ in range(3))
+    one.watchdog._stopped.set()
+    assert not renewed()
+
+
+def test_who_goes_on_alone_after_rank_zero_is_done_does_not_hang(elastic_rank, seconds_set, store):
+    one = elastic_rank(1, store)
+    with contextlib.closing(StoreClient(["127.0.0.1"], store.port, KEY)) as zero:
+        zero.say(state(0, status="has ended", waiting=None))
+        one.watchdog._look(waiting_limits.Limits(30, 600))
+    store.close()
+    seconds_set.clear()
+    for _ in range(5):
+        one.watchdog._look(waiting_limits.Limits(30, 600))
+    assert seconds_set == [660] * 5
+
+
+def test_a_job_goes_on_where_there_is_no_timer(elastic_rank, store, monkeypatch, capfd):
+    def none_left():
+        raise OSError(11, "timer_create")
+
+    monkeypatch.setattr(watchdog, "own_kill_timer", none_left)
+    elastic_rank(1, store).watchdog._look(waiting_limits.Limits(30, 600))
+    assert "rank 1 would not be ended where it is stopped" in capfd.readouterr().err
+
+
+def test_without_a_watchdog_there_is_no_timer(elastic_rank, monkeypatch):
+    monkeypatch.setattr(watchdog, "own_kill_timer", lambda: pytest.fail("a timer"))
+    monkeypatch.setenv("SYNCBN_WATCHDOG", "0")
+    assert elastic_rank(0).watchdog.limits is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the timer is Linux's")
+@pytest.mark.parametrize(
+    ("libraries", "opened"),
+    [
+        ({"librt.so.1": True, None: False}, ["librt.so.1"]),
+        ({None: True}, ["librt.so.1", None]),
+        ({"librt.so.1": False, None: False}, ["librt.so.1", None]),
+        ({None: False}, ["librt.so.1", None]),
+    ],
+    ids=["old-glibc", "musl", "neither", "none"],
+)
+def test_the_timer_is_in_the_library_that_has_it(libraries, opened, monkeypatch):
+    tried, calls = [], []
+
+    def library(name, use_errno):
+        tried.append(name)
+        if name not in libraries:
+            raise OSError(f"{name}: cannot open shared object file")
+        function = {one: lambda *_, one=one: calls.append(one) for one in _TIMERS}
+        return SimpleNamespace(**(function if libraries[name] else {}))
+
+    monkeypatch.setattr(kill_timer.ctypes, "CDLL", library)
+    kill_timer.KillTimer().set(5)
+    assert tried == opened
+    assert calls == (list(_TIMERS) if any(libraries.values()) else [])
+
+
+_TIMERS = "timer_create", "timer_settime"
 
 
 def record(rank, waiting=None, **more):

@@ -40,11 +40,12 @@ class CheckpointContents:
         weights: Sequence[Any] = [keras_api.variable(weight) for weight in model.weights]
         self._shapes = [str(tuple(weight.shape)) for weight in model.weights]
         self._optimizer = None
-        self.variables = tf.train.Checkpoint(weights=weights)
+        contents: dict[str, Any] = {"weights": weights}
         if optimizer is not None:
             create_optimizer_state(optimizer, model.trainable_variables)
             self._optimizer = optimizer_kind(optimizer)
-            self.variables = tf.train.Checkpoint(weights=weights, optimizer=optimizer)
+            contents["optimizer"] = optimizer
+        self.variables = tf.train.Checkpoint(**contents)
 
     def described(self) -> dict[str, Any]:
         """Returns what is written beside the variables, and compared before they are read."""

@@ -86,7 +86,9 @@ def start(engine: str = "auto", *, seed: int | None = None, own_gpu: bool = True
     A process that nobody has launched, as with a MirroredStrategy or without any, is rank 0 of 1,
     and keeps all of its GPUs. A second call returns the same; in an elastic job (see `elastic`)
     with the rank and the size that there are then. In such a job the first call starts TensorFlow
-    too, so what is to be configured before that comes before this call.
+    too, so what is to be configured before that comes before this call. Its functions have to be
+    those of `elastic`: with Horovod's own ``hvd.elastic.run``, a worker that joins would wait here
+    for the others, which do not come.
 
     Args:
         engine: ``"horovod"``, ``"mpi"``, ``"tf.distribute"`` or ``"local"``. ``"auto"`` is the one

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
 import signal
 import sys
 import time
+from typing import Any
 
 
 class _Event(ctypes.Structure):
@@ -35,14 +37,17 @@ class KillTimer:
 
     It needs neither a thread nor a process that runs, so it ends one that is stopped, or whose
     native code keeps all Python threads waiting. It can reach no other process, and no child has
-    it. Nothing is counted while the machine sleeps. On another system it does nothing.
+    it. Nothing is counted while the machine sleeps. On another system, or where the C library has
+    no such timers, it does nothing.
+
+    Raises:
+        OSError: the system has no timer left.
     """
 
     def __init__(self) -> None:
-        self._timer: ctypes.c_void_p | None = None
-        if sys.platform != "linux":
+        self._library = _library()
+        if self._library is None:
             return
-        self._library = ctypes.CDLL(None, use_errno=True)
         timer, event = ctypes.c_void_p(), _Event(None, signal.SIGKILL, 0)
         if self._library.timer_create(
             time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)
@@ -52,7 +57,7 @@ class KillTimer:
 
     def set(self, seconds: float) -> None:
         """Lets the process end so many seconds from now, whatever was set before, or never."""
-        if self._timer is None:
+        if self._library is None:
             return
         whole = 0 if math.isinf(seconds) else math.ceil(seconds)
         self._library.timer_settime(self._timer, 0, ctypes.byref(_Times(0, 0, whole, 0)), None)
@@ -60,6 +65,19 @@ class KillTimer:
     def unset(self) -> None:
         """Lets the process live."""
         self.set(math.inf)
+
+
+def _library() -> Any:
+    """Returns the library that has the timers, if any does."""
+    if sys.platform != "linux":
+        return None
+    # They have a library of their own in glibc before 2.34, and none in musl.
+    for name in ("librt.so.1", None):
+        with contextlib.suppress(OSError):  # there is no such file
+            library = ctypes.CDLL(name, use_errno=True)
+            if hasattr(library, "timer_create") and hasattr(library, "timer_settime"):
+                return library
+    return None
 
 
 @functools.cache

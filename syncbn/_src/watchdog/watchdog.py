@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from syncbn._src.watchdog.flight_recorder import RECORDER, Waiting
-from syncbn._src.watchdog.kill_timer import own_kill_timer
+from syncbn._src.watchdog.kill_timer import KillTimer, own_kill_timer
 from syncbn._src.watchdog.messages import EXIT_CODE, tell_user
 from syncbn._src.watchdog.rank_store import (
     ENDED,
@@ -92,7 +92,13 @@ class Watchdog(threading.Thread):
         self._warned: tuple[str, int] | None = None
         self._overdue: tuple[str, int] | None = None
         self._reset: Waiting | None = None
-        self._kill_timer = None if job.notices_loss is None else own_kill_timer()
+        self._kill_timer: KillTimer | None = None
+        self._reached = False
+        """Whether the store has ever answered."""
+        self._done: Any = None
+        """What was done of collectives when the store was found out of reach last."""
+        self._untold = False
+        """Whether nobody could tell this rank that others wait for it: see `_may_hang_untold`."""
         self._store: Store | None = None
         if not job.share_in_thread:
             self._learn_address()
@@ -129,6 +135,15 @@ class Watchdog(threading.Thread):
             # As infinity is no JSON.
             self.limits = Limits(*(one or float("inf") for one in where["limits"]))
             self._where = where
+            if self.job.notices_loss is not None:
+                self._kill_timer = self._own_kill_timer()
+
+    def _own_kill_timer(self) -> KillTimer | None:
+        try:
+            return own_kill_timer()
+        except OSError as error:  # as of a limit on them; the others wait for this rank
+            tell_user(f"rank {self.job.rank} would not be ended where it is stopped: {error}")
+            return None
 
     def _own_address(self) -> bytes:
         if not is_on():
@@ -149,12 +164,13 @@ class Watchdog(threading.Thread):
         return json.dumps(where).encode()
 
     def _look(self, limits: Limits) -> None:
+        # Before all that may take for ever.
+        if self._kill_timer is not None and not (self._untold or self._stopped.is_set()):
+            self._kill_timer.set(limits.end + _ROOM)
         begin = time.monotonic()
         waiting = self._reset or RECORDER.waiting()
         self._polled = time.monotonic() - begin
         waited = _seconds_in(waiting)
-        if self._kill_timer is not None:
-            self._kill_timer.set(limits.end + _ROOM)
         # Asked for before it is to be told.
         asks = waited > min(GRACE, limits.warn - 2 * PERIOD)
         asked_before = self._asked
@@ -163,6 +179,7 @@ class Watchdog(threading.Thread):
             answer = self._exchange(waiting, asks)  # now, with what somebody asks for
         if self._stopped.is_set():  # meanwhile; this is of a job that was
             return
+        self._untold = self._may_hang_untold(waiting, answer)
         if answer.get("end"):
             self._end(answer["end"]["reason"], told=True)
         if answer.get("leave"):
@@ -184,6 +201,19 @@ class Watchdog(threading.Thread):
             for one in missing:
                 if one.get("stack"):
                     tell_user(f"rank {one['rank']} is at:\n{one['stack']}")
+
+    def _may_hang_untold(self, waiting: Waiting | None, answer: dict[str, Any]) -> bool:
+        """Says whether this rank may be one that hangs, with no store left that would have it end.
+
+        One that waits does not, also in a reset, where the store that was has ended; nor does one
+        whose collectives go on, or one that goes on alone after rank 0 is done.
+        """
+        self._reached |= bool(answer)
+        ended = self._gone.get(0, {}).get("status") == ENDED
+        if answer or waiting is not None or not self._reached or ended:
+            return False
+        done_before, self._done = self._done, (RECORDER.last(), RECORDER.counts())
+        return self._done == done_before
 
     def _wait_no_longer(
         self, waiting: Waiting, missing: list[dict[str, Any]], limit: float
@@ -285,7 +315,11 @@ class Watchdog(threading.Thread):
         """Tells the others that this rank ends, and how."""
         self._status = status
         self._exchange()
-        if self._store is not None:  # which ends with this process: the others learn it before
+        self._let_others_hear()
+
+    def _let_others_hear(self) -> None:
+        """Waits until the others know what the store would tell them, if it ends with this rank."""
+        if self._store is not None:
             self._store.wait_until_heard(3 * PERIOD)
 
     def say_who_is_gone(self) -> None:
@@ -309,6 +343,7 @@ class Watchdog(threading.Thread):
         """Ends this process; the others go on."""
         file = self._write_record(reason)
         tell_user(f"{reason}. The others go on without this rank, whose record is in {file}")
+        self._let_others_hear()  # of whom others may have to leave too
         sys.stdout.flush()
         self.job.end(EXIT_CODE)
 
