@@ -13,8 +13,9 @@ by signal. A rank has ended, for horovodrun, once its output has: with the last 
 it, such as a helper that a rank leaves behind.
 
 Signals go on to the ranks and to horovodrun, as rank_signals.py says, with --elastic in such a job.
-stderr is passed on as it comes, in whole lines, stdout is horovodrun's own. Where stderr cannot be
-passed on, the job is ended, and the exit code is 1.
+stderr is passed on as it comes, in whole lines as far as they have come and a pipe takes them at
+once, stdout is horovodrun's own. Where stderr cannot be passed on, the job is ended, and the exit
+code is 1.
 
 Any python3 may come first on a PATH, so this keeps to what Python 3.6 has.
 """

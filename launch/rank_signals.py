@@ -6,8 +6,9 @@ once a rank has exited with another code than 0. Where processes of ranks catch 
 get it, and a shell around them lives on.
 After that, after another SIGTERM, or where there are no ranks here, it goes to the process group of
 mpirun or horovodrun, a session of its own. In an elastic job, where others would go on without it,
-it does so once one of these ranks has ended, and 15 seconds later that group is killed. Other
-signals go there at once. Should the launcher be killed, the job is told to end.
+it does so once one of these ranks has ended. Other signals go there at once. In such a job that
+group is killed 15 seconds after it has been told to end. Should the launcher be killed, the job is
+told to end.
 
 rank_lines.py and first_failure.py start jobs so. Any python3 may come first on a PATH, so this
 keeps to what Python 3.6 has.
@@ -23,10 +24,8 @@ import threading
 import time
 from typing import IO, Sequence  # noqa: UP035  (Python 3.6 has no others)
 
-FORWARDED = (
-    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
-    *(signal.SIGUSR1, signal.SIGUSR2),
-)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)
 SAVE = 120.0
 """Seconds that ranks get to end by themselves after SIGTERM."""
 TOGETHER = 1.0
@@ -95,6 +94,8 @@ class LaunchedJob:
         """Sends a signal to the command's group, or ends where nobody is there."""
         if not self.send(number):  # and nobody may be reading its last words
             end_by(number)
+        if self._elastic and number in ENDING:
+            threading.Thread(target=self._kill_late, daemon=True).start()
 
     def ranks_here(self, family: "dict[int, list[int]]") -> "list[int]":
         """Returns the ranks on this machine, without what they have started.
@@ -126,6 +127,7 @@ class LaunchedJob:
         ranks = self.ranks_here(family)
         if not ranks:
             self.pass_on(number)
+            return
         for rank in ranks:
             for process in to_signal(rank, family, number):
                 with contextlib.suppress(ProcessLookupError):
@@ -134,15 +136,15 @@ class LaunchedJob:
 
     def _send_late(self, ranks: "list[int]", number: int) -> None:
         late = time.monotonic() + SAVE
-        while (
-            ranks and time.monotonic() < late and not (self._elastic and any(map(has_ended, ranks)))
-        ):
+        while time.monotonic() < late and not (self._elastic and any(map(has_ended, ranks))):
             time.sleep(LOOK)
-        if ranks:
-            self.send(number)
+        self.send(number)
         if self._elastic:
-            time.sleep(KILL)
-            self.send(signal.SIGKILL)
+            self._kill_late()
+
+    def _kill_late(self) -> None:
+        time.sleep(KILL)
+        self.send(signal.SIGKILL)
 
 
 def end_as(code: int) -> int:

@@ -80,14 +80,17 @@ class HandleAround:
         loop, cannot take it.
         """
         graphs = _graphs_to_function()
-        depth = next((n for n, graph in enumerate(graphs) if graph in self._graphs), 0)
-        loops = [n for n, graph in enumerate(graphs[:depth]) if isinstance(graph, _LOOPS)]
-        if graphs[depth:] != self._graphs[depth:]:  # not that of the call, in its place
+        depth = next((n for n, graph in enumerate(graphs) if graph in self._graphs), None)
+        if depth is None:
             return None
+        # Those further out are around the gradient only, such as a branch in which it is taken.
+        inner = min(depth, self._graphs.index(graphs[depth]))
+        loops = [n for n, graph in enumerate(graphs[:inner]) if isinstance(graph, _LOOPS)]
         if not loops or any(n not in loops for n in range(loops[0], loops[-1])):
             return None
-        handle = self._handles[loops[-1] + 1]
-        for graph in reversed(graphs[: loops[-1] + 1]):
+        last = loops[-1] + 1
+        handle = self._handles[last]
+        for graph in reversed(graphs[:last]):
             handle = graph.capture(handle)  # a branch takes nothing but from the graph around it
         return handle
 
