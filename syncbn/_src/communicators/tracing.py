@@ -86,9 +86,11 @@ class HandleAround:
         # Those further out are around the gradient only, such as a branch in which it is taken.
         inner = min(depth, self._graphs.index(graphs[depth]))
         loops = [n for n, graph in enumerate(graphs[:inner]) if isinstance(graph, _LOOPS)]
-        if not loops or any(n not in loops for n in range(loops[0], loops[-1])):
+        if not loops:
             return None
         last = loops[-1] + 1
+        if len(loops) < last - loops[0]:  # a branch is between two of them
+            return None
         handle = self._handles[last]
         for graph in reversed(graphs[:last]):
             handle = graph.capture(handle)  # a branch takes nothing but from the graph around it
