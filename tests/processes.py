@@ -60,9 +60,9 @@ def environment(hide=True, **changes):
         "PYTHONUNBUFFERED": "1",
         "SYNCBN_RECORDS": tempfile.gettempdir(),
     }
-    if hide:
-        paths = [str(ROOT / "tests" / "hidden"), kept.get("PYTHONPATH", "")]
-        shared["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    folders = ["startup", "hidden"] if hide else ["startup"]
+    paths = [*(str(ROOT / "tests" / folder) for folder in folders), kept.get("PYTHONPATH", "")]
+    shared["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return {**kept, **shared, **changes}
 
 

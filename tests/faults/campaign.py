@@ -49,6 +49,7 @@ SAYS = {
     "sleeps": _WAITS + "is in no collective",
     "never begins": r"has waited \d+ s for all ranks to start|Timeout \(0:00:14\)!",
     "other order": "(second|first)/statistics",
+    "other order eagerly": "(second|first)/statistics",
     "skips one": "(second|first)/(statistics|gradient)",
     "other channels": "(six|first)/statistics",
     "other dtype": "float64/statistics",

@@ -14,7 +14,7 @@ from tests.faults import campaign
     [
         ("mpi", "raises"),
         ("mpi", "ends"),
-        ("horovod-gloo", "other order"),
+        ("horovod-gloo", "other order eagerly"),
         ("horovod-gloo", "ends"),
         ("horovod-mpi", "is stopped"),
         ("multiworker", "ends"),

@@ -1,5 +1,8 @@
 """What is particular to an engine: its sub-groups, and what it refuses."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -121,3 +124,50 @@ def test_different_calls_at_the_same_time_are_an_error_on_all_ranks(what, graph,
         (tf.function(add_up) if graph else add_up)()
     total = syncbn.resolve().all_reduce_sum(tf.ones([2]), "afterwards")
     np.testing.assert_array_equal(total, [replicas.size] * 2)
+
+
+@pytest.mark.parametrize("way", ["graph", "eager"])
+def test_horovod_matches_calls_by_their_names_in_whatever_order_they_come(way, replicas):
+    if ENGINE != "horovod":
+        pytest.skip("the other engines match calls by their order")
+    communicator = syncbn.HorovodCommunicator()
+    names = ["first", "second"] if replicas.rank else ["second", "first"]
+    values = {"first": tf.constant([1.0]), "second": tf.constant([100.0])}
+    found = {}
+
+    def add_up(name, values):
+        found[name] = communicator.all_reduce_sum(values[name], f"test/{name}")
+
+    if way == "graph":
+
+        @tf.function
+        def add_up_all(values):
+            for name in names:
+                add_up(name, values)
+            return dict(found)
+
+        found = add_up_all(values)
+    else:
+        # Eagerly a call returns when it is done, so both are under way in threads only.
+        threads = [threading.Thread(target=add_up, args=[name, values]) for name in names]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.1)
+        for thread in threads:
+            thread.join()
+    expected = {"first": [replicas.size], "second": [100 * replicas.size]}
+    assert {name: total.numpy().tolist() for name, total in found.items()} == expected
+
+
+def test_horovod_knows_the_name_of_a_call_where_functions_run_eagerly(replicas):
+    if ENGINE != "horovod":
+        pytest.skip("the other engines match calls by their order")
+    communicator = syncbn.HorovodCommunicator()
+    tf.config.run_functions_eagerly(True)
+    try:
+        total = communicator.all_reduce_sum(tf.ones([2]), "test/eagerly")
+        groups = communicator.grouped_all_reduce_sum([tf.ones([1]), tf.ones([3])], "test/grouped")
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert total.numpy().tolist() == [replicas.size] * 2
+    assert [one.numpy().tolist() for one in groups] == [[replicas.size], [replicas.size] * 3]

@@ -68,6 +68,7 @@ FAULTS = {
 }
 LAYERS = {
     "other order": ["second", "first"],
+    "other order eagerly": ["second", "first"],
     "skips one": ["first"],
     "other channels": ["six channels", "second"],
     "other dtype": ["float64", "second"],
@@ -100,9 +101,10 @@ def loop(job, fault, faulty_rank):
                     y = tf.cast(layers[name](y, training=True)[:, :4], "float32")
             return tape.gradient(y, x, output_gradients=y + x)
 
-        if job.strategy is None:
-            return tf.function(replica)
-        return tf.function(lambda x: job.strategy.run(replica, args=(x,)))
+        def step(x):
+            return replica(x) if job.strategy is None else job.strategy.run(replica, args=(x,))
+
+        return step if fault.endswith("eagerly") else tf.function(step)
 
     usual = ["first", "second"]
     right, wrong = step_of(usual), step_of(LAYERS.get(fault, usual))

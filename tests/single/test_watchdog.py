@@ -247,6 +247,31 @@ def test_a_loop_and_a_vectorized_loop_count_too():
     assert all(0 <= seconds < patience.limit() for seconds in recorder.seconds().values())
 
 
+def test_collectives_of_a_graph_do_not_wait_for_each_other():
+    recorder, second_began = FlightRecorder(), threading.Event()
+
+    def wait(x):
+        assert second_began.wait(patience.limit())
+        return x
+
+    def begin(x):
+        second_began.set()
+        return x
+
+    def call(function, x):
+        # As a collective of Horovod, not one of those that TensorFlow keeps in program order.
+        return tf.numpy_function(function, [x], x.dtype, stateful=False)
+
+    @tf.function
+    def step(x):
+        first = recorder.watch("first", None, x, lambda x: call(wait, x))
+        second = recorder.watch("second", None, x, lambda x: call(begin, x))
+        return first + second
+
+    assert step(tf.ones([2])).numpy().tolist() == [2, 2]
+    assert recorder.counts() == {"first": 1, "second": 1}
+
+
 def test_the_time_in_collectives_of_graphs_adds_up():
     recorder, raises = FlightRecorder(), []
 

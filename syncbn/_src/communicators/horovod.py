@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -16,6 +16,7 @@ from syncbn._src.communicators.horovod_errors import (
     lost_collectives_as_internal_errors,
     note_collective,
 )
+from syncbn._src.communicators.horovod_names import EagerCalls
 from syncbn._src.communicators.launcher import is_elastic, require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
@@ -68,6 +69,7 @@ class HorovodCommunicator:
         # concurrently with itself, as it might in the iterations of a loop. Different operations
         # may.
         self._orders: defaultdict[str, Order] = defaultdict(lambda: Order(everywhere=False))
+        self._eager_calls = EagerCalls()
         self._process_set = hvd.global_process_set if process_set is None else process_set
         if self.resizable and self._process_set is not hvd.global_process_set:
             raise NotImplementedError(
@@ -161,13 +163,7 @@ class HorovodCommunicator:
     def _add_up(self, tensor: tf.Tensor, name: str, witness: tf.Tensor | None = None) -> tf.Tensor:
         # A graph makes names unique by numbering them, in the order of the trace, which is the same
         # everywhere.
-        def collective(tensor: tf.Tensor) -> tf.Tensor:
-            return self._hvd.allreduce(
-                tensor, op=self._hvd.Sum, name=name, process_set=self._process_set
-            )
-
-        note_collective(name)
-        return RECORDER.watch(name, self._members, tensor, collective)
+        return self._collective(self._hvd.allreduce, tensor, name)
 
     def grouped_all_reduce_sum(self, tensors: list[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Returns the sums of tensors of one dtype over all replicas, negotiated as one.
@@ -177,14 +173,20 @@ class HorovodCommunicator:
             name: As for `all_reduce_sum`.
         """
         refuse_xla("Horovod")
+        return self._collective(self._hvd.grouped_allreduce, tensors, name)
 
-        def collective(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-            return self._hvd.grouped_allreduce(
-                tensors, op=self._hvd.Sum, name=name, process_set=self._process_set
-            )
+    def _collective(self, all_reduce: Callable, tensors: Any, name: str) -> Any:
+        """Returns the sums of a tensor, or of some, by one of Horovod's functions."""
+
+        def collective(tensors: Any) -> Any:
+            return all_reduce(tensors, op=self._hvd.Sum, name=name, process_set=self._process_set)
+
+        def named(tensors: Any) -> Any:
+            return self._eager_calls(collective, tensors, name)
 
         note_collective(name)
-        return RECORDER.watch(name, self._members, tensors, collective)
+        call = named if tf.executing_eagerly() else collective
+        return RECORDER.watch(name, self._members, tensors, call)
 
 
 def _watch(hvd: Any) -> None:
@@ -211,8 +213,10 @@ def watch_elastic_job() -> None:
 def _watched_job(hvd: Any) -> WatchedJob:
     def share(own: bytes | None) -> bytes:
         with tf.device("CPU:0"):
-            message = tf.constant(to_array(own))
-            return to_bytes(hvd.broadcast(message, 0, name="syncbn/watchdog").numpy())
+            message, name = tf.constant(to_array(own)), "syncbn/watchdog"
+            # By a name, since this is a thread of its own, beside whatever the program broadcasts.
+            total = EagerCalls()(lambda one: hvd.broadcast(one, 0, name=name), message, name)
+            return to_bytes(total.numpy())
 
     one_host = hvd.local_size() == hvd.size()
     return WatchedJob("horovod", hvd.rank(), hvd.size(), one_host, share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections import defaultdict, deque
@@ -123,8 +124,10 @@ class Site:
 
 
 def _handle(counter: str, dtype: tf.DType = tf.int64) -> tf.Tensor:
-    # By its name, so that no graph captures it: the gradient of a branch takes nothing else in.
-    return tf.raw_ops.VarHandleOp(dtype=dtype, shape=[], shared_name=counter)
+    # By its name, so that no graph captures it: the gradient of a branch takes nothing else in. It
+    # waits for nothing, or all that TensorFlow keeps in program order after it would wait too.
+    with tf.control_dependencies(None):
+        return tf.raw_ops.VarHandleOp(dtype=dtype, shape=[], shared_name=counter)
 
 
 def _value(counter: str, dtype: tf.DType = tf.int64) -> Any:
@@ -144,10 +147,18 @@ def _count(counter: str) -> tf.Operation:
 
 
 def _now() -> tf.Tensor:
+    # TensorFlow keeps timestamps in program order, so each collective of a graph would wait for all
+    # before it. Calls that are said to have no state are not kept in order.
     with tf.device("CPU:0"):
-        now = tf.timestamp()
+        (now,) = tf.raw_ops.PartitionedCall(args=[], Tout=[tf.float64], f=_timestamp())
     now.op.pfor_converter = lambda loop: [wrap(_now(), False)]
     return now
+
+
+@functools.cache
+def _timestamp() -> Any:
+    with tf.init_scope():
+        return tf.function(tf.timestamp, autograph=False).get_concrete_function()
 
 
 def _add_seconds(clock: str, seconds: tf.Tensor) -> tf.Operation:
