@@ -89,6 +89,8 @@ def main() -> int:
     """Runs horovodrun."""
     elastic = sys.argv[1:2] == ["--elastic"]
     command = sys.argv[2 if elastic else 1 :]
+    if command[:1] in ([], ["-h"], ["--help"]):
+        return rank_lines.usage(__doc__)
     job = rank_signals.LaunchedJob(
         command, ("HOROVOD_RANK",), elastic, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

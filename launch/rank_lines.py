@@ -290,8 +290,17 @@ def job_code(job: "subprocess.Popen[bytes]", passed_on: "list[int]") -> int:
     return code
 
 
+def usage(text: "str | None") -> int:
+    """Prints how a script is used, and returns the exit code: 2 where nobody has asked for it."""
+    asked = sys.argv[1:] in (["-h"], ["--help"])
+    print(text, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
 def main() -> int:
     """Runs mpirun, and ends as it does."""
+    if len(sys.argv) < 3:
+        return usage(__doc__)
     tag, *command = sys.argv[1:]
     prctl, set_child_subreaper = ctypes.CDLL(None).prctl, 36
     prctl(set_child_subreaper, 1)  # for `job_code`

@@ -35,6 +35,16 @@ def test_help_says_how_to_use_it(script):
     assert "set -euo" not in finished.output
 
 
+@pytest.mark.parametrize("script", ["rank_lines.py", "first_failure.py"])
+def test_what_launchers_start_mpirun_and_horovodrun_through_says_how_to_use_it(script):
+    finished = launch(script, "--help")
+    assert finished.code == 0, finished.output
+    assert f"usage: launch/{script} " in finished.output, finished.output
+    finished = launch(script)
+    assert finished.code == 2, finished.output
+    assert f"usage: launch/{script} " in finished.output, finished.output
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
