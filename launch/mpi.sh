@@ -38,11 +38,12 @@ size=
 hosts=
 hostfile=
 oversubscribe=0
+timeout_from=SYNCBN_TIMEOUT_SECONDS
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     -np) [ $# -ge 2 ] || refuse "-np needs a value"; size=$2; shift 2 ;;
-    --timeout) [ $# -ge 2 ] || refuse "--timeout needs a value"; export SYNCBN_TIMEOUT_SECONDS=$2; shift 2 ;;
+    --timeout) [ $# -ge 2 ] || refuse "--timeout needs a value"; export SYNCBN_TIMEOUT_SECONDS=$2; timeout_from=--timeout; shift 2 ;;
     --hosts) [ $# -ge 2 ] || refuse "--hosts needs a value"; hosts=$2; shift 2 ;;
     --hostfile) [ $# -ge 2 ] || refuse "--hostfile needs a value"; hostfile=$2; shift 2 ;;
     --oversubscribe) oversubscribe=1; shift ;;
@@ -52,8 +53,10 @@ while [ $# -gt 0 ]; do
     *) break ;;
   esac
 done
-[[ ${SYNCBN_TIMEOUT_SECONDS:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]] \
-  || refuse "--timeout must be a number of seconds. Received: '$SYNCBN_TIMEOUT_SECONDS'"
+# As Python reads it in each rank.
+[[ ${SYNCBN_TIMEOUT_SECONDS:-0} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$ ]] \
+  || refuse "$timeout_from must be a number of seconds, or 0 for no limit." \
+    "Received: '$SYNCBN_TIMEOUT_SECONDS'"
 # Open MPI takes 0 for as many ranks as there are cores, MPICH for 1.
 [[ $size =~ ^[1-9][0-9]*$ ]] || refuse "-np must be a positive number of ranks. Received: '$size'"
 [ -z "$hosts" ] || [ -z "$hostfile" ] || refuse "--hosts and --hostfile exclude each other"

@@ -41,6 +41,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from decimal import Decimal
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
@@ -124,9 +125,14 @@ def multiworker_arguments() -> argparse.Namespace:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds. Received: {text}")
+        raise argparse.ArgumentTypeError(
+            f"must be a number of seconds, or 0 for no limit. Received: {text!r}"
+        )
     return seconds
 
 
@@ -250,7 +256,8 @@ def main() -> int:
         own = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
         os.environ["TF_XLA_FLAGS"] = f"{own} {os.environ.get('TF_XLA_FLAGS', '')}"
     if given.timeout is not None:
-        os.environ["SYNCBN_TIMEOUT_SECONDS"] = f"{given.timeout:g}"
+        # In decimal notation, with all digits.
+        os.environ["SYNCBN_TIMEOUT_SECONDS"] = f"{Decimal(str(given.timeout)):f}"
     received: list[int] = []
     for number in (signal.SIGPIPE, *ENDING, *PASSED_ON):
         signal.signal(number, lambda number, _: received.append(number))

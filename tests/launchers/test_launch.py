@@ -84,6 +84,11 @@ def test_what_launchers_start_mpirun_and_horovodrun_through_says_how_to_use_it(s
         ),
         # horovodrun would give this to a shell.
         ("horovod.sh", ["-np", "2", "--hosts", "a:1;id", "true"], "Received: 'a:1;id'"),
+        (
+            "multiworker.py",
+            ["--workers", "1", "--timeout", "abc", "true"],
+            "--timeout: must be a number of seconds, or 0 for no limit. Received: 'abc'",
+        ),
         ("multiworker.py", ["--host", "a:1,b", "--index", "0", "true"], "Received: 'b'"),
         ("multiworker.py", ["--host", "a:1,a:1", "--index", "0", "true"], "a worker twice"),
         ("multiworker.py", ["--host", "a:1,b:1", "--index", "2", "true"], "between 0 and 1"),
@@ -94,6 +99,26 @@ def test_a_wrong_command_line_is_refused(script, arguments, message):
     finished = launch(script, *arguments)
     assert finished.code == 2, finished.output
     assert message in finished.output, finished.output
+
+
+@pytest.mark.parametrize("script", ["horovod.sh", "mpi.sh"])
+@pytest.mark.parametrize("given", ["soon", "-1", "1e", "."])
+def test_a_wrong_timeout_is_named_by_where_it_is_from(script, given):
+    message = f"must be a number of seconds, or 0 for no limit. Received: '{given}'"
+    finished = launch(script, "-np", "2", "--", "true", SYNCBN_TIMEOUT_SECONDS=given)
+    assert finished.code == 2, finished.output
+    assert f"{script}: SYNCBN_TIMEOUT_SECONDS {message}" in finished.output, finished.output
+    finished = launch(script, "-np", "2", "--timeout", given, "true", SYNCBN_TIMEOUT_SECONDS="1")
+    assert finished.code == 2, finished.output
+    assert f"{script}: --timeout {message}" in finished.output, finished.output
+
+
+@pytest.mark.parametrize("given", ["1e3", ".5", "5.", "2.5E+1"])
+def test_mpi_takes_a_timeout_as_python_does(given, tmp_path):
+    fake(tmp_path, "mpirun", version=VERSIONS["MPICH"])
+    arguments = ["-np", "2", "--", "true"]
+    finished = launch("mpi.sh", *arguments, PATH=path(tmp_path), SYNCBN_TIMEOUT_SECONDS=given)
+    assert finished.code == 0, finished.output
 
 
 @pytest.mark.parametrize(
@@ -280,7 +305,15 @@ def test_horovod_starts_an_elastic_job(most, cache, tmp_path):
 
 @pytest.mark.parametrize(
     ("timeout", "elastic", "stall"),
-    [("0", "1000000", "0"), ("0.00", "1000000", "0"), ("0.5", "1", "1"), ("08", "8", "8")],
+    [
+        ("0", "1000000", "0"),
+        ("0.00", "1000000", "0"),
+        ("0.5", "1", "1"),
+        (".5", "1", "1"),
+        ("1e-9", "1", "1"),
+        ("1.5e3", "1500", "1500"),
+        ("08", "8", "8"),
+    ],
 )
 def test_horovod_waits_for_ever_only_where_it_is_told_so(timeout, elastic, stall, tmp_path):
     fake(tmp_path, "horovodrun")

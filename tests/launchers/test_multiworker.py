@@ -178,6 +178,15 @@ def test_multiworker_ends_when_its_output_cannot_be_passed_on(redirect):
     assert not processes.left(marker)
 
 
+@pytest.mark.parametrize(
+    ("given", "exported"), [("1234567", "1234567.0"), ("1e-7", "0.0000001"), ("0", "0.0")]
+)
+def test_multiworker_exports_a_timeout_without_an_exponent(given, exported):
+    show = ["--", "bash", "-c", 'echo "waits $SYNCBN_TIMEOUT_SECONDS"']
+    finished = launch("multiworker.py", "--workers", "1", "--timeout", given, *show)
+    assert f"[0] waits {exported}\n" in finished.output, finished.output
+
+
 def test_multiworker_ends_when_nobody_reads_its_output():
     script = f"{shlex.quote(str(LAUNCH / 'multiworker.py'))} --workers 2 -- yes | head -n 1"
     command = ["bash", "-c", f"{script}; exit ${{PIPESTATUS[0]}}"]
