@@ -11,7 +11,7 @@
 #   --gloo            communicate over Gloo, which every Horovod has   (the default)
 #   --mpi             communicate over MPI, if Horovod was built with it: Open MPI 4
 #   --hosts HOSTS     where they run, and how many on each: host1:2,host2:2   (default: here)
-#   --hostfile FILE   the same in a file, in lines of `host1 slots=2`
+#   --hostfile FILE   the same in a file, in lines of `host1 slots=2`; # begins a comment
 #   --min-np N        an elastic job (docs/elastic.md), over Gloo: ranks are lost and added while it
 #                     runs, and it waits where there are fewer than this. It starts with -np
 #   --max-np N        the most ranks that it ever has   (default: as many as the hosts take)
@@ -113,10 +113,18 @@ fi
 # horovodrun --mpi passes hosts to a shell unquoted.
 if [ -n "$hostfile" ]; then
   [ -r "$hostfile" ] || refuse "no such file: $hostfile (from --hostfile)"
-  hosts=$(sed -n 's/[[:space:]]\{1,\}slots=/:/p' "$hostfile" | paste -sd, -)
+  while read -r line || [ -n "$line" ]; do
+    line=${line%%#*}  # a comment
+    line=${line%"${line##*[![:space:]]}"}
+    [ -n "$line" ] || continue
+    [[ $line =~ ^([A-Za-z0-9_.-]+)[[:space:]]+slots=([0-9]+)$ ]] \
+      || refuse "--hostfile must have lines of 'host1 slots=2'. Received: '$line'"
+    hosts+=${hosts:+,}${BASH_REMATCH[1]}:${BASH_REMATCH[2]}
+  done <"$hostfile"
+  [ -n "$hosts" ] || refuse "--hostfile names no host: $hostfile"
 fi
-[ -z "$hosts$hostfile" ] || [[ $hosts =~ ^[A-Za-z0-9_.-]+:[0-9]+(,[A-Za-z0-9_.-]+:[0-9]+)*$ ]] \
-  || refuse "hosts must be host1:2,host2:2, or lines of 'host1 slots=2'. Received: '$hosts'"
+[ -z "$hosts" ] || [[ $hosts =~ ^[A-Za-z0-9_.-]+:[0-9]+(,[A-Za-z0-9_.-]+:[0-9]+)*$ ]] \
+  || refuse "--hosts must be host1:2,host2:2. Received: '$hosts'"
 [ $# -gt 0 ] || refuse "a command is required, such as: python train.py"
 # With its path, the command is that of this environment on every host.
 command=$(type -P -- "$1") || refuse "no such command: $1"

