@@ -159,4 +159,4 @@ fi
 exec "$python" "${runner[@]}" \
   horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} "${elastic[@]}" \
   ${interface:+--network-interface "$interface"} \
-  "$here/share_cores.sh" "$command" "$@"
+  bash "$here/share_cores.sh" "$command" "$@"

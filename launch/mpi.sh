@@ -103,4 +103,4 @@ case "$version" in
 esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 exec "$python" "$here/rank_lines.py" "$tag" \
-  "$mpirun" "${flags[@]}" "${forwarding[@]}" "$here/share_cores.sh" "$command" "$@"
+  "$mpirun" "${flags[@]}" "${forwarding[@]}" bash "$here/share_cores.sh" "$command" "$@"
