@@ -17,12 +17,13 @@
 #                     ends: sets SYNCBN_TIMEOUT_SECONDS; 0 for ever (the default is 600)
 #
 # Open MPI 4 and 5 and MPICH have different options for the same; this script knows them. Each whole
-# line of output is marked once, with its rank: `[0] line` (rank_lines.py). It binds no rank to a core:
-# Open MPI binds each of two to one, where TensorFlow's threads then queue. Each rank has a thread for
-# each core of its share (share_cores.sh), unless TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS are
-# set. The exit code is mpirun's: that of the rank that failed. SIGTERM to this script goes to the
-# ranks on this machine, which have two minutes to end by themselves, and so to save; mpirun alone
-# would leave them one second. SIGUSR1 and SIGUSR2 go to all ranks.
+# line of output is marked once, with its rank: `[0] line` (rank_lines.py). It binds no rank to a core.
+# By default Open MPI binds each rank of a two-rank job to one core, and all of TensorFlow's threads
+# queue there. Each rank has a thread for each core of its share (share_cores.sh), unless
+# TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS are set. The exit code is mpirun's: that of the
+# rank that failed. SIGTERM to this script goes to the ranks on this machine, which have two minutes
+# to end by themselves, and so to save; mpirun alone would leave them one second. SIGUSR1 and SIGUSR2
+# go to all ranks.
 #
 # Other hosts must have the same files under the same paths. They get PATH, LD_LIBRARY_PATH and
 # the variables that begin with PYTHON, CUDA_, HOROVOD_, KERAS_, NCCL_, OMP_, SYNCBN_ and TF_; under
