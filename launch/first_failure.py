@@ -13,9 +13,9 @@ by signal. A rank has ended, for horovodrun, once its output has: with the last 
 it, such as a helper that a rank leaves behind.
 
 Signals go on to the ranks and to horovodrun, as rank_signals.py says, with --elastic in such a job.
-stderr is passed on as it comes, in whole lines as far as they have come and a pipe takes them at
-once, stdout is horovodrun's own. Where stderr cannot be passed on, the job is ended, and the exit
-code is 1.
+stdout and stderr are passed on as they come, in whole lines as far as they have come and a pipe
+takes them at once. Where one of them cannot be passed on, horovodrun would hang or lose it in
+silence; so the job is ended, and the exit code is 1.
 
 Any python3 may come first on a PATH, so this keeps to what Python 3.6 has.
 """
@@ -27,7 +27,8 @@ import select
 import signal
 import subprocess
 import sys
-from typing import IO
+import threading
+from typing import IO, Callable  # noqa: UP035  (Python 3.6 has no others)
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
@@ -43,16 +44,27 @@ LONGEST = 4096
 PIPE = 1 << 20
 """Bytes that a pipe holds at most, on all systems."""
 LOOK = 0.2
-"""Seconds between looks at whether horovodrun has ended, where somebody keeps its stderr open."""
+"""Seconds between looks at whether horovodrun has ended, where somebody keeps its output open."""
 
 
-def pass_on_errors(process: "subprocess.Popen[bytes]", source: "IO[bytes]") -> "int | None":
-    """Writes to stderr what comes from a process until its end.
+def pass_on_output(
+    process: "subprocess.Popen[bytes]",
+    source: "IO[bytes]",
+    descriptor: int,
+    fail: Callable[[OSError], None],
+) -> "int | None":
+    """Writes to a descriptor what comes from a process until its end.
+
+    Args:
+        process: The process.
+        source: Its output.
+        descriptor: What the output goes to.
+        fail: Is told why the output cannot be written, where it cannot.
 
     Returns:
         The code of the rank that failed first, or ``None``.
     """
-    code, said, over = None, b"", False
+    code, said, over, lost = None, b"", False, False
     while not over:
         over = process.poll() is not None  # and all that it has said is in the pipe
         readable, _, _ = select.select([source], [], [], 0 if over else LOOK)
@@ -64,7 +76,12 @@ def pass_on_errors(process: "subprocess.Popen[bytes]", source: "IO[bytes]") -> "
         said = said[-LONGEST:] + data
         for found in FAILED.finditer(said):
             code = int(found.group(1))
-        rank_lines.write_lines(2, data)
+        if not lost:
+            try:
+                rank_lines.write_lines(descriptor, data)
+            except OSError as error:
+                lost = True  # and read on, since horovodrun has a traceback for each line otherwise
+                fail(error)
     return code
 
 
@@ -72,18 +89,28 @@ def main() -> int:
     """Runs horovodrun."""
     elastic = sys.argv[1:2] == ["--elastic"]
     command = sys.argv[2 if elastic else 1 :]
-    job = rank_signals.LaunchedJob(command, ("HOROVOD_RANK",), elastic, stderr=subprocess.PIPE)
-    failed = None
-    try:
-        with job.process.stderr as source:
-            failed = pass_on_errors(job.process, source)
-    except OSError as error:
+    if command[:1] in ([], ["-h"], ["--help"]):
+        return rank_lines.usage(__doc__)
+    job = rank_signals.LaunchedJob(
+        command, ("HOROVOD_RANK",), elastic, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    failures = []
+
+    def fail(error: OSError) -> None:
+        failures.append(error)
         job.send(signal.SIGTERM)
         with contextlib.suppress(OSError):
-            print(f"first_failure.py: errors could not be passed on: {error}", file=sys.stderr)
-        job.process.wait()
-        return 1
+            print(f"first_failure.py: output could not be passed on: {error}", file=sys.stderr)
+
+    output = threading.Thread(
+        target=pass_on_output, args=(job.process, job.process.stdout, 1, fail), daemon=True
+    )
+    output.start()
+    failed = pass_on_output(job.process, job.process.stderr, 2, fail)
     code = job.process.wait()
+    output.join()
+    if failures:
+        return 1
     if code == -signal.SIGKILL and signal.SIGKILL in job.passed_on:  # after SIGTERM
         code = -signal.SIGTERM
     if code <= 0 or failed is None:

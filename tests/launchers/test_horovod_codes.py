@@ -167,9 +167,33 @@ def test_errors_that_somebody_keeps_open_are_not_waited_for():
     assert finished.code == 5, finished.output
 
 
-def test_errors_that_cannot_be_passed_on_end_the_job():
-    finished = first_failure("echo said >&2; exec sleep 600", "2>/dev/full")
+@pytest.mark.parametrize("redirect", [">/dev/full", "2>/dev/full", "> >(:)"])
+def test_output_that_cannot_be_passed_on_ends_the_job(redirect):
+    end = "trap 'echo told; exit' TERM; while :; do echo said; echo said >&2; sleep 0.1; done"
+    finished = first_failure(end, redirect)
     assert finished.code == 1, finished.output
+    if redirect[0] == ">":
+        message = "first_failure.py: output could not be passed on: [Errno"
+        assert finished.output.count(message) == 1, finished.output
+        assert "write error" not in finished.output, finished.output  # of horovodrun
+
+
+def test_a_full_disk_behind_the_output_ends_the_ranks(tmp_path):
+    folder = tmp_path / uuid.uuid4().hex
+    folder.mkdir()
+    line = shlex.join(launcher("while True: tell('x' * 1000)", folder))
+    finished = processes.run([("full", ["bash", "-c", f"exec {line} >/dev/full"], {})])
+    assert finished.code == 1, finished.output
+    assert "output could not be passed on: [Errno 28]" in finished.output, finished.output
+    assert not processes.left(str(folder))
+
+
+def test_output_that_is_read_late_is_not_lost():
+    line = shlex.join([sys.executable, str(LAUNCH / "first_failure.py"), "seq", "-f", "%0100g"])
+    script = f"set -o pipefail; {line} 3000 | (sleep 2; wc -l)"
+    finished = processes.run([("late", ["bash", "-c", script], {})])
+    assert finished.code == 0, finished.output
+    assert re.search(r"^3000$", finished.output, re.MULTILINE), finished.output
 
 
 def test_the_first_sigterm_is_for_ranks_and_the_second_for_horovodrun():

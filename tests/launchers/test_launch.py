@@ -35,6 +35,16 @@ def test_help_says_how_to_use_it(script):
     assert "set -euo" not in finished.output
 
 
+@pytest.mark.parametrize("script", ["rank_lines.py", "first_failure.py"])
+def test_what_launchers_start_mpirun_and_horovodrun_through_says_how_to_use_it(script):
+    finished = launch(script, "--help")
+    assert finished.code == 0, finished.output
+    assert f"usage: launch/{script} " in finished.output, finished.output
+    finished = launch(script)
+    assert finished.code == 2, finished.output
+    assert f"usage: launch/{script} " in finished.output, finished.output
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -74,6 +84,11 @@ def test_help_says_how_to_use_it(script):
         ),
         # horovodrun would give this to a shell.
         ("horovod.sh", ["-np", "2", "--hosts", "a:1;id", "true"], "Received: 'a:1;id'"),
+        (
+            "multiworker.py",
+            ["--workers", "1", "--timeout", "abc", "true"],
+            "--timeout: must be a number of seconds, or 0 for no limit. Received: 'abc'",
+        ),
         ("multiworker.py", ["--host", "a:1,b", "--index", "0", "true"], "Received: 'b'"),
         ("multiworker.py", ["--host", "a:1,a:1", "--index", "0", "true"], "a worker twice"),
         ("multiworker.py", ["--host", "a:1,b:1", "--index", "2", "true"], "between 0 and 1"),
@@ -82,6 +97,45 @@ def test_help_says_how_to_use_it(script):
 )
 def test_a_wrong_command_line_is_refused(script, arguments, message):
     finished = launch(script, *arguments)
+    assert finished.code == 2, finished.output
+    assert message in finished.output, finished.output
+
+
+@pytest.mark.parametrize("script", ["horovod.sh", "mpi.sh"])
+@pytest.mark.parametrize("given", ["soon", "-1", "1e", "."])
+def test_a_wrong_timeout_is_named_by_where_it_is_from(script, given):
+    message = f"must be a number of seconds, or 0 for no limit. Received: '{given}'"
+    finished = launch(script, "-np", "2", "--", "true", SYNCBN_TIMEOUT_SECONDS=given)
+    assert finished.code == 2, finished.output
+    assert f"{script}: SYNCBN_TIMEOUT_SECONDS {message}" in finished.output, finished.output
+    finished = launch(script, "-np", "2", "--timeout", given, "true", SYNCBN_TIMEOUT_SECONDS="1")
+    assert finished.code == 2, finished.output
+    assert f"{script}: --timeout {message}" in finished.output, finished.output
+
+
+@pytest.mark.parametrize("given", ["1e3", ".5", "5.", "2.5E+1"])
+def test_mpi_takes_a_timeout_as_python_does(given, tmp_path):
+    fake(tmp_path, "mpirun", version=VERSIONS["MPICH"])
+    arguments = ["-np", "2", "--", "true"]
+    finished = launch("mpi.sh", *arguments, PATH=path(tmp_path), SYNCBN_TIMEOUT_SECONDS=given)
+    assert finished.code == 0, finished.output
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("one slots=2\ntwo\n", "must have lines of 'host1 slots=2'. Received: 'two'"),
+        ("one slots=2 max-slots=4\n", "Received: 'one slots=2 max-slots=4'"),
+        ("one slots=\n", "Received: 'one slots='"),
+        ("one:2", "Received: 'one:2'"),
+        ("a;id slots=2\n", "Received: 'a;id slots=2'"),  # horovodrun would give it to a shell
+        ("# one slots=2\n\n", "--hostfile names no host"),
+    ],
+)
+def test_horovod_refuses_a_hostfile_that_it_does_not_understand(lines, message, tmp_path):
+    (tmp_path / "hosts").write_text(lines)
+    arguments = ["-np", "2", "--hostfile", str(tmp_path / "hosts"), "--", "true"]
+    finished = launch("horovod.sh", *arguments)
     assert finished.code == 2, finished.output
     assert message in finished.output, finished.output
 
@@ -182,7 +236,8 @@ def test_each_mpi_gets_its_own_flags(vendor, hosts, expected, tmp_path):
     finished = launch("mpi.sh", *arguments, PATH=path(tmp_path), SYNCBN_CACHE="here", OTHER="here")
     assert finished.code == 7, finished.output
     flags = printed(finished.output)
-    command = [str(LAUNCH / "share_cores.sh"), sys.executable, *ARGUMENTS]
+    # By bash: not every installer leaves files executable.
+    command = ["bash", str(LAUNCH / "share_cores.sh"), sys.executable, *ARGUMENTS]
     assert flags[-len(command) :] == command
     expected = ["-np", "4", *expected.split(" ")]
     forwarding = flags[len(expected) : -len(command)]
@@ -230,12 +285,13 @@ def test_horovod_returns_the_code_of_a_rank_under_mpi():
 
 def test_horovod_starts_horovodrun_with_the_users_environment_first(tmp_path):
     fake(tmp_path, "horovodrun", code=7)
-    (tmp_path / "hosts").write_text("one slots=2\ntwo.example slots=1\n")
+    hosts = "# all slots=9\n  one slots=2  # the first slots=3\r\n\n\ntwo.example\tslots=1"
+    (tmp_path / "hosts").write_text(hosts, newline="")
     arguments = ["-np", "3", "--hostfile", str(tmp_path / "hosts"), "--", "true", *ARGUMENTS]
     finished = launch("horovod.sh", *arguments, PATH=path(tmp_path), HOROVOD_CYCLE_TIME="2.5")
     assert finished.code == 7, finished.output
-    *flags, share, command = printed(finished.output)[: -len(ARGUMENTS)]
-    assert share == str(LAUNCH / "share_cores.sh")
+    *flags, bash, share, command = printed(finished.output)[: -len(ARGUMENTS)]
+    assert [bash, share] == ["bash", str(LAUNCH / "share_cores.sh")]
     assert flags == ["-np", "3", "--gloo", "-H", "one:2,two.example:1"]
     assert os.path.isabs(command)
     assert printed(finished.output)[-len(ARGUMENTS) :] == ARGUMENTS
@@ -255,7 +311,7 @@ def test_horovod_starts_an_elastic_job(most, cache, tmp_path):
         PATH=path(tmp_path),
     )
     assert finished.code == 0, finished.output
-    flags = printed(finished.output)[:-2]
+    flags = printed(finished.output)[:-3]
     script = flags[flags.index("--host-discovery-script") + 1]
     # A shell of the system reads it, which need not know the quotes of bash.
     assert shlex.split(script) == [str(discovery)]
@@ -270,7 +326,15 @@ def test_horovod_starts_an_elastic_job(most, cache, tmp_path):
 
 @pytest.mark.parametrize(
     ("timeout", "elastic", "stall"),
-    [("0", "1000000", "0"), ("0.00", "1000000", "0"), ("0.5", "1", "1"), ("08", "8", "8")],
+    [
+        ("0", "1000000", "0"),
+        ("0.00", "1000000", "0"),
+        ("0.5", "1", "1"),
+        (".5", "1", "1"),
+        ("1e-9", "1", "1"),
+        ("1.5e3", "1500", "1500"),
+        ("08", "8", "8"),
+    ],
 )
 def test_horovod_waits_for_ever_only_where_it_is_told_so(timeout, elastic, stall, tmp_path):
     fake(tmp_path, "horovodrun")

@@ -124,7 +124,8 @@ def test_a_worker_that_has_saved_counts_more_than_another_signal():
     command = [sys.executable, "-c", f"exit({os.EX_TEMPFAIL})"]
     with subprocess.Popen(command, start_new_session=True) as worker:
         os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
-        assert wait({0: worker}, [signal.SIGTERM, signal.SIGTERM]) == os.EX_TEMPFAIL
+        twice = [signal.SIGTERM, signal.SIGTERM]
+        assert wait({0: worker}, twice, [], lambda _: None) == os.EX_TEMPFAIL
 
 
 def test_the_workers_of_a_multiworker_that_is_killed_end_with_it():
@@ -134,6 +135,56 @@ def test_the_workers_of_a_multiworker_that_is_killed_end_with_it():
     finished = launch("multiworker.py", "--workers", "2", "--", *command)
     assert finished.code == -signal.SIGKILL, finished.output
     assert not processes.left(marker)
+
+
+def test_multiworker_passes_on_what_is_read_late():
+    # More than one pipe holds and less than two, so that the worker ends before it is read.
+    code = "for number in range(1300): print('line', number, 'x' * 60)"
+    worker = shlex.join([sys.executable, "-c", code])
+    script = f"{shlex.quote(str(LAUNCH / 'multiworker.py'))} --workers 1 -- {worker}"
+    command = ["bash", "-c", f"set -o pipefail; {script} | (sleep 3; wc -l)"]
+    finished = processes.run([("late", command, {})])
+    assert finished.code == 0, finished.output
+    assert re.search(r"^1300$", finished.output, re.MULTILINE), finished.output
+
+
+def test_a_second_signal_ends_a_multiworker_whose_output_nobody_takes():
+    code = (
+        "import os, subprocess, sys, time\n"
+        "read, write = os.pipe()\n"
+        "job = subprocess.Popen(sys.argv[1:], stdout=write)\n"
+        "os.read(read, 1)\n"
+        "for seconds in (1, 1):\n"
+        "    job.terminate(); time.sleep(seconds)\n"
+        "    print('ended', job.poll(), flush=True)\n"
+        "job.kill()"
+    )
+    command = [str(LAUNCH / "multiworker.py"), "--workers", "1", "--", "yes"]
+    finished = processes.run([("", [sys.executable, "-c", code, *command], {})])
+    assert f"ended None\nended {128 + signal.SIGTERM}\n" in finished.output, finished.output
+
+
+@pytest.mark.parametrize("redirect", [">/dev/full", "2>/dev/full", ">/dev/full 2>&1"])
+def test_multiworker_ends_when_its_output_cannot_be_passed_on(redirect):
+    marker = f"waiting-{uuid.uuid4().hex}"
+    code = "import sys, time; print('said', file=sys.stderr); print('said'); time.sleep(600)"
+    worker = shlex.join([sys.executable, "-c", code, marker])
+    script = f"{shlex.quote(str(LAUNCH / 'multiworker.py'))} --workers 2 -- {worker} {redirect}"
+    finished = processes.run([("full", ["bash", "-c", f"exec {script}"], {})])
+    assert finished.code == 1, finished.output
+    if redirect == ">/dev/full":
+        said = "multiworker.py: output could not be passed on: OSError: [Errno 28]"
+        assert finished.output.count(said) == 1, finished.output
+    assert not processes.left(marker)
+
+
+@pytest.mark.parametrize(
+    ("given", "exported"), [("1234567", "1234567.0"), ("1e-7", "0.0000001"), ("0", "0.0")]
+)
+def test_multiworker_exports_a_timeout_without_an_exponent(given, exported):
+    show = ["--", "bash", "-c", 'echo "waits $SYNCBN_TIMEOUT_SECONDS"']
+    finished = launch("multiworker.py", "--workers", "1", "--timeout", given, *show)
+    assert f"[0] waits {exported}\n" in finished.output, finished.output
 
 
 def test_multiworker_ends_when_nobody_reads_its_output():

@@ -9,7 +9,7 @@ import sys
 import uuid
 
 import pytest
-from rank_lines import Lines, Target
+from rank_lines import NO_TAG, Lines, Target
 
 from tests import processes
 from tests.launch_scripts import LAUNCH, launch
@@ -82,6 +82,15 @@ def test_mpi_marks_each_whole_line_once():
 )
 def test_pieces_become_lines(pieces, expected, tmp_path):
     assert b"".join(put_together([(0, piece) for piece in pieces], tmp_path)) == expected
+
+
+def test_a_stream_without_tags_is_its_ranks():
+    found = []
+    lines = Lines(NO_TAG, lambda *text: found.append(text), b"7")
+    lines.add(b"a\n[1,0]<stdout>:b\n\nc", 0)
+    lines.close()
+    whole = [b"a\n", b"[1,0]<stdout>:b\n", b"\n", b"c\n"]
+    assert found == [(b"7", line, False) for line in whole]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,10 @@ def test_every_command_has_help(command, capsys):
         ([], "COMMAND"),
         (["nurse"], "invalid choice: 'nurse'"),
         (["doctor", "--engine", "nccl"], "invalid choice: 'nccl'"),
-        *((["doctor", "--limit", limit], "--limit") for limit in ("0", "-1", "nan", "inf", "x")),
+        *(
+            (["doctor", "--limit", limit], f"positive number of seconds. Received: '{limit}'")
+            for limit in ("0", "-1", "nan", "inf", "x")
+        ),
         (["check"], "module:function"),
         (["check", "a:b"], "--input-shape"),
         (["check", "a:b", "--input-shape", "8;8"], "such as 3,1. Received: 8;8"),

@@ -69,7 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
     if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive. Received: {text}")
+        raise argparse.ArgumentTypeError(
+            f"must be a positive number of seconds. Received: {text!r}"
+        )
     return seconds
