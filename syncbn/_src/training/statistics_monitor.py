@@ -86,6 +86,7 @@ class StatisticsMonitor(WorkerCallback):
 
     Raises:
         ValueError: an unknown ``update_freq`` or ``logs``.
+        TypeError: ``batch`` is a dataset.
         NotImplementedError: in training: the model calls a normalization in a loop or branch.
         RuntimeError: in training: another worker failed.
 
