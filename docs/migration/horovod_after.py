@@ -1,6 +1,6 @@
 """`syncbn` over Horovod, with Keras 3 or tf_keras.
 
-horovodrun -np 2 python horovod_after.py FOLDER
+horovodrun --gloo -np 2 python horovod_after.py FOLDER
 """
 
 import sys

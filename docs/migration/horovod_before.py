@@ -1,6 +1,6 @@
 """Horovod with its own parts for Keras, which work with tf_keras only.
 
-TF_USE_LEGACY_KERAS=1 horovodrun -np 2 python horovod_before.py FOLDER
+TF_USE_LEGACY_KERAS=1 horovodrun --gloo -np 2 python horovod_before.py FOLDER
 """
 
 import sys
