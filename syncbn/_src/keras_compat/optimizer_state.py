@@ -69,6 +69,18 @@ def optimizer_kind(optimizer: Any) -> dict[str, list[str]]:
     }
 
 
+def serialized_class(cls: Any) -> dict[str, Any]:
+    """Returns what `keras.optimizers.serialize` says of an optimizer but for its config.
+
+    Made of an instance without any state: one from a config would need the user's custom objects.
+    """
+    bare = cls.__new__(cls)
+    vars(bare)["get_config"] = dict
+    serialized = keras.optimizers.serialize(bare)
+    del serialized["config"]
+    return serialized
+
+
 def current_rate(optimizer: Any) -> float:
     """Returns the learning rate of the next step, or zero where an optimizer has none."""
     rate = getattr(optimizer, "learning_rate", 0.0)
