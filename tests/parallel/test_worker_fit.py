@@ -267,3 +267,11 @@ def test_other_learning_rates_are_an_error_in_that_epoch(replicas):
     with pytest.raises(RuntimeError, match=r"the same learning rate.* epoch 2: 0\.1.*, 0\.0"):
         compiled().fit(*samples(16), 4, epochs=3, verbose=0, callbacks=callbacks)
     assert at_the_end.batches == 8
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("callback", [training.BroadcastVariables, training.AverageMetrics])
+def test_workers_that_begin_at_other_epochs_are_told(callback, left, replicas):
+    epochs = {"initial_epoch": 2 if replicas.rank else 3, "epochs": 4 if left else 3}
+    with pytest.raises(ValueError, match=f"same epoch. Received: {3 if left else 'none'}, 2"):
+        compiled().fit(*samples(8), 4, **epochs, verbose=0, callbacks=[callback()])
