@@ -140,6 +140,28 @@ def test_metrics_are_those_of_all_samples(replicas):
         np.testing.assert_allclose(history[f"val_{name}"], value, rtol=1e-5, err_msg=name)
 
 
+class Evaluates(keras.callbacks.Callback):
+    """Evaluates other data at the end of each epoch."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        x, y = samples(4)
+        self.model.evaluate(x, y + 100, verbose=0)
+
+
+def test_what_a_callback_evaluates_is_not_logged_as_training(replicas):
+    x, y = samples(8 * replicas.size)
+    own = slice(8 * replicas.rank, 8 * replicas.rank + 8)
+    model = compiled(optimizer=training.distribute(keras.optimizers.SGD(0.0)), metrics=["mae"])
+    logs = []
+    for before in [], [Evaluates()]:
+        callbacks = [training.BroadcastVariables(), *before, training.AverageMetrics()]
+        options = {"batch_size": 4, "shuffle": False, "verbose": 0, "epochs": 2}
+        logs.append(model.fit(x[own], y[own], **options, callbacks=callbacks).history)
+        assert "reset_metrics" not in vars(model)
+    for name, values in logs[0].items():
+        np.testing.assert_allclose(logs[1][name], values, rtol=1e-5, err_msg=name)
+
+
 # What Keras 3 says after the first epoch of an empty dataset.
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_callbacks_see_validation_that_only_some_workers_have_data_for(replicas):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.resolution import check_communicator, resolve
@@ -13,10 +15,15 @@ from syncbn._src.keras_compat.layer_names import named_layers
 from syncbn._src.keras_compat.optimizer_state import optimizer_variables
 from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.training.joint_history import train_jointly
-from syncbn._src.training.joint_metrics import joint_logs, joint_results
+from syncbn._src.training.joint_metrics import MetricsBeforeReset, joint_logs, joint_results
 from syncbn._src.training.kept_local import shared_variables
 from syncbn._src.training.optimizer import require_averages_of_scaled
 from syncbn._src.training.variable_broadcast import broadcast
+
+
+def _has_others(communicator: Communicator) -> bool:
+    """Says whether there are workers that only messages of this package join."""
+    return communicator.name != "tf.distribute" and communicator.size > 1
 
 
 class WorkerCallback(keras_api.keras.callbacks.Callback):
@@ -149,7 +156,8 @@ class AverageMetrics(WorkerCallback):
         communicator: As for `syncbn.SyncBatchNormalization`.
 
     Raises:
-        ValueError, TypeError: no such communicator.
+        ValueError, TypeError: no such communicator. When training begins: workers begin at
+            different epochs.
         RuntimeError: in training: workers have other learning rates than others; and see
             `syncbn.resolve`.
 
@@ -162,32 +170,51 @@ class AverageMetrics(WorkerCallback):
         super().__init__(communicator)
         self._training: dict[str, Any] | None = None
         self._validation: dict[str, Any] = {}
+        self._before_reset: MetricsBeforeReset | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        train_jointly(self.model, self._resolve(), same_weights=False)
+        communicator = self._resolve()
+        train_jointly(self.model, communicator, same_weights=False)
+        if _has_others(communicator):
+            self._before_reset = MetricsBeforeReset(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._training, self._validation = None, {}
+        self._forget()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._forget()
 
     def on_test_begin(self, logs: Any = None) -> None:
         # Validation resets the metrics: what they have accumulated in training is read before.
-        self._training = self._totals()
+        self._training = self._totals(self._kept())
 
     def on_test_end(self, logs: Any = None) -> None:
         self._validation = {f"val_{name}": value for name, value in self._totals().items()}
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         communicator = self._resolve()
-        if logs is None or communicator.name == "tf.distribute" or communicator.size == 1:
+        if logs is None or not _has_others(communicator):
             return
-        training = self._totals() if self._training is None else self._training
+        # A callback before this one may have evaluated, which resets the metrics too.
+        training = self._totals(self._kept()) if self._training is None else self._training
         logs.update(joint_logs(communicator, logs, {**training, **self._validation}))
         # A worker without validation data has none of these, and callbacks act on them.
         logs.update(self._validation)
 
-    def _totals(self) -> dict[str, Any]:
+    def on_train_end(self, logs: Any = None) -> None:
+        if self._before_reset is not None:
+            self._before_reset.end()
+            self._before_reset = None
+
+    def _totals(self, own: list[np.ndarray] | None = None) -> dict[str, Any]:
         """Returns the values of the model's metrics over all workers."""
         communicator = self._resolve()
-        if communicator.name == "tf.distribute" or communicator.size == 1:
-            return {}
-        return joint_results(self.model, communicator)
+        return joint_results(self.model, communicator, own) if _has_others(communicator) else {}
+
+    def _kept(self) -> list[np.ndarray] | None:
+        return None if self._before_reset is None else self._before_reset.values
+
+    def _forget(self) -> None:
+        if self._before_reset is not None:
+            self._before_reset.values = None
