@@ -8,10 +8,12 @@ import tensorflow as tf
 
 import syncbn
 from syncbn import training
+from syncbn._src.keras_compat.optimizer_state import optimizer_variables
 from tests.keras import KERAS_3, keras
 from tests.parallel import workers
 from tests.parallel.conftest import ENGINE
 from tests.parallel.workers import LossScaleOptimizer, compiled, same_on_all_ranks, samples
+from tests.two_optimizers import TwoOptimizers
 
 pytestmark = workers.in_separate_processes
 
@@ -75,6 +77,53 @@ def test_training_starts_from_the_variables_of_the_root(replicas):
     of_optimizer = model.optimizer.variables
     for weight in of_optimizer() if callable(of_optimizer) else of_optimizer:
         same_on_all_ranks(weight.numpy())
+
+
+def test_training_goes_on_from_the_model_that_the_root_has_loaded(replicas, tmp_path):
+    x, y = samples(8)
+    model = compiled()
+    if replicas.rank == 0:
+        optimizer = model.optimizer
+        optimizer.build(model.trainable_variables)
+        for variable in optimizer_variables(optimizer):
+            if len(variable.shape):
+                variable.assign(variable + 0.5)
+        optimizer.iterations.assign(7)
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[training.BroadcastVariables()])
+    assert int(model.optimizer.iterations) == 9
+    for variable in (*model.weights, *optimizer_variables(model.optimizer)):
+        same_on_all_ranks(variable.numpy())
+
+
+def two_optimizers(**options):
+    model = TwoOptimizers()
+    optimizers = [training.distribute(keras.optimizers.Adam(0.1)) for _ in range(2)]
+    model.compile(*optimizers, **options)
+    return model
+
+
+def fit_two(model, *callbacks):
+    x, y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks)
+
+
+def test_all_optimizers_of_a_model_start_from_the_state_of_the_root(replicas):
+    model = two_optimizers()
+    state = [one for each in (model.of_first, *model.others) for one in optimizer_variables(each)]
+    for variable in state:
+        if len(variable.shape):
+            variable.assign(variable + replicas.rank)
+    fit_two(model, training.BroadcastVariables())
+    for variable in (*model.weights, *state):
+        same_on_all_ranks(variable.numpy())
+
+
+def test_an_optimizer_that_is_built_on_some_workers_only_is_an_error_on_all(replicas):
+    model = two_optimizers(build=replicas.rank == 0)
+    with pytest.raises(ValueError, match=r"of_first, built on rank 0 only\. Build it on all"):
+        fit_two(model, training.BroadcastVariables())
 
 
 def test_workers_with_other_layers_are_told(replicas):

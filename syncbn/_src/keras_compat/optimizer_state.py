@@ -35,6 +35,24 @@ def build_optimizer(optimizer: Any, variables: Sequence[Any]) -> None:
             optimizer.built = True
 
 
+def has_state(optimizer: Any) -> bool:
+    """Says whether an optimizer of `tf.keras` has created all of its state.
+
+    Of Keras 2's ``legacy`` ones that is not known, which create it bit by bit.
+    """
+    if KERAS_3:
+        return optimizer.built
+    return bool(getattr(inner_optimizer(optimizer) or optimizer, _INDICES, None))
+
+
+def has_state_of_any_variables(optimizer: Any) -> bool:
+    """Says whether an optimizer may create state for more variables than it trains.
+
+    Those of Keras 2's ``legacy`` find it by the variable, others by its place in a list.
+    """
+    return hasattr(inner_optimizer(optimizer) or optimizer, "get_slot")
+
+
 def create_optimizer_state(optimizer: Any, variables: Sequence[Any]) -> None:
     """Makes an optimizer of `tf.keras` create its state now, unless it has.
 

@@ -15,6 +15,7 @@ from syncbn._src.communicators.mpi import MPICommunicator
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.optimizer_state import current_rate
 from syncbn._src.training.kept_local import shared_variables
+from syncbn._src.training.model_optimizers import optimizers_of
 
 
 def train_jointly(model: Any, communicator: Communicator, same_weights: bool) -> None:
@@ -121,7 +122,8 @@ class _JointHistory:
             raise RuntimeError(self._difference(unit, number, weights, rows[:, 2:], differing))
 
     def _weights(self) -> list[Any]:
-        return shared_variables(self.model.trainable_variables, self.model.optimizer)
+        optimizers = optimizers_of(self.model, self.model.optimizer)
+        return shared_variables(self.model.trainable_variables, optimizers.values())
 
     def _difference(
         self, unit: str, number: int, weights: list[Any], rows: np.ndarray, differing: np.ndarray
