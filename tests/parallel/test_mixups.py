@@ -111,7 +111,7 @@ def test_a_mixup_is_an_error_on_all_replicas_before_it_moves_anything(calls, gra
     with pytest.raises(ERRORS, match=r"the same calls|the same ones in the same order") as raised:
         replicas.run(step, layers, inputs(replicas, 2), graph)
     for name in FAULTS[calls]:
-        assert f"{path(layers[0], name)}/" in str(raised.value)
+        assert f"syncbn/{layers[0].parts[name].name}/" in str(raised.value)
     # What came before it was right. (Replicas of a strategy are found out before a graph runs.)
     expected = {"aa": "a", "aB": "ab", "abc": "ab"}.get(calls, "")
     after = moving_means(layers)
@@ -120,11 +120,6 @@ def test_a_mixup_is_an_error_on_all_replicas_before_it_moves_anything(calls, gra
     # And the job could go on.
     arguments = inputs(replicas, 3)
     assert_right(replicas.run(right, layers, arguments, graph), arguments, "abc")
-
-
-def path(layers, name):
-    part = layers.parts[name]
-    return part.path if hasattr(part, "path") else part.name
 
 
 def assert_right(results, arguments, calls):

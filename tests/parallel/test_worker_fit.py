@@ -8,10 +8,12 @@ import tensorflow as tf
 
 import syncbn
 from syncbn import training
+from syncbn._src.keras_compat.optimizer_state import optimizer_variables
 from tests.keras import KERAS_3, keras
 from tests.parallel import workers
 from tests.parallel.conftest import ENGINE
 from tests.parallel.workers import LossScaleOptimizer, compiled, same_on_all_ranks, samples
+from tests.two_optimizers import TwoOptimizers
 
 pytestmark = workers.in_separate_processes
 
@@ -77,6 +79,53 @@ def test_training_starts_from_the_variables_of_the_root(replicas):
         same_on_all_ranks(weight.numpy())
 
 
+def test_training_goes_on_from_the_model_that_the_root_has_loaded(replicas, tmp_path):
+    x, y = samples(8)
+    model = compiled()
+    if replicas.rank == 0:
+        optimizer = model.optimizer
+        optimizer.build(model.trainable_variables)
+        for variable in optimizer_variables(optimizer):
+            if len(variable.shape):
+                variable.assign(variable + 0.5)
+        optimizer.iterations.assign(7)
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[training.BroadcastVariables()])
+    assert int(model.optimizer.iterations) == 9
+    for variable in (*model.weights, *optimizer_variables(model.optimizer)):
+        same_on_all_ranks(variable.numpy())
+
+
+def two_optimizers(**options):
+    model = TwoOptimizers()
+    optimizers = [training.distribute(keras.optimizers.Adam(0.1)) for _ in range(2)]
+    model.compile(*optimizers, **options)
+    return model
+
+
+def fit_two(model, *callbacks):
+    x, y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks)
+
+
+def test_all_optimizers_of_a_model_start_from_the_state_of_the_root(replicas):
+    model = two_optimizers()
+    state = [one for each in (model.of_first, *model.others) for one in optimizer_variables(each)]
+    for variable in state:
+        if len(variable.shape):
+            variable.assign(variable + replicas.rank)
+    fit_two(model, training.BroadcastVariables())
+    for variable in (*model.weights, *state):
+        same_on_all_ranks(variable.numpy())
+
+
+def test_an_optimizer_that_is_built_on_some_workers_only_is_an_error_on_all(replicas):
+    model = two_optimizers(build=replicas.rank == 0)
+    with pytest.raises(ValueError, match=r"of_first, built on rank 0 only\. Build it on all"):
+        fit_two(model, training.BroadcastVariables())
+
+
 def test_workers_with_other_layers_are_told(replicas):
     # All weights have the same shapes, and the last worker would wait for nobody.
     odd = replicas.rank == replicas.size - 1
@@ -138,6 +187,28 @@ def test_metrics_are_those_of_all_samples(replicas):
     for name, value in expected.items():
         np.testing.assert_allclose(history[name], value, rtol=1e-5, err_msg=name)
         np.testing.assert_allclose(history[f"val_{name}"], value, rtol=1e-5, err_msg=name)
+
+
+class Evaluates(keras.callbacks.Callback):
+    """Evaluates other data at the end of each epoch."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        x, y = samples(4)
+        self.model.evaluate(x, y + 100, verbose=0)
+
+
+def test_what_a_callback_evaluates_is_not_logged_as_training(replicas):
+    x, y = samples(8 * replicas.size)
+    own = slice(8 * replicas.rank, 8 * replicas.rank + 8)
+    model = compiled(optimizer=training.distribute(keras.optimizers.SGD(0.0)), metrics=["mae"])
+    logs = []
+    for before in [], [Evaluates()]:
+        callbacks = [training.BroadcastVariables(), *before, training.AverageMetrics()]
+        options = {"batch_size": 4, "shuffle": False, "verbose": 0, "epochs": 2}
+        logs.append(model.fit(x[own], y[own], **options, callbacks=callbacks).history)
+        assert "reset_metrics" not in vars(model)
+    for name, values in logs[0].items():
+        np.testing.assert_allclose(logs[1][name], values, rtol=1e-5, err_msg=name)
 
 
 # What Keras 3 says after the first epoch of an empty dataset.
@@ -267,3 +338,11 @@ def test_other_learning_rates_are_an_error_in_that_epoch(replicas):
     with pytest.raises(RuntimeError, match=r"the same learning rate.* epoch 2: 0\.1.*, 0\.0"):
         compiled().fit(*samples(16), 4, epochs=3, verbose=0, callbacks=callbacks)
     assert at_the_end.batches == 8
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("callback", [training.BroadcastVariables, training.AverageMetrics])
+def test_workers_that_begin_at_other_epochs_are_told(callback, left, replicas):
+    epochs = {"initial_epoch": 2 if replicas.rank else 3, "epochs": 4 if left else 3}
+    with pytest.raises(ValueError, match=f"same epoch. Received: {3 if left else 'none'}, 2"):
+        compiled().fit(*samples(8), 4, **epochs, verbose=0, callbacks=[callback()])

@@ -14,6 +14,7 @@ from syncbn._src.keras_compat.optimizer_state import current_rate, optimizer_var
 from syncbn._src.training import state_commits
 from syncbn._src.training.gradient_averages import average_gradients
 from tests.keras import KERAS_3, keras
+from tests.two_optimizers import TwoOptimizers
 
 STEPS = 6
 
@@ -69,6 +70,25 @@ def test_what_is_restored_is_what_was_committed():
     state.restore()
     assert_same(values(model), committed)
     assert (state.epoch, state.batch, state.losses) == (1, 0, [0.5])
+
+
+def test_all_optimizers_of_a_model_are_committed_and_restored():
+    def of_all(model):
+        first, last = map(optimizer_variables, [model.of_first, *model.others])
+        return [one.numpy() for one in (*model.weights, *first, *last)]
+
+    model = TwoOptimizers()
+    model.compile(keras.optimizers.Adam(0.1), keras.optimizers.Adam(0.1), build=False)
+    with pytest.raises(ValueError, match=r"of_first, of Adam, which is not built"):
+        training.ElasticState(model)
+    model.compile(model.of_first, model.others[0])
+    state = training.ElasticState(model)
+    model.fit(batches(), shuffle=False, verbose=0)
+    committed = of_all(model)
+    state.commit()
+    model.fit(batches(), shuffle=False, verbose=0)
+    state.restore()
+    assert_same(of_all(model), committed)
 
 
 class Lost(Exception):  # noqa: N818

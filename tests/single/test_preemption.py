@@ -16,6 +16,7 @@ from syncbn._src.training.preemption_notice import PreemptionNotice
 from syncbn._src.training.sample_order import SampleOrder
 from tests.keras import KERAS_3, keras
 from tests.kinds_of_replicas import Threads
+from tests.two_optimizers import TwoOptimizers
 
 if KERAS_3:
     LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
@@ -77,6 +78,55 @@ def test_what_follows_is_what_would_have_followed(name, tmp_path):
     assert int(other.optimizer.iterations.numpy()) == int(model.optimizer.iterations.numpy())
     for ours, theirs in zip(other.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def two_optimizers(**options):
+    keras.utils.set_random_seed(4)
+    model = TwoOptimizers()
+    model.compile(keras.optimizers.Adam(0.1), keras.optimizers.Adam(0.1), **options)
+    return model
+
+
+def fit_two(model, *callbacks, epochs):
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(8, 4)).astype("float32"), rng.normal(size=(8, 1)).astype("float32")
+    options = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    model.fit(x, y, epochs=epochs, callbacks=list(callbacks), **options)
+    return model
+
+
+def test_all_optimizers_of_a_model_go_on(tmp_path):
+    whole = fit_two(two_optimizers(), epochs=4)
+    fit_two(two_optimizers(), training.PreemptionCheckpoint(tmp_path), epochs=2)
+    model = fit_two(two_optimizers(), training.PreemptionCheckpoint(tmp_path), epochs=4)
+    assert model.history.epoch == [2, 3]
+    assert int(model.of_first.iterations) == 8
+    for ours, theirs in zip(model.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_of_several_optimizers_it_must_be_known_what_they_train(tmp_path):
+    model = two_optimizers(build=False)
+    with pytest.raises(ValueError, match=r"of_first, of Adam, which is not built\. Build it first"):
+        fit_two(model, training.PreemptionCheckpoint(tmp_path), epochs=1)
+    model.of_first.build(model.first.trainable_variables)
+    with pytest.raises(ValueError, match=r"model\.others\[0\]\.build\(variables\)"):
+        fit_two(model, training.PreemptionCheckpoint(tmp_path), epochs=1)
+
+
+@pytest.mark.skipif(KERAS_3, reason="Keras 3 has no others")
+def test_older_optimizers_find_their_state_by_the_variable(tmp_path):
+    def make():
+        keras.utils.set_random_seed(4)
+        model = TwoOptimizers()
+        model.compile(*(keras.optimizers.legacy.Adam(0.1) for _ in range(2)), build=False)
+        return model
+
+    whole = fit_two(make(), epochs=4)
+    fit_two(make(), training.PreemptionCheckpoint(tmp_path), epochs=2)
+    model = fit_two(make(), training.PreemptionCheckpoint(tmp_path), epochs=4)
+    for ours, theirs in zip(model.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 def scale(optimizer):

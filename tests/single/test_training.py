@@ -1,5 +1,6 @@
 """Training helpers in one process: what they do without an engine, and what they refuse."""
 
+import json
 import warnings
 
 import numpy as np
@@ -212,6 +213,36 @@ def test_a_compiled_model_is_saved_and_loaded(suffix, tmp_path):
     assert loaded.optimizer.get_config() == training_on
     if suffix:  # the SavedModels of Keras 2 forget the state of any optimizer
         assert int(loaded.optimizer.iterations) == int(model.optimizer.iterations)
+
+
+class Halving(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule that is not registered."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, step):
+        return self.rate * 0.5 ** tf.cast(step, tf.float32)
+
+    def get_config(self):
+        return {"rate": self.rate}
+
+
+def test_a_schedule_that_is_not_registered_is_saved(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile(training.distribute(keras.optimizers.Adam(Halving(0.1))), "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "model.keras")
+    custom_objects = {"Halving": Halving}
+    loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects=custom_objects)
+    assert isinstance(loaded.optimizer._learning_rate, Halving)
+
+
+def test_the_config_of_an_optimizer_that_scales_the_loss_is_json():
+    scaling = keras.optimizers if KERAS_3 else keras.mixed_precision
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
+    scaled = scaling.LossScaleOptimizer(keras.optimizers.Adam(schedule))
+    assert "ExponentialDecay" in json.dumps(training.distribute(scaled).get_config())
 
 
 def test_a_loaded_optimizer_asks_for_an_engine_when_it_trains():

@@ -37,11 +37,9 @@ def short_name(weight: Any) -> str:
     return weight.name if KERAS_3 else weight.name.rpartition("/")[2].partition(":")[0]
 
 
-def layer_path(layer: Any) -> str:
-    """Returns a name for ``layer`` that is the same on all workers that build the same model."""
-    return layer.path if KERAS_3 else layer.name
-
-
 def collective_scope(layer: Any) -> str:
-    """Returns the first part of the names of a layer's collectives."""
-    return "syncbn/" + re.sub(r"[^\w.\-/]", "_", layer_path(layer))
+    """Returns the first part of the names of a layer's collectives.
+
+    Not Keras 3's path, which in a loaded `Sequential` is another one than in that which was saved.
+    """
+    return "syncbn/" + re.sub(r"[^\w.\-/]", "_", layer.name)

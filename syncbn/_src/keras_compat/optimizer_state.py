@@ -35,6 +35,24 @@ def build_optimizer(optimizer: Any, variables: Sequence[Any]) -> None:
             optimizer.built = True
 
 
+def has_state(optimizer: Any) -> bool:
+    """Says whether an optimizer of `tf.keras` has created all of its state.
+
+    Of Keras 2's ``legacy`` ones that is not known, which create it bit by bit.
+    """
+    if KERAS_3:
+        return optimizer.built
+    return bool(getattr(inner_optimizer(optimizer) or optimizer, _INDICES, None))
+
+
+def has_state_of_any_variables(optimizer: Any) -> bool:
+    """Says whether an optimizer may create state for more variables than it trains.
+
+    Those of Keras 2's ``legacy`` find it by the variable, others by its place in a list.
+    """
+    return hasattr(inner_optimizer(optimizer) or optimizer, "get_slot")
+
+
 def create_optimizer_state(optimizer: Any, variables: Sequence[Any]) -> None:
     """Makes an optimizer of `tf.keras` create its state now, unless it has.
 
@@ -67,6 +85,18 @@ def optimizer_kind(optimizer: Any) -> dict[str, list[str]]:
         "classes": [type(one).__name__ for one in nested if one is not None],
         "shapes": [str(tuple(one.shape)) for one in optimizer_variables(optimizer)],
     }
+
+
+def serialized_class(cls: Any) -> dict[str, Any]:
+    """Returns what `keras.optimizers.serialize` says of an optimizer but for its config.
+
+    Made of an instance without any state: one from a config would need the user's custom objects.
+    """
+    bare = cls.__new__(cls)
+    vars(bare)["get_config"] = dict
+    serialized = keras.optimizers.serialize(bare)
+    del serialized["config"]
+    return serialized
 
 
 def current_rate(optimizer: Any) -> float:

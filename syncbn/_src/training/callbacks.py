@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from syncbn._src.communicators.base import Communicator, process_communicator
-from syncbn._src.communicators.host_collectives import require_agreement
+from syncbn._src.communicators.host_collectives import all_gather, require_agreement
 from syncbn._src.communicators.resolution import check_communicator, resolve
 from syncbn._src.communicators.strategy import local_replicas
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.layer_names import named_layers
-from syncbn._src.keras_compat.optimizer_state import optimizer_variables
+from syncbn._src.keras_compat.optimizer_state import (
+    create_optimizer_state,
+    has_state,
+    optimizer_variables,
+)
 from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.training.joint_history import train_jointly
-from syncbn._src.training.joint_metrics import joint_logs, joint_results
+from syncbn._src.training.joint_metrics import MetricsBeforeReset, joint_logs, joint_results
 from syncbn._src.training.kept_local import shared_variables
+from syncbn._src.training.model_optimizers import optimizers_of
 from syncbn._src.training.optimizer import require_averages_of_scaled
 from syncbn._src.training.variable_broadcast import broadcast
+
+
+def _has_others(communicator: Communicator) -> bool:
+    """Says whether there are workers that only messages of this package join."""
+    return communicator.name != "tf.distribute" and communicator.size > 1
 
 
 class WorkerCallback(keras_api.keras.callbacks.Callback):
@@ -40,10 +52,10 @@ class BroadcastVariables(WorkerCallback):
 
     Weights, moving statistics and the optimizer's state are those of worker ``root`` from the first
     step on: initial ones, or those that it has loaded from a checkpoint. Variables that do not
-    exist before the first batch, as in a model that is not built, or an optimizer of Keras 2,
-    follow after that batch. Under tf.distribute it does nothing, as variables are created equal
-    there; where each process of a job has a strategy, all per-replica copies of all processes get
-    the values.
+    exist before the first batch on any worker, as in a model or an optimizer that is not built,
+    follow after that batch. Other optimizers that are attributes of the model belong to it too.
+    Under tf.distribute it does nothing, as variables are created equal there; where each process of
+    a job has a strategy, all per-replica copies of all processes get the values.
 
     Variables that the optimizer keeps local (see `distribute`) are left unchanged, as is the
     optimizer's state for them.
@@ -61,8 +73,10 @@ class BroadcastVariables(WorkerCallback):
 
     Raises:
         ValueError: when training begins: workers have different models, or numbers of replicas, or
-            ``root`` is not a rank. Or there are local variables, and the optimizer was loaded and
-            has not been told them again, or has state that cannot be attributed to variables.
+            begin at different epochs, or ``root`` is not a rank; or an optimizer other than
+            ``model.optimizer`` is built on some workers only. Or there are local variables, and the
+            optimizer was loaded and has not been told them again, or has state that cannot be
+            attributed to variables.
         RuntimeError: when training begins: Keras has wrapped a distributed optimizer in one that
             scales the loss (see `distribute`), or the optimizer is Horovod's own, which averages
             nothing under Keras 3. In training: workers have other weights, or learning rates, than
@@ -85,20 +99,22 @@ class BroadcastVariables(WorkerCallback):
         self.same_weights = same_weights
 
     def on_train_begin(self, logs: Any = None) -> None:
-        communicator, optimizer = self._resolve(), self.model.optimizer
-        require_averages_of_scaled(optimizer)
-        horovods = type(optimizer).__module__.partition(".")[0] == "horovod"
-        if keras_api.KERAS_3 and horovods and communicator.size > 1:
-            raise RuntimeError(
-                "Gradients must be averaged over the workers. Received: Horovod's "
-                "DistributedOptimizer, which averages nothing under Keras 3. Use "
-                "compile(syncbn.training.distribute(optimizer)), with the optimizer itself."
-            )
+        communicator = self._resolve()
+        self._optimizers = optimizers_of(self.model, self.model.optimizer)
+        for optimizer in self._optimizers.values():
+            require_averages_of_scaled(optimizer)
+            horovods = type(optimizer).__module__.partition(".")[0] == "horovod"
+            if keras_api.KERAS_3 and horovods and communicator.size > 1:
+                raise RuntimeError(
+                    "Gradients must be averaged over the workers. Received: Horovod's "
+                    "DistributedOptimizer, which averages nothing under Keras 3. Use "
+                    "compile(syncbn.training.distribute(optimizer)), with the optimizer itself."
+                )
         self._require_same_layers(communicator)
         train_jointly(self.model, communicator, self.same_weights)
-        weights, state = self.model.built, self.model.built and getattr(optimizer, "built", False)
+        state = self._share_what_is_built(communicator)
         self._pending = not state
-        self._broadcast(communicator, weights=weights, state=state)
+        self._broadcast(communicator, weights=self.model.built, state=state)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self._pending:
@@ -108,7 +124,7 @@ class BroadcastVariables(WorkerCallback):
 
     def _require_same_layers(self, communicator: Communicator) -> None:
         """Raises where workers would wait for layers that others do not have."""
-        if communicator.name == "tf.distribute" or communicator.size == 1:
+        if not _has_others(communicator):
             return
         layers = [
             layer
@@ -121,17 +137,42 @@ class BroadcastVariables(WorkerCallback):
             descriptions = [" ".join(pair) for pair in zip(descriptions, names, strict=True)]
         with self.model.distribute_strategy.scope():
             descriptions.append(f"{local_replicas()} replicas")
-        names.append("of a process")
+        descriptions.append(f"{len(self._optimizers)} optimizers")
+        names += ["of a process", "of the model"]
         require_agreement(communicator, descriptions, names, "synchronized layers", self.root)
+
+    def _share_what_is_built(self, communicator: Communicator) -> bool:
+        """Builds the model's optimizer if it is built on a worker; says whether all are on all."""
+        if not _has_others(communicator):
+            return True
+        # One worker may have loaded a model, with the state of its optimizer.
+        own = [self.model.built, *map(has_state, self._optimizers.values())]
+        rows = all_gather(communicator, np.array(own, np.float64), "syncbn/fit/built") != 0
+        models, built = rows[:, 0], rows[:, 1:].T
+        for (name, optimizer), on in zip(self._optimizers.items(), built, strict=True):
+            if on.all() or not on.any() or not models.all():
+                continue
+            if name != "optimizer":
+                raise ValueError(
+                    "Each optimizer of a model must be built on all workers, or on none. Received: "
+                    f"{name}, built on rank {', '.join(map(str, np.flatnonzero(on)))} only. Build "
+                    f"it on all before training: model.{name}.build(variables)."
+                )
+            with self.model.distribute_strategy.scope():
+                create_optimizer_state(optimizer, self.model.trainable_variables)
+            on[:] = True
+        return bool(rows.all())
 
     def _broadcast(self, communicator: Communicator, weights: bool, state: bool) -> None:
         if communicator.name == "tf.distribute":
             return  # and outside of the strategy's scope it has no replicas
         # In Keras 3 `variables` has the states of random generators too, which stay different.
-        optimizer, variables = self.model.optimizer, list(self.model.weights) if weights else []
+        optimizers, variables = self._optimizers.values(), []
+        if weights:
+            variables += self.model.weights
         if state:
-            variables += optimizer_variables(optimizer)
-        broadcast(shared_variables(variables, optimizer), self.root, communicator)
+            variables += [one for each in optimizers for one in optimizer_variables(each)]
+        broadcast(shared_variables(variables, optimizers), self.root, communicator)
 
 
 class AverageMetrics(WorkerCallback):
@@ -149,7 +190,8 @@ class AverageMetrics(WorkerCallback):
         communicator: As for `syncbn.SyncBatchNormalization`.
 
     Raises:
-        ValueError, TypeError: no such communicator.
+        ValueError, TypeError: no such communicator. When training begins: workers begin at
+            different epochs.
         RuntimeError: in training: workers have other learning rates than others; and see
             `syncbn.resolve`.
 
@@ -162,32 +204,51 @@ class AverageMetrics(WorkerCallback):
         super().__init__(communicator)
         self._training: dict[str, Any] | None = None
         self._validation: dict[str, Any] = {}
+        self._before_reset: MetricsBeforeReset | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        train_jointly(self.model, self._resolve(), same_weights=False)
+        communicator = self._resolve()
+        train_jointly(self.model, communicator, same_weights=False)
+        if _has_others(communicator):
+            self._before_reset = MetricsBeforeReset(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._training, self._validation = None, {}
+        self._forget()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._forget()
 
     def on_test_begin(self, logs: Any = None) -> None:
         # Validation resets the metrics: what they have accumulated in training is read before.
-        self._training = self._totals()
+        self._training = self._totals(self._kept())
 
     def on_test_end(self, logs: Any = None) -> None:
         self._validation = {f"val_{name}": value for name, value in self._totals().items()}
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         communicator = self._resolve()
-        if logs is None or communicator.name == "tf.distribute" or communicator.size == 1:
+        if logs is None or not _has_others(communicator):
             return
-        training = self._totals() if self._training is None else self._training
+        # A callback before this one may have evaluated, which resets the metrics too.
+        training = self._totals(self._kept()) if self._training is None else self._training
         logs.update(joint_logs(communicator, logs, {**training, **self._validation}))
         # A worker without validation data has none of these, and callbacks act on them.
         logs.update(self._validation)
 
-    def _totals(self) -> dict[str, Any]:
+    def on_train_end(self, logs: Any = None) -> None:
+        if self._before_reset is not None:
+            self._before_reset.end()
+            self._before_reset = None
+
+    def _totals(self, own: list[np.ndarray] | None = None) -> dict[str, Any]:
         """Returns the values of the model's metrics over all workers."""
         communicator = self._resolve()
-        if communicator.name == "tf.distribute" or communicator.size == 1:
-            return {}
-        return joint_results(self.model, communicator)
+        return joint_results(self.model, communicator, own) if _has_others(communicator) else {}
+
+    def _kept(self) -> list[np.ndarray] | None:
+        return None if self._before_reset is None else self._before_reset.values
+
+    def _forget(self) -> None:
+        if self._before_reset is not None:
+            self._before_reset.values = None

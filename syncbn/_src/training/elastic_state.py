@@ -17,9 +17,10 @@ from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.launcher import is_elastic
 from syncbn._src.communicators.resolution import resolve
 from syncbn._src.keras_compat.keras_api import OPTIMIZERS
-from syncbn._src.keras_compat.optimizer_state import create_optimizer_state, optimizer_variables
+from syncbn._src.keras_compat.optimizer_state import optimizer_variables
 from syncbn._src.models.training_job import job_of
 from syncbn._src.training.kept_local import shared_variables
+from syncbn._src.training.model_optimizers import create_states, optimizers_of
 from syncbn._src.training.optimizer import require_averages_of_scaled
 from syncbn._src.training.variable_broadcast import broadcast, broadcast_text
 
@@ -27,7 +28,7 @@ from syncbn._src.training.variable_broadcast import broadcast, broadcast_text
 class ElasticState:
     """The state of training that survives the loss of workers, and that new workers get.
 
-    It has the weights of a model, moving statistics included, the state of the optimizer, and
+    It has the weights of a model, moving statistics included, the state of its optimizers, and
     values of your own, which are its attributes: ``state.epoch``, ``state.batch``, and those that
     are given by name. `commit` keeps a copy in memory; when a worker is lost, `elastic` takes the
     others back to it. New workers get that of one that was there before.
@@ -43,13 +44,16 @@ class ElasticState:
     Args:
         model: A model that is built.
         optimizer: An optimizer of `tf.keras`. Its state is created now, if it has none yet. The
-            one that the model was compiled with, if any, where it is ``None``.
+            one that the model was compiled with, if any, where it is ``None``. Those that a model
+            with a ``train_step`` of its own has besides, as attributes, belong to it too, and must
+            be built.
         epoch: The number of epochs that are done.
         batch: The number of batches that are done in the epoch after these.
         values: Other values.
 
     Raises:
-        ValueError: the model is not built, or a value has the name of a method.
+        ValueError: the model, or one of several optimizers, is not built, or a value has the name
+            of a method.
         TypeError: not an optimizer of `tf.keras`; here or at a commit: a value cannot be sent.
         RuntimeError: Keras has wrapped a distributed optimizer in one that scales the loss (see
             `distribute`).
@@ -78,14 +82,16 @@ class ElasticState:
                 "`optimizer` must be one of tf.keras.optimizers. "
                 f"Received: optimizer={optimizer!r}."
             )
-        require_averages_of_scaled(optimizer)
+        optimizers = optimizers_of(model, optimizer)
+        for one in optimizers.values():
+            require_averages_of_scaled(one)
         taken = sorted(name for name in values if hasattr(type(self), name))
         if taken:
             raise ValueError(f"Values must have names of their own. Received: {', '.join(taken)}.")
         self.model, self.optimizer = model, optimizer
-        if optimizer is not None:
-            with model.distribute_strategy.scope():
-                create_optimizer_state(optimizer, model.trainable_variables)
+        self._optimizers = [*optimizers.values()]
+        with model.distribute_strategy.scope():
+            create_states(optimizers, model.trainable_variables)
         self._names = ("epoch", "batch", *values)
         self.epoch, self.batch = epoch, batch
         for name, value in values.items():
@@ -127,7 +133,7 @@ class ElasticState:
         """
         with lost_collectives_as_internal_errors(), self.model.distribute_strategy.scope():
             communicator = process_communicator(resolve())
-            broadcast(shared_variables(self._variables(), self.optimizer))
+            broadcast(shared_variables(self._variables(), self._optimizers))
             if communicator.name != "tf.distribute" and communicator.size > 1:
                 self._set_values(broadcast_text(self._values(), communicator))
         self._clear_accumulation()
@@ -163,7 +169,7 @@ class ElasticState:
 
     def _variables(self) -> list[Any]:
         # In Keras 3 `variables` has the states of random generators too, which stay different.
-        state = [] if self.optimizer is None else optimizer_variables(self.optimizer)
+        state = [one for each in self._optimizers for one in optimizer_variables(each)]
         return [*self.model.weights, *state]
 
     def _require_same_state(self) -> None:
@@ -196,9 +202,10 @@ class ElasticState:
             setattr(self, name, value)
 
     def _clear_accumulation(self) -> None:
-        accumulation = getattr(self.optimizer, "_syncbn_accumulation", None)
-        if accumulation is not None:
-            accumulation.clear()
+        for optimizer in self._optimizers:
+            accumulation = getattr(optimizer, "_syncbn_accumulation", None)
+            if accumulation is not None:
+                accumulation.clear()
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What the workers of a `fit` agree on while it runs: when to stop, and that they are alike."""
+"""What the workers of a `fit` agree on: where to begin, when to stop, and that they are alike."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from syncbn._src.communicators.mpi import MPICommunicator
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.optimizer_state import current_rate
 from syncbn._src.training.kept_local import shared_variables
+from syncbn._src.training.model_optimizers import optimizers_of
 
 
 def train_jointly(model: Any, communicator: Communicator, same_weights: bool) -> None:
@@ -40,24 +41,30 @@ def train_jointly(model: Any, communicator: Communicator, same_weights: bool) ->
         changed.__class__ = _joint_class(plain)
         changed._syncbn_communicator = communicator
         changed._syncbn_same_weights = False
+        changed._syncbn_begun = False
         changed._syncbn_batches = 0
     changed._syncbn_same_weights |= same_weights
 
 
 class _JointHistory:
-    """The history of a `fit` whose workers stop together.
+    """The history of a `fit` whose workers begin and stop together.
 
-    At the end of each epoch all workers stop if one of them would. Over MPI, where that takes a
-    tenth of a millisecond, it is so after each batch. Learning rates and, if they must be, weights
-    are compared at the end of each epoch; weights also after the first two batches, of which the
-    first may be that which makes the optimizer's state.
+    All workers must begin at the same epoch. At the end of each epoch all workers stop if one of
+    them would. Over MPI, where that takes a tenth of a millisecond, it is so after each batch.
+    Learning rates and, if they must be, weights are compared at the end of each epoch; weights also
+    after the first two batches, of which the first may be that which makes the optimizer's state.
     """
 
     _plain_class: type
     _syncbn_communicator: Communicator
     _syncbn_same_weights: bool
+    _syncbn_begun: bool
     _syncbn_batches: int
     model: Any
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_begin(epoch, logs)  # type: ignore[misc]
+        self._begin(epoch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         super().on_train_batch_end(batch, logs)  # type: ignore[misc]
@@ -75,8 +82,24 @@ class _JointHistory:
 
     def on_train_end(self, logs: Any = None) -> None:
         super().on_train_end(logs)  # type: ignore[misc]
+        self._begin(None)  # where no epoch was left
         changed: Any = self
         changed.__class__ = self._plain_class
+
+    def _begin(self, epoch: int | None) -> None:
+        """Raises where workers begin at different epochs, of which ``None`` is none."""
+        if self._syncbn_begun:
+            return
+        self._syncbn_begun = True
+        own = np.array([-1 if epoch is None else epoch], np.float64)
+        epochs = all_gather(self._syncbn_communicator, own, "syncbn/fit/begin").ravel().astype(int)
+        if (epochs != epochs[0]).any():
+            raise ValueError(
+                "All workers must begin at the same epoch. Received: "
+                f"{', '.join('none' if one < 0 else str(one) for one in epochs)} on ranks 0 to "
+                f"{len(epochs) - 1}. Use PreemptionCheckpoint, or give BackupAndRestore to all "
+                "workers, each with a folder of its own."
+            )
 
     def _agree(self, unit: str, number: int) -> None:
         weights = self._weights() if self._syncbn_same_weights else []
@@ -99,7 +122,8 @@ class _JointHistory:
             raise RuntimeError(self._difference(unit, number, weights, rows[:, 2:], differing))
 
     def _weights(self) -> list[Any]:
-        return shared_variables(self.model.trainable_variables, self.model.optimizer)
+        optimizers = optimizers_of(self.model, self.model.optimizer)
+        return shared_variables(self.model.trainable_variables, optimizers.values())
 
     def _difference(
         self, unit: str, number: int, weights: list[Any], rows: np.ndarray, differing: np.ndarray

@@ -76,21 +76,28 @@ def evaluate(
         return np.zeros(0)
 
     sum_of_all(workers, own, 0, "evaluate")
-    variables = [variable for metric in model.metrics for variable in metric.variables]
+    variables = _variables(model)
     names = [getattr(variable, "path", variable.name) for variable in variables]
     require_agreement(workers, [str(tuple(one.shape)) for one in variables], names, "metrics")
     return joint_logs(workers, logs, joint_results(model, workers))
 
 
-def joint_results(model: Any, workers: Communicator) -> dict[str, Any]:
+def joint_results(
+    model: Any, workers: Communicator, own: list[np.ndarray] | None = None
+) -> dict[str, Any]:
     """Returns the values of the model's metrics over all workers.
 
     The metrics themselves stay as they are. All workers make the call, over Horovod or MPI.
+
+    Args:
+        model: The model.
+        workers: The communicator of the workers.
+        own: What this worker's metrics have added up; ``None`` for what they have now.
     """
-    variables = [variable for metric in model.metrics for variable in metric.variables]
+    variables, now = _variables(model), _values(model)
     if not variables:
         return {}
-    own = [np.asarray(variable.numpy()) for variable in variables]
+    own = now if own is None else own
     totals = sum_arrays(workers, [value.astype(np.float64) for value in own], "syncbn/metrics")
     try:
         for variable, total in zip(variables, totals, strict=True):
@@ -98,8 +105,42 @@ def joint_results(model: Any, workers: Communicator) -> dict[str, Any]:
         results = model.get_metrics_result()
         return {name: np.asarray(result).tolist() for name, result in results.items()}
     finally:
-        for variable, value in zip(variables, own, strict=True):
+        for variable, value in zip(variables, now, strict=True):
             variable.assign(value)
+
+
+class MetricsBeforeReset:
+    """What the metrics of a model had added up when they were reset first, since it was set None.
+
+    Args:
+        model: The model, whose `reset_metrics` is replaced until the `end`.
+    """
+
+    def __init__(self, model: Any):
+        self.values: list[np.ndarray] | None = None
+        before = getattr(model.reset_metrics, "__self__", None)
+        if isinstance(before, MetricsBeforeReset):  # of a `fit` that failed
+            before.end()
+        self._model, self._reset = model, model.reset_metrics
+        model.reset_metrics = self._keep_and_reset
+
+    def end(self) -> None:
+        """Lets the model reset its metrics as before."""
+        if self._model.reset_metrics == self._keep_and_reset:
+            del self._model.reset_metrics
+
+    def _keep_and_reset(self) -> None:
+        if self.values is None:
+            self.values = _values(self._model)
+        self._reset()
+
+
+def _variables(model: Any) -> list[Any]:
+    return [variable for metric in model.metrics for variable in metric.variables]
+
+
+def _values(model: Any) -> list[np.ndarray]:
+    return [np.asarray(variable.numpy()) for variable in _variables(model)]
 
 
 def joint_logs(

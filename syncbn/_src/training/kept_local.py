@@ -54,20 +54,22 @@ class LocalVariables:
         return [id(keras_api.variable(variable)) in own for variable in variables]
 
 
-def shared_variables(variables: Sequence[Any], optimizer: Any) -> list[Any]:
-    """Returns ``variables`` without those that ``optimizer``, if any, keeps local.
+def shared_variables(variables: Sequence[Any], optimizers: Iterable[Any]) -> list[Any]:
+    """Returns ``variables`` without those that one of the ``optimizers`` keeps local.
 
     Its state for those is left out too.
 
     Raises:
         ValueError: see `local_variables`; or it is not known which state belongs to them.
     """
-    local = local_variables(optimizer)
-    if not local:
-        return list(variables)
-    theirs = local.variables()
-    local = LocalVariables([*theirs, *state_of(optimizer, theirs)])
-    return [v for v, own in zip(variables, local.among(variables), strict=True) if not own]
+    left = list(variables)
+    for optimizer in optimizers:
+        local = local_variables(optimizer)
+        if local:
+            theirs = local.variables()
+            local = LocalVariables([*theirs, *state_of(optimizer, theirs)])
+            left = [v for v, own in zip(left, local.among(left), strict=True) if not own]
+    return left
 
 
 def local_variables(optimizer: Any) -> LocalVariables:

@@ -20,6 +20,8 @@ class LearningRateSchedule(WorkerCallback):
     (the linear scaling rule of Goyal et al., "Accurate, Large Minibatch SGD", 2017). So the rate is
     given as that of one replica, and the same script is right for any number of them.
 
+    It is that of ``model.optimizer``; other optimizers that a model may have keep theirs.
+
     Several may follow one another, as may `LearningRateWarmup` and callbacks of Keras. The rate is
     in the logs of each epoch as ``learning_rate``.
 

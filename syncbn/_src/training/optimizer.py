@@ -14,6 +14,7 @@ from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.optimizer_state import (
     build_optimizer,
     inner_optimizer,
+    serialized_class,
     trained_variables,
 )
 from syncbn._src.training.accumulation import Accumulation
@@ -159,12 +160,9 @@ class _Distributed:
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()  # type: ignore[misc]
-        plain = self._plain_class.from_config(dict(config))  # type: ignore[attr-defined]
-        head = keras_api.keras.optimizers.serialize(plain)
-        head.pop("config")
         return {
             **config,
-            "distributed": head,
+            "distributed": serialized_class(self._plain_class),
             "communicator": self._syncbn_exchange.name,
             "has_local_variables": bool(self._syncbn_local) or self._syncbn_forgot_local,
             "scale_local_gradients": self._syncbn_exchange.scale_local_gradients,

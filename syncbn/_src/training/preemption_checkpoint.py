@@ -23,6 +23,7 @@ from syncbn._src.models.training_job import job_of
 from syncbn._src.training.callbacks import WorkerCallback
 from syncbn._src.training.checkpoint_contents import CheckpointContents
 from syncbn._src.training.checkpoint_files import CheckpointFiles, read_with_others
+from syncbn._src.training.model_optimizers import optimizers_of
 from syncbn._src.training.preemption_notice import PreemptionNotice
 from syncbn._src.training.sample_order import SampleOrder
 from syncbn._src.watchdog.messages import tell_user
@@ -67,9 +68,9 @@ class PreemptionCheckpoint(WorkerCallback):
 
     Raises:
         ValueError: an argument is none of these. When training begins: the checkpoint is of another
-            model, optimizer or order of the data, or is not the same one on all workers; the model
-            is not built; or the optimizer keeps variables local (see `distribute`), which are not
-            the same on all workers.
+            model, optimizer or order of the data, or is not the same one on all workers; the model,
+            or one of several optimizers, is not built; or an optimizer keeps variables local (see
+            `distribute`), which are not the same on all workers.
         RuntimeError: when training begins: not in the main thread, where alone signals can be
             caught. Later: a checkpoint cannot be written, as where the disk is full. The one before
             is still there.
@@ -192,7 +193,8 @@ class PreemptionCheckpoint(WorkerCallback):
 
         Args:
             model: A built model.
-            optimizer: Its optimizer, if any.
+            optimizer: Its optimizer, if any. Others that are attributes of the model belong to it
+                too, and must be built.
 
         Returns:
             The epoch and the number of its steps that have been made: where to go on.
@@ -303,7 +305,8 @@ class PreemptionCheckpoint(WorkerCallback):
         job = job_of(model, self._communicator)
         self._workers = workers = job.workers()
         with job.scope():
-            self._contents = CheckpointContents(model, optimizer, workers)
+            optimizers = optimizers_of(model, optimizer)
+            self._contents = CheckpointContents(model, optimizers, workers)
         self._require_same(workers)
         number, progress = self._find()
         self._found = None  # there may be others when it is asked again
