@@ -139,6 +139,20 @@ def test_the_cumulative_average_weighs_batches_by_their_counts():
     np.testing.assert_array_equal(layer.moving_count, [2 * 12] * 3)
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("momentum", [0.0, None], ids=str)
+@pytest.mark.parametrize("deviation", [1e-4, 1e-11], ids=str)
+def test_a_small_variance_keeps_its_digits_beside_an_average_of_one(deviation, momentum, graph):
+    x = data(16, 3) * np.float32(deviation)
+    truth = x.astype("float64").var(0)
+    layer = syncbn.SyncBatchNormalization(momentum=momentum, epsilon=1e-30)
+    layer.build(x.shape)
+    step = tf.function(lambda x: layer(x, training=True)) if graph else layer
+    for _ in range(5):
+        step(x, **({} if graph else {"training": True}))
+        np.testing.assert_allclose(layer.moving_variance, truth, rtol=1e-6)
+
+
 def test_the_unbiased_variance_of_a_single_element_is_zero():
     layer = syncbn.SyncBatchNormalization(momentum=0.0, unbiased_moving_variance=True)
     layer(data(1, 3), training=True)

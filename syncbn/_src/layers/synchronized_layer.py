@@ -197,14 +197,10 @@ class SynchronizedLayer(StatisticsLayer):
             mask = expand_mask(mask, inputs)
         replicas = self._replicas(inputs.shape[0])
         outputs, count, *targets = self._call_training(inputs, axes, mask, replicas, before)
-        statistics = [before[name] for name in self._statistics()]
-        shape = statistics[0].shape
+        shape = before[self._statistics()[0]].shape
         if count.shape == [shape.num_elements()]:
             count = _shaped(count, shape)
-        targets = [
-            _shaped(tf.cast(target, statistic.dtype), shape)
-            for statistic, target in zip(statistics, targets, strict=True)
-        ]
+        targets = [_shaped(target, shape) for target in targets]
         return tf.cast(outputs, self.compute_dtype), count, *targets
 
     def _with_counts(self, outputs: tf.Tensor, count: tf.Tensor, *targets: tf.Tensor) -> tuple:
@@ -213,9 +209,8 @@ class SynchronizedLayer(StatisticsLayer):
 
     def _no_batch(self) -> list[tf.Tensor]:
         """Returns arguments with which `_move` changes nothing."""
-        statistics = [getattr(self, name) for name in self._statistics()]
-        zeros = [tf.zeros(statistic.shape, statistic.dtype) for statistic in statistics]
-        return [tf.zeros(statistics[0].shape, tf.float64), *zeros]
+        names = self._statistics()
+        return [tf.zeros(getattr(self, names[0]).shape, tf.float64)] * (1 + len(names))
 
     def _statistics(self) -> tuple[str, ...]:
         """Returns the names of the statistics that move towards a batch's, all of one shape."""
@@ -301,8 +296,8 @@ class SynchronizedLayer(StatisticsLayer):
     ) -> list[tf.Tensor]:
         """Moves the statistics towards those of a batch of ``count`` elements per channel.
 
-        All arguments have the statistics' shape, or the count is one for all channels. Where it is
-        zero, nothing moves. Returns the statistics' new values.
+        All arguments have the statistics' shape, or the count is one for all channels. The targets
+        are float64. Where the count is zero, nothing moves. Returns the statistics' new values.
         """
         if self.momentum is None:
             total = before["moving_count"] + count
@@ -328,15 +323,18 @@ class SynchronizedLayer(StatisticsLayer):
 
 @shared
 def _moved(count: tf.Tensor, rate: tf.Tensor, *averages_and_targets: tf.Tensor) -> list[tf.Tensor]:
-    """Returns the averages, moved by ``rate`` towards as many targets.
+    """Returns the averages, moved by ``rate`` towards as many targets, which are float64.
 
     Where ``count`` is zero, they stay.
     """
     half = len(averages_and_targets) // 2
     averages, targets = averages_and_targets[:half], averages_and_targets[half:]
-    rate = tf.where(count > 0, rate, 0.0)
+    moved = tf.where(count > 0, rate, 0.0)
+    kept = 1.0 - moved
+    # Two shares, not the average plus a part of the difference: beside an average of 1 that would
+    # round a variance of 1e-8 away. In float64, since in float32 they do not add up to one.
     return [
-        average + (target - average) * tf.cast(rate, average.dtype)
+        tf.cast(kept * tf.cast(average, tf.float64) + moved * target, average.dtype)
         for average, target in zip(averages, targets, strict=True)
     ]
 

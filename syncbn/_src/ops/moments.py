@@ -380,12 +380,9 @@ def unbiased(moments: Moments) -> Moments:
     return moments._replace(variance=moments.variance * correction)
 
 
-def cut_off(
-    dtype: tf.DType, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor | None = None
-) -> Moments:
-    """Returns the moments in ``dtype``, with the gradient stopped."""
-    parts = count, tf.cast(mean, dtype), None if variance is None else tf.cast(variance, dtype)
-    return Moments(*(None if part is None else tf.stop_gradient(part) for part in parts))
+def cut_off(moments: Moments) -> Moments:
+    """Returns the moments with the gradient stopped."""
+    return Moments(*(None if part is None else tf.stop_gradient(part) for part in moments))
 
 
 def not_negative(variance: tf.Tensor) -> tf.Tensor:
