@@ -49,6 +49,35 @@ def test_integers_are_exact_in_training(make, policy, dtype, largest):
         np.testing.assert_allclose(layer.moving_variance, expected.variance, rtol=accuracy)
 
 
+@BOTH
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [
+        ("float16", "float32"),
+        ("bfloat16", "float32"),
+        ("float16", "mixed_bfloat16"),
+        ("float32", "float64"),
+    ],
+)
+def test_inputs_that_keras_does_not_cast_are_computed_as_wide_as_the_outputs(
+    make, given, policy, graph
+):
+    # What is left of them when they are centered is more than float16 holds.
+    x = np.random.default_rng(0).choice([6e4, 6e4, 6e4, -6e4], size=(16, 5, 3))
+    x = tf.cast(x + np.arange(16).reshape(-1, 1, 1), given)
+    layer = make(autocast=False, dtype=policy, momentum=0.0)
+    layer.build(x.shape)
+    step = tf.function(lambda x: layer(x, training=True)) if graph else layer
+    y = step(x, **({} if graph else {"training": True}))
+    assert y.dtype == layer.compute_dtype
+    expected = truth(make, tf.cast(x, tf.float64).numpy())
+    tolerance = TOLERANCE[layer.compute_dtype]
+    scale = np.abs(expected.y).max()
+    np.testing.assert_allclose(tf.cast(y, tf.float64), expected.y, atol=tolerance * scale, rtol=0)
+    np.testing.assert_allclose(layer.moving_mean, expected.mean, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_a_converted_model_takes_the_integers_that_it_took(dtype, policy):

@@ -175,6 +175,16 @@ class SynchronizedLayer(StatisticsLayer):
         # Not to 16 bits, as Keras casts the outputs: that rounds integers from 257 on.
         return tf.cast(inputs, statistics_dtype(tf.as_dtype(self.compute_dtype)))
 
+    def _wide_enough(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Casts floats that could not hold the outputs, which have the inputs' dtype until the end.
+
+        Keras casts inputs to the compute dtype, but for a layer with ``autocast=False``.
+        """
+        compute = tf.as_dtype(self.compute_dtype)
+        wide = statistics_dtype(compute)
+        enough = inputs.dtype == compute or inputs.dtype.size >= wide.size
+        return inputs if enough else tf.cast(inputs, wide)
+
     def _with_known_channels(self, inputs: tf.Tensor) -> tf.Tensor:
         """Sets the static rank and channels to those that the layer was built for.
 
@@ -192,7 +202,7 @@ class SynchronizedLayer(StatisticsLayer):
     ) -> tuple[tf.Tensor, ...]:
         """Returns the outputs, and the batch's arguments for `_move`."""
         axes = normalized_axes(self.axis, inputs.shape.as_list())
-        inputs = with_checked_channels(inputs, axes)
+        inputs = self._wide_enough(with_checked_channels(inputs, axes))
         if mask is not None:
             mask = expand_mask(mask, inputs)
         replicas = self._replicas(inputs.shape[0])
