@@ -96,7 +96,8 @@ class SynchronizedLayer(StatisticsLayer):
         """Applies the layer.
 
         Args:
-            inputs: Rank 2 at least. Integers and booleans are cast to floats.
+            inputs: Rank 2 at least. Integers and booleans are cast to floats. A `tf.RaggedTensor`
+                must have its channels in dimensions that are not ragged.
             training: Whether to use the statistics of the batch over all replicas, and move the
                 moving ones towards them, rather than use the moving ones. In that case every
                 replica has to make the call, with an empty batch if need be. A call in the
@@ -106,7 +107,7 @@ class SynchronizedLayer(StatisticsLayer):
             mask: Booleans, with one dimension fewer than ``inputs``: they cover all dimensions but
                 the last. With still fewer they cover the leading ones. The statistics are those of
                 the elements where it is true, whatever the others hold; all elements are
-                normalized.
+                normalized. With ragged inputs it is ragged too.
             update_moving_statistics: Whether a training call updates the moving statistics. False
                 for a batch that is seen a second time. The forward pass that `tf.recompute_grad`
                 repeats for the gradient does not update them anyway, unless it is that of a
@@ -116,8 +117,9 @@ class SynchronizedLayer(StatisticsLayer):
             The outputs, in the shape of ``inputs`` and the layer's compute dtype.
 
         Raises:
-            TypeError: inputs that are not floats, integers or booleans.
-            ValueError: a mask of more dimensions, or an axis that the inputs do not have.
+            TypeError: inputs that are not floats, integers or booleans, or are sparse.
+            ValueError: a mask of more dimensions, or an axis that the inputs do not have; a ragged
+                tensor with another kind of mask, with ``target_batch`` or virtual batches.
             NotImplementedError: with ``renorm``, in `tf.recompute_grad`; with gamma or beta, where
                 that is inside of a vectorized loop of a graph.
             RuntimeError: in the cross-replica context of a strategy that joins several workers,
@@ -125,8 +127,15 @@ class SynchronizedLayer(StatisticsLayer):
                 with groups, which are groups of replicas.
             ImportError, RuntimeError: see `syncbn.resolve`.
         """
-        inputs = self._with_known_channels(self._floating(inputs))
         training = keras_api.training_mode(self, training)
+        if isinstance(inputs, tf.RaggedTensor):
+            dense, mask = self._without_padding(inputs, mask, training is not False)
+            # Not `self.call`: where a subclass has its own, that is running already.
+            outputs = SynchronizedLayer.call(self, dense, training, mask, update_moving_statistics)
+            return inputs.with_flat_values(
+                tf.squeeze(outputs, list(range(1, inputs.ragged_rank + 1)))
+            )
+        inputs = self._with_known_channels(self._floating(inputs))
         if training is False:
             return self._call_inference(inputs)
         if self.trainable_weights and loses_gradients():
@@ -159,12 +168,46 @@ class SynchronizedLayer(StatisticsLayer):
                 )
         return outputs
 
+    def _without_padding(
+        self, inputs: tf.RaggedTensor, mask: Any, trains: bool
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Returns the elements of a ragged tensor and of its mask, dense, with the same axes.
+
+        All are in the first dimension; those that were ragged have size one.
+        """
+        ragged = inputs.ragged_rank
+        masked = trains and mask is not None
+        behind = min(normalized_axes(self.axis, inputs.shape.as_list())) > ragged
+        if (
+            not behind
+            or (masked and getattr(mask, "ragged_rank", None) != ragged)
+            or (trains and self._counts_samples())
+        ):
+            raise ValueError(
+                f"{type(self).__name__} takes a ragged tensor if the channels are behind its "
+                "ragged dimensions, a mask is ragged as well, and neither virtual_batch_size nor "
+                f"target_batch is given. Received: axis={self.axis} for input shape "
+                f"{tuple(inputs.shape)}, and a mask of type {type(mask).__name__}. Pass a dense "
+                "tensor and its mask: layer(x.to_tensor(), mask=tf.sequence_mask(x.row_lengths()))."
+            )
+        at = (slice(None), *[tf.newaxis] * ragged)
+        return inputs.flat_values[at], mask.flat_values[at] if masked else None
+
+    def _counts_samples(self) -> bool:
+        """Says whether results depend on which elements are of the same sample."""
+        return self._groups.grouping.target_batch is not None
+
     def _uses_moving_statistics(self) -> bool:
         """Says whether the outputs in training depend on statistics that the call updates."""
         return False
 
     def _floating(self, inputs: tf.Tensor) -> tf.Tensor:
         """Casts integers and booleans to the dtype of their statistics."""
+        if isinstance(inputs, tf.SparseTensor):
+            raise TypeError(
+                f"{type(self).__name__} needs dense inputs, since its outputs are dense. Received: "
+                "a SparseTensor. Use tf.sparse.to_dense(x)."
+            )
         if inputs.dtype.is_floating:
             return inputs
         if not (inputs.dtype.is_integer or inputs.dtype.is_bool):
