@@ -168,6 +168,43 @@ def test_a_pipeline_with_a_numpy_function_trains_and_predicts(shape, known):
     np.testing.assert_allclose(y, model.predict(plain, verbose=0), rtol=1e-5, atol=1e-6)
 
 
+@BOTH
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int32"])
+def test_an_array_where_keras_does_not_convert_it(make, training, dtype):
+    x = np.random.default_rng(0).normal(3, 20, size=(6, 3)).astype(dtype)
+    layer = make(momentum=0.0)
+    layer.build(x.shape)
+    y = layer.call(x, training=training)
+    assert y.dtype == "float32"
+    np.testing.assert_allclose(y, layer(x, training=training), rtol=1e-6, atol=1e-6)
+    if KERAS_3:
+        trainable, other = (
+            [v.value for v in vs]
+            for vs in (layer.trainable_variables, layer.non_trainable_variables)
+        )
+        y, _ = layer.stateless_call(trainable, other, x, training=training)
+        np.testing.assert_allclose(y, layer(x, training=training), rtol=1e-6, atol=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_all_axes_may_be_those_of_channels(make, masked, graph):
+    if KERAS_3 and make is syncbn.SyncBatchNormalization:
+        pytest.skip("Keras 3 normalizes one axis")
+    x = np.random.default_rng(0).normal(3, 2, size=(4, 3)).astype("float32")
+    layer = make(axis=[0, 1], momentum=0.0)
+    layer.build(x.shape)
+    mask = tf.constant([True, True, False, True]) if masked else None
+    step = tf.function(lambda x: layer(x, training=True, mask=mask)) if graph else layer
+    y = step(x, **({} if graph else {"training": True, "mask": mask}))
+    seen = mask.numpy() if masked else np.ones(4, bool)
+    # Each element is a channel of its own, and so its mean.
+    np.testing.assert_allclose(y.numpy()[seen], np.zeros((seen.sum(), 3)), atol=1e-6)
+    np.testing.assert_allclose(np.reshape(layer.moving_mean, [4, 3])[seen], x[seen], rtol=1e-6)
+
+
 def ragged(values, lengths):
     return tf.RaggedTensor.from_nested_row_lengths(values, lengths)
 

@@ -91,7 +91,7 @@ class SynchronizedLayer(StatisticsLayer):
         inputs: Any,
         training: Any = None,
         mask: Any = None,
-        update_moving_statistics: bool = True,
+        update_moving_statistics: Any = True,
     ) -> Any:
         """Applies the layer.
 
@@ -108,10 +108,10 @@ class SynchronizedLayer(StatisticsLayer):
                 the last. With still fewer they cover the leading ones. The statistics are those of
                 the elements where it is true, whatever the others hold; all elements are
                 normalized. With ragged inputs it is ragged too.
-            update_moving_statistics: Whether a training call updates the moving statistics. False
-                for a batch that is seen a second time. The forward pass that `tf.recompute_grad`
-                repeats for the gradient does not update them anyway, unless it is that of a
-                `tf.function`, whose trace is the same both times.
+            update_moving_statistics: Whether a training call updates the moving statistics; a bool,
+                or a tensor. False for a batch that is seen a second time. The forward pass that
+                `tf.recompute_grad` repeats for the gradient does not update them anyway, unless it
+                is that of a `tf.function`, whose trace is the same both times.
 
         Returns:
             The outputs, in the shape of ``inputs`` and the layer's compute dtype.
@@ -157,6 +157,10 @@ class SynchronizedLayer(StatisticsLayer):
             )
         else:
             outputs, *batch = self._train(inputs, mask, before)
+        if tf.is_symbolic_tensor(update_moving_statistics):
+            # Where the count is zero, nothing moves.
+            batch[0] = tf.where(tf.cast(update_moving_statistics, tf.bool), batch[0], 0.0)
+            update_moving_statistics = True
         if update_moving_statistics:
             if not repeats_forward():
                 self._move(before, *batch)
@@ -201,13 +205,14 @@ class SynchronizedLayer(StatisticsLayer):
         """Says whether the outputs in training depend on statistics that the call updates."""
         return False
 
-    def _floating(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Casts integers and booleans to the dtype of their statistics."""
+    def _floating(self, inputs: Any) -> tf.Tensor:
+        """Returns a tensor of floats: integers and booleans in the dtype of their statistics."""
         if isinstance(inputs, tf.SparseTensor):
             raise TypeError(
                 f"{type(self).__name__} needs dense inputs, since its outputs are dense. Received: "
                 "a SparseTensor. Use tf.sparse.to_dense(x)."
             )
+        inputs = tf.convert_to_tensor(inputs)  # arrays, where Keras has not been asked to call
         if inputs.dtype.is_floating:
             return inputs
         if not (inputs.dtype.is_integer or inputs.dtype.is_bool):

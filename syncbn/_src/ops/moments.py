@@ -106,7 +106,8 @@ def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = N
         return sum_to_channels(
             tf.cast(tf.broadcast_to(mask, tf.shape(x, tf.int64)), tf.float64), axes
         )
-    reduced = tf.gather(tf.shape(x, tf.int64), reduction_axes(x.shape.rank, axes))
+    others = tf.constant(reduction_axes(x.shape.rank, axes), tf.int32)  # there may be none
+    reduced = tf.gather(tf.shape(x, tf.int64), others)
     return tf.fill([channel_count(x, axes)], tf.reduce_prod(tf.cast(reduced, tf.float64)))
 
 
