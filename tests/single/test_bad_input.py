@@ -97,6 +97,38 @@ def test_a_mask_of_another_batch_where_a_graph_knows_no_sizes(make):
 
 
 @BOTH
+@pytest.mark.parametrize("training", [False, True])
+def test_a_sparse_tensor(make, training):
+    with pytest.raises(TypeError, match=r"dense inputs.*a SparseTensor.*tf\.sparse\.to_dense"):
+        make()(tf.sparse.eye(3), training=training)
+
+
+@pytest.mark.parametrize(
+    ("options", "masked"),
+    [({"target_batch": 4}, False), ({"virtual_batch_size": 2}, False), ({}, True)],
+    ids=["target_batch", "virtual_batch_size", "dense mask"],
+)
+def test_a_ragged_tensor_of_which_the_layer_needs_the_samples(options, masked):
+    layer = syncbn.SyncBatchNormalization(**options)
+    x = tf.RaggedTensor.from_row_lengths(tf.ones([3, 3]), [1, 2])
+    mask = tf.ones([2, 2], tf.bool) if masked else None
+    with pytest.raises(ValueError, match=r"takes a ragged tensor if.*Received.*\(2, None, 3\).*x"):
+        layer(x, training=True, mask=mask)
+    assert layer(x, training=False).shape.as_list() == [2, None, 3]
+    # The way out that it names.
+    layer(x.to_tensor(), training=True, mask=tf.sequence_mask(x.row_lengths()))
+
+
+@BOTH
+def test_a_ragged_tensor_with_channels_in_front(make):
+    x = tf.RaggedTensor.from_uniform_row_length(
+        tf.RaggedTensor.from_row_lengths(tf.ones([8, 4]), [1, 2, 1, 4]), 2
+    )
+    with pytest.raises(ValueError, match=r"takes a ragged tensor if.*\(2, 2, None, 4\).*to_tensor"):
+        make(axis=1)(x, training=True)
+
+
+@BOTH
 @pytest.mark.parametrize("axis", ["channels", 1.5, ["channels"], None])
 def test_an_axis_that_is_no_number(make, axis):
     message = rf"must be an integer.*Received: axis={re.escape(repr(axis))}.*axis=-1"

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from tests.keras import KERAS_3, keras
+from tests.keras import KERAS_3, keras, with_renormalization
 
 STATISTICS = ("moving_mean", "moving_variance")
 
@@ -139,6 +139,20 @@ def test_the_cumulative_average_weighs_batches_by_their_counts():
     np.testing.assert_array_equal(layer.moving_count, [2 * 12] * 3)
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("momentum", [0.0, None], ids=str)
+@pytest.mark.parametrize("deviation", [1e-4, 1e-11], ids=str)
+def test_a_small_variance_keeps_its_digits_beside_an_average_of_one(deviation, momentum, graph):
+    x = data(16, 3) * np.float32(deviation)
+    truth = x.astype("float64").var(0)
+    layer = syncbn.SyncBatchNormalization(momentum=momentum, epsilon=1e-30)
+    layer.build(x.shape)
+    step = tf.function(lambda x: layer(x, training=True)) if graph else layer
+    for _ in range(5):
+        step(x, **({} if graph else {"training": True}))
+        np.testing.assert_allclose(layer.moving_variance, truth, rtol=1e-6)
+
+
 def test_the_unbiased_variance_of_a_single_element_is_zero():
     layer = syncbn.SyncBatchNormalization(momentum=0.0, unbiased_moving_variance=True)
     layer(data(1, 3), training=True)
@@ -244,6 +258,35 @@ def test_a_training_flag_can_be_a_tensor():
     np.testing.assert_array_equal(layer.moving_mean, np.zeros(3))
     np.testing.assert_allclose(call(tf.constant(True)).numpy().mean(0), np.zeros(3), atol=1e-6)
     np.testing.assert_allclose(layer.moving_mean, x.mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": None}, pytest.param({"renorm": True}, marks=with_renormalization)],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [True, "tensor"], ids=str)
+def test_whether_the_statistics_move_can_be_a_tensor(options, training):
+    layer, other = (syncbn.SyncBatchNormalization(**options) for _ in range(2))
+    batches = [data(5, 3, seed=seed) for seed in range(3)]
+    for one in (layer, other):
+        one.build((None, 3))
+
+    @tf.function
+    def call(x, update, training):
+        return layer(x, training=training, update_moving_statistics=update)
+
+    for update, x in zip((True, False, True), batches, strict=True):
+        # Neither does it trace again.
+        arguments = tf.constant(update), tf.constant(True) if training == "tensor" else training
+        before = other.get_weights()
+        y = call(x, *arguments)
+        np.testing.assert_allclose(y, other(x, training=True), atol=1e-6)
+        if not update:
+            other.set_weights(before)
+        for ours, theirs in zip(layer.get_weights(), other.get_weights(), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert call.experimental_get_tracing_count() == 1
 
 
 def test_a_mask_travels_through_a_model():

@@ -205,6 +205,9 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
         renorm = ("moving_variance", *_RENORM) if self.renorm else ()
         return (*super()._moving(), *renorm)
 
+    def _counts_samples(self) -> bool:
+        return super()._counts_samples() or self._virtual_batch_size is not None
+
     def _uses_moving_statistics(self) -> bool:
         return self.renorm
 

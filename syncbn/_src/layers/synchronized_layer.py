@@ -91,12 +91,13 @@ class SynchronizedLayer(StatisticsLayer):
         inputs: Any,
         training: Any = None,
         mask: Any = None,
-        update_moving_statistics: bool = True,
+        update_moving_statistics: Any = True,
     ) -> Any:
         """Applies the layer.
 
         Args:
-            inputs: Rank 2 at least. Integers and booleans are cast to floats.
+            inputs: Rank 2 at least. Integers and booleans are cast to floats. A `tf.RaggedTensor`
+                must have its channels in dimensions that are not ragged.
             training: Whether to use the statistics of the batch over all replicas, and move the
                 moving ones towards them, rather than use the moving ones. In that case every
                 replica has to make the call, with an empty batch if need be. A call in the
@@ -106,18 +107,19 @@ class SynchronizedLayer(StatisticsLayer):
             mask: Booleans, with one dimension fewer than ``inputs``: they cover all dimensions but
                 the last. With still fewer they cover the leading ones. The statistics are those of
                 the elements where it is true, whatever the others hold; all elements are
-                normalized.
-            update_moving_statistics: Whether a training call updates the moving statistics. False
-                for a batch that is seen a second time. The forward pass that `tf.recompute_grad`
-                repeats for the gradient does not update them anyway, unless it is that of a
-                `tf.function`, whose trace is the same both times.
+                normalized. With ragged inputs it is ragged too.
+            update_moving_statistics: Whether a training call updates the moving statistics; a bool,
+                or a tensor. False for a batch that is seen a second time. The forward pass that
+                `tf.recompute_grad` repeats for the gradient does not update them anyway, unless it
+                is that of a `tf.function`, whose trace is the same both times.
 
         Returns:
             The outputs, in the shape of ``inputs`` and the layer's compute dtype.
 
         Raises:
-            TypeError: inputs that are not floats, integers or booleans.
-            ValueError: a mask of more dimensions, or an axis that the inputs do not have.
+            TypeError: inputs that are not floats, integers or booleans, or are sparse.
+            ValueError: a mask of more dimensions, or an axis that the inputs do not have; a ragged
+                tensor with another kind of mask, with ``target_batch`` or virtual batches.
             NotImplementedError: with ``renorm``, in `tf.recompute_grad`; with gamma or beta, where
                 that is inside of a vectorized loop of a graph.
             RuntimeError: in the cross-replica context of a strategy that joins several workers,
@@ -125,8 +127,15 @@ class SynchronizedLayer(StatisticsLayer):
                 with groups, which are groups of replicas.
             ImportError, RuntimeError: see `syncbn.resolve`.
         """
-        inputs = self._with_known_channels(self._floating(inputs))
         training = keras_api.training_mode(self, training)
+        if isinstance(inputs, tf.RaggedTensor):
+            dense, mask = self._without_padding(inputs, mask, training is not False)
+            # Not `self.call`: where a subclass has its own, that is running already.
+            outputs = SynchronizedLayer.call(self, dense, training, mask, update_moving_statistics)
+            return inputs.with_flat_values(
+                tf.squeeze(outputs, list(range(1, inputs.ragged_rank + 1)))
+            )
+        inputs = self._with_known_channels(self._floating(inputs))
         if training is False:
             return self._call_inference(inputs)
         if self.trainable_weights and loses_gradients():
@@ -148,6 +157,10 @@ class SynchronizedLayer(StatisticsLayer):
             )
         else:
             outputs, *batch = self._train(inputs, mask, before)
+        if tf.is_symbolic_tensor(update_moving_statistics):
+            # Where the count is zero, nothing moves.
+            batch[0] = tf.where(tf.cast(update_moving_statistics, tf.bool), batch[0], 0.0)
+            update_moving_statistics = True
         if update_moving_statistics:
             if not repeats_forward():
                 self._move(before, *batch)
@@ -159,12 +172,47 @@ class SynchronizedLayer(StatisticsLayer):
                 )
         return outputs
 
+    def _without_padding(
+        self, inputs: tf.RaggedTensor, mask: Any, trains: bool
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Returns the elements of a ragged tensor and of its mask, dense, with the same axes.
+
+        All are in the first dimension; those that were ragged have size one.
+        """
+        ragged = inputs.ragged_rank
+        masked = trains and mask is not None
+        behind = min(normalized_axes(self.axis, inputs.shape.as_list())) > ragged
+        if (
+            not behind
+            or (masked and getattr(mask, "ragged_rank", None) != ragged)
+            or (trains and self._counts_samples())
+        ):
+            raise ValueError(
+                f"{type(self).__name__} takes a ragged tensor if the channels are behind its "
+                "ragged dimensions, a mask is ragged as well, and neither virtual_batch_size nor "
+                f"target_batch is given. Received: axis={self.axis} for input shape "
+                f"{tuple(inputs.shape)}, and a mask of type {type(mask).__name__}. Pass a dense "
+                "tensor and its mask: layer(x.to_tensor(), mask=tf.sequence_mask(x.row_lengths()))."
+            )
+        at = (slice(None), *[tf.newaxis] * ragged)
+        return inputs.flat_values[at], mask.flat_values[at] if masked else None
+
+    def _counts_samples(self) -> bool:
+        """Says whether results depend on which elements are of the same sample."""
+        return self._groups.grouping.target_batch is not None
+
     def _uses_moving_statistics(self) -> bool:
         """Says whether the outputs in training depend on statistics that the call updates."""
         return False
 
-    def _floating(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Casts integers and booleans to the dtype of their statistics."""
+    def _floating(self, inputs: Any) -> tf.Tensor:
+        """Returns a tensor of floats: integers and booleans in the dtype of their statistics."""
+        if isinstance(inputs, tf.SparseTensor):
+            raise TypeError(
+                f"{type(self).__name__} needs dense inputs, since its outputs are dense. Received: "
+                "a SparseTensor. Use tf.sparse.to_dense(x)."
+            )
+        inputs = tf.convert_to_tensor(inputs)  # arrays, where Keras has not been asked to call
         if inputs.dtype.is_floating:
             return inputs
         if not (inputs.dtype.is_integer or inputs.dtype.is_bool):
@@ -174,6 +222,16 @@ class SynchronizedLayer(StatisticsLayer):
             )
         # Not to 16 bits, as Keras casts the outputs: that rounds integers from 257 on.
         return tf.cast(inputs, statistics_dtype(tf.as_dtype(self.compute_dtype)))
+
+    def _wide_enough(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Casts floats that could not hold the outputs, which have the inputs' dtype until the end.
+
+        Keras casts inputs to the compute dtype, but for a layer with ``autocast=False``.
+        """
+        compute = tf.as_dtype(self.compute_dtype)
+        wide = statistics_dtype(compute)
+        enough = inputs.dtype == compute or inputs.dtype.size >= wide.size
+        return inputs if enough else tf.cast(inputs, wide)
 
     def _with_known_channels(self, inputs: tf.Tensor) -> tf.Tensor:
         """Sets the static rank and channels to those that the layer was built for.
@@ -192,19 +250,15 @@ class SynchronizedLayer(StatisticsLayer):
     ) -> tuple[tf.Tensor, ...]:
         """Returns the outputs, and the batch's arguments for `_move`."""
         axes = normalized_axes(self.axis, inputs.shape.as_list())
-        inputs = with_checked_channels(inputs, axes)
+        inputs = self._wide_enough(with_checked_channels(inputs, axes))
         if mask is not None:
             mask = expand_mask(mask, inputs)
         replicas = self._replicas(inputs.shape[0])
         outputs, count, *targets = self._call_training(inputs, axes, mask, replicas, before)
-        statistics = [before[name] for name in self._statistics()]
-        shape = statistics[0].shape
+        shape = before[self._statistics()[0]].shape
         if count.shape == [shape.num_elements()]:
             count = _shaped(count, shape)
-        targets = [
-            _shaped(tf.cast(target, statistic.dtype), shape)
-            for statistic, target in zip(statistics, targets, strict=True)
-        ]
+        targets = [_shaped(target, shape) for target in targets]
         return tf.cast(outputs, self.compute_dtype), count, *targets
 
     def _with_counts(self, outputs: tf.Tensor, count: tf.Tensor, *targets: tf.Tensor) -> tuple:
@@ -213,9 +267,8 @@ class SynchronizedLayer(StatisticsLayer):
 
     def _no_batch(self) -> list[tf.Tensor]:
         """Returns arguments with which `_move` changes nothing."""
-        statistics = [getattr(self, name) for name in self._statistics()]
-        zeros = [tf.zeros(statistic.shape, statistic.dtype) for statistic in statistics]
-        return [tf.zeros(statistics[0].shape, tf.float64), *zeros]
+        names = self._statistics()
+        return [tf.zeros(getattr(self, names[0]).shape, tf.float64)] * (1 + len(names))
 
     def _statistics(self) -> tuple[str, ...]:
         """Returns the names of the statistics that move towards a batch's, all of one shape."""
@@ -301,8 +354,8 @@ class SynchronizedLayer(StatisticsLayer):
     ) -> list[tf.Tensor]:
         """Moves the statistics towards those of a batch of ``count`` elements per channel.
 
-        All arguments have the statistics' shape, or the count is one for all channels. Where it is
-        zero, nothing moves. Returns the statistics' new values.
+        All arguments have the statistics' shape, or the count is one for all channels. The targets
+        are float64. Where the count is zero, nothing moves. Returns the statistics' new values.
         """
         if self.momentum is None:
             total = before["moving_count"] + count
@@ -328,15 +381,18 @@ class SynchronizedLayer(StatisticsLayer):
 
 @shared
 def _moved(count: tf.Tensor, rate: tf.Tensor, *averages_and_targets: tf.Tensor) -> list[tf.Tensor]:
-    """Returns the averages, moved by ``rate`` towards as many targets.
+    """Returns the averages, moved by ``rate`` towards as many targets, which are float64.
 
     Where ``count`` is zero, they stay.
     """
     half = len(averages_and_targets) // 2
     averages, targets = averages_and_targets[:half], averages_and_targets[half:]
-    rate = tf.where(count > 0, rate, 0.0)
+    moved = tf.where(count > 0, rate, 0.0)
+    kept = 1.0 - moved
+    # Two shares, not the average plus a part of the difference: beside an average of 1 that would
+    # round a variance of 1e-8 away. In float64, since in float32 they do not add up to one.
     return [
-        average + (target - average) * tf.cast(rate, average.dtype)
+        tf.cast(kept * tf.cast(average, tf.float64) + moved * target, average.dtype)
         for average, target in zip(averages, targets, strict=True)
     ]
 

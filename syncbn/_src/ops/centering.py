@@ -59,8 +59,8 @@ def center(
 
         return (y, taken_up.count, taken_up.mean), gradient
 
-    y, *taken_up = subtract_mean(in_current_graph(x))
-    return y, cut_off(statistics_dtype(x.dtype), *taken_up)
+    y, count, mean = subtract_mean(in_current_graph(x))
+    return y, cut_off(Moments(count, mean, None))
 
 
 class _Centering(NamedTuple):

@@ -106,7 +106,8 @@ def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = N
         return sum_to_channels(
             tf.cast(tf.broadcast_to(mask, tf.shape(x, tf.int64)), tf.float64), axes
         )
-    reduced = tf.gather(tf.shape(x, tf.int64), reduction_axes(x.shape.rank, axes))
+    others = tf.constant(reduction_axes(x.shape.rank, axes), tf.int32)  # there may be none
+    reduced = tf.gather(tf.shape(x, tf.int64), others)
     return tf.fill([channel_count(x, axes)], tf.reduce_prod(tf.cast(reduced, tf.float64)))
 
 
@@ -380,12 +381,9 @@ def unbiased(moments: Moments) -> Moments:
     return moments._replace(variance=moments.variance * correction)
 
 
-def cut_off(
-    dtype: tf.DType, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor | None = None
-) -> Moments:
-    """Returns the moments in ``dtype``, with the gradient stopped."""
-    parts = count, tf.cast(mean, dtype), None if variance is None else tf.cast(variance, dtype)
-    return Moments(*(None if part is None else tf.stop_gradient(part) for part in parts))
+def cut_off(moments: Moments) -> Moments:
+    """Returns the moments with the gradient stopped."""
+    return Moments(*(None if part is None else tf.stop_gradient(part) for part in moments))
 
 
 def not_negative(variance: tf.Tensor) -> tf.Tensor:

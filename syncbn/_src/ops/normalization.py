@@ -83,7 +83,7 @@ def batch_normalize(
 
     Returns:
         ``y``, in the shape and dtype of ``x``, and the moments for the moving statistics, in
-        float32 at least and with the gradient stopped.
+        float64 and with the gradient stopped.
 
         The gradient is that of the loss summed over the replicas with respect to this replica's
         ``x``, and this replica's own contribution to those of ``gamma`` and ``beta``.
@@ -104,7 +104,7 @@ def batch_normalize(
     else:
         normalize = _normalize(normalization, replicas, mask, correction, bessel, taken_up.append)
     y = tf.custom_gradient(normalize)(x, gamma, beta)
-    return y, cut_off(dtype, *taken_up[0])
+    return y, cut_off(taken_up[0])
 
 
 class _Factors(NamedTuple):

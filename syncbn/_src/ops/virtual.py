@@ -58,11 +58,11 @@ def virtual_batch_normalize(
     dtype = statistics_dtype(x.dtype)
     wide_x = tf.cast(x, dtype)
     slices = _slices(wide_x, axes, size, mask)
-    taken_up = _average(unbiased(slices.moments) if bessel else slices.moments, replicas, dtype)
+    taken_up = _average(unbiased(slices.moments) if bessel else slices.moments, replicas)
     mean, variance = (tf.cast(part, dtype) for part in slices.moments[1:])
     scale = gamma * tf.math.divide_no_nan(tf.ones([], dtype), tf.sqrt(variance + epsilon))
     if correction is not None:
-        r, d = map(tf.stop_gradient, correction(taken_up.mean, taken_up.variance))
+        r, d = map(tf.stop_gradient, correction(*(tf.cast(part, dtype) for part in taken_up[1:])))
         scale, beta = scale * r, beta + gamma * d
     offset = tf.broadcast_to(beta, tf.shape(scale))
     mean, scale, offset = (
@@ -94,11 +94,10 @@ def _slices(x: tf.Tensor, axes: Sequence[int], size: int, mask: tf.Tensor | None
     return Slices(of_samples, moments)
 
 
-def _average(moments: Moments, replicas: Replicas, dtype: tf.DType) -> Moments:
+def _average(moments: Moments, replicas: Replicas) -> Moments:
     weighed = weigh(moments)
     total = tf.stop_gradient(tf.reduce_sum(pack(weighed), 0))
-    count, *values = average(replicas.all_reduce_sum(total, "moving"), weighed)
-    return Moments(count, *(tf.cast(value, dtype) for value in values))
+    return average(replicas.all_reduce_sum(total, "moving"), weighed)
 
 
 def _sample_counts(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) -> tf.Tensor:
