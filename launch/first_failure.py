@@ -98,7 +98,7 @@ def main() -> int:
 
     def fail(error: OSError) -> None:
         failures.append(error)
-        job.send(signal.SIGTERM)
+        job.end()
         with contextlib.suppress(OSError):
             print(f"first_failure.py: output could not be passed on: {error}", file=sys.stderr)
 

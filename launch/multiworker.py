@@ -39,6 +39,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from decimal import Decimal
@@ -49,7 +50,7 @@ from process_groups import end, ended, free_addresses, settle
 from rank_lines import NO_TAG, Copier, Target
 from rank_signals import children, to_signal
 
-SETTLE, TERMINATE = 5.0, 5.0
+SAY, SETTLE, TERMINATE = 1.0, 5.0, 5.0
 """Seconds that workers get to fail by themselves, and to end when told to."""
 SAVE = 120.0
 """Seconds that they get to end by themselves when this script is told to end, as by a scheduler."""
@@ -225,9 +226,11 @@ def wait(
         if None not in ends.values():
             return 0
         for number in received[:]:
-            if number not in PASSED_ON or (number == signal.SIGTERM and deadline < float("inf")):
-                return 128 + number
+            if number == signal.SIGTERM and deadline < float("inf"):
+                return 128 + number  # it stays: nor does output wait then
             received.remove(number)
+            if number not in PASSED_ON:
+                return 128 + number
             family = children()
             for worker in workers.values():
                 for process in to_signal(worker.pid, family, number):
@@ -239,13 +242,13 @@ def wait(
     return 128 + signal.SIGTERM
 
 
-def finish(copiers: list[Copier], received: list[int]) -> None:
+def finish(copiers: list[Copier], messages: list[threading.Thread], received: list[int]) -> None:
     """Waits until all output of workers that have ended is passed on, or for a signal to end."""
     for copier in copiers:
         copier.ended.set()
-    for copier in copiers:
-        while copier.is_alive() and not any(number in ENDING for number in received):
-            copier.join(0.05)
+    for thread in [*copiers, *messages]:
+        while thread.is_alive() and not any(number in ENDING for number in received):
+            thread.join(0.05)
 
 
 def main() -> int:
@@ -264,9 +267,17 @@ def main() -> int:
     output = Target()
     errors = output if os.path.sameopenfile(1, 2) else Target()
 
+    messages: list[threading.Thread] = []
+
     def say(message: str) -> None:
-        with contextlib.suppress(OSError):  # nobody hears it
-            errors.write(2, b"", f"multiworker.py: {message}\n".encode(), False)
+        def write() -> None:
+            with contextlib.suppress(OSError):  # nobody hears it
+                errors.write(2, b"", f"multiworker.py: {message}\n".encode(), False)
+
+        # Where nobody takes what the workers print, neither does anybody this; the job goes on.
+        messages.append(threading.Thread(target=write, daemon=True))
+        messages[-1].start()
+        messages[-1].join(SAY)
 
     lost: list[str] = []
 
@@ -295,10 +306,9 @@ def main() -> int:
         for copier in copiers:
             copier.start()
         code = wait(workers, received, lost, say)
-        received.clear()
     finally:
         end(list(workers.values()), TERMINATE)
-        finish(copiers, received)
+        finish(copiers, messages, received)
     return 1 if lost else code
 
 

@@ -44,6 +44,8 @@ PATIENCE = 1.0
 """Seconds after which what has come of a line is printed, finished or not."""
 AFTERWARDS = 5.0
 """Seconds to wait for output after the end of mpirun, which somebody else may keep open."""
+AT_ONCE = 0.01
+"""Seconds in which a text is written where somebody takes it."""
 LOOK = 0.5
 """Seconds between looks at whether mpirun has ended, where nothing comes."""
 
@@ -235,13 +237,12 @@ class Copier(threading.Thread):
                 self._fail(f"{type(error).__name__}: {error}")
 
     def _copy(self) -> None:
-        waited = 0.0
-        while waited < AFTERWARDS:
-            start = self._now()
-            timeout = min(max(self._lines.due() - start, 0), LOOK)
+        deadline = float("inf")
+        while self._now() < deadline:
+            timeout = min(max(self._lines.due() - self._now(), 0), LOOK)
             readable, _, _ = select.select([self._source], [], [], timeout)
             if self.ended.is_set():
-                waited += self._now() - start
+                deadline = min(deadline, self._now() + AFTERWARDS)
             if readable:
                 data = os.read(self._source.fileno(), 1 << 16)
                 if not data:
@@ -257,7 +258,10 @@ class Copier(threading.Thread):
     def _write(self, rank: bytes, text: bytes, continues: bool) -> None:
         start = time.monotonic()
         self._target.write(self._descriptor, rank, text, continues)
-        self._writing += time.monotonic() - start
+        seconds = time.monotonic() - start
+        # Or a helper of a rank that prints without end would keep the launcher for ever.
+        if seconds > AT_ONCE:
+            self._writing += seconds
 
 
 def write_lines(descriptor: int, text: bytes) -> None:

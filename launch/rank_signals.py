@@ -94,8 +94,13 @@ class LaunchedJob:
         """Sends a signal to the command's group, or ends where nobody is there."""
         if not self.send(number):  # and nobody may be reading its last words
             end_by(number)
-        if self._elastic and number in ENDING:
-            threading.Thread(target=self._kill_late, daemon=True).start()
+        elif number in ENDING:
+            self._kill_late_if_elastic()
+
+    def end(self) -> None:
+        """Tells the command's group to end."""
+        self.send(signal.SIGTERM)
+        self._kill_late_if_elastic()
 
     def ranks_here(self, family: "dict[int, list[int]]") -> "list[int]":
         """Returns the ranks on this machine, without what they have started.
@@ -141,6 +146,10 @@ class LaunchedJob:
         self.send(number)
         if self._elastic:
             self._kill_late()
+
+    def _kill_late_if_elastic(self) -> None:
+        if self._elastic:
+            threading.Thread(target=self._kill_late, daemon=True).start()
 
     def _kill_late(self) -> None:
         time.sleep(KILL)

@@ -8,12 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
 
 import pytest
 from multiworker import wait
 
-from tests import processes
+from tests import patience, processes
 from tests.launch_scripts import ARGUMENTS, LAUNCH, launch
 
 
@@ -154,14 +155,42 @@ def test_a_second_signal_ends_a_multiworker_whose_output_nobody_takes():
         "read, write = os.pipe()\n"
         "job = subprocess.Popen(sys.argv[1:], stdout=write)\n"
         "os.read(read, 1)\n"
-        "for seconds in (1, 1):\n"
-        "    job.terminate(); time.sleep(seconds)\n"
-        "    print('ended', job.poll(), flush=True)\n"
-        "job.kill()"
+        "job.terminate(); time.sleep(1)\n"
+        "print('ended', job.poll(), flush=True)\n"
+        "job.terminate()\n"
+        "print('ended', job.wait(), flush=True)\n"
     )
     command = [str(LAUNCH / "multiworker.py"), "--workers", "1", "--", "yes"]
     finished = processes.run([("", [sys.executable, "-c", code, *command], {})])
     assert f"ended None\nended {128 + signal.SIGTERM}\n" in finished.output, finished.output
+
+
+def test_multiworker_ends_though_a_helper_of_a_worker_prints_without_end():
+    marker = f"helper-{uuid.uuid4().hex}"
+    helper = f"setsid timeout {patience.limit():g} yes {marker} & sleep 1; exit 0"
+    script = f"{shlex.quote(str(LAUNCH / 'multiworker.py'))} --workers 1 -- bash -c '{helper}'"
+    begin = time.monotonic()
+    finished = processes.run([("", ["bash", "-c", f"{script} >/dev/null"], {})])
+    assert finished.code == 0, finished.output
+    assert time.monotonic() - begin < patience.limit() / 2
+    assert not processes.left(marker)  # nobody reads it now
+
+
+def test_a_worker_that_fails_ends_the_others_though_nobody_takes_the_output():
+    fails = 'if [[ "$TF_CONFIG" == *\'"index": 1\'* ]]; then sleep 1; exit 3; fi; exec yes'
+    code = (
+        "import os, subprocess, sys, time\n"
+        "read, write = os.pipe()\n"
+        "job = subprocess.Popen(sys.argv[1:], stdout=write, stderr=write)\n"
+        "left = ['pgrep', '-P', str(job.pid)]\n"
+        "os.read(read, 1)\n"
+        "while subprocess.call(left, stdout=subprocess.DEVNULL) == 0: time.sleep(0.1)\n"
+        "job.terminate()\n"
+        "print('code', job.wait())\n"
+    )
+    worker = [str(LAUNCH / "multiworker.py"), "--workers", "2", "--", "bash", "-c", fails]
+    finished = processes.run([("", [sys.executable, "-c", code, *worker], {})])
+    assert finished.output.count("code 3\n") == 1, finished.output
 
 
 @pytest.mark.parametrize("redirect", [">/dev/full", "2>/dev/full", ">/dev/full 2>&1"])

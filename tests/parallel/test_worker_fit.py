@@ -211,6 +211,27 @@ def test_what_a_callback_evaluates_is_not_logged_as_training(replicas):
         np.testing.assert_allclose(logs[1][name], values, rtol=1e-5, err_msg=name)
 
 
+def test_a_step_may_reset_its_metrics_and_a_model_have_a_reset_of_its_own(replicas):
+    class Resets(keras.Model):
+        def train_step(self, data):
+            self.reset_metrics()
+            return super().train_step(data)
+
+    def own_reset():
+        keras.Model.reset_metrics(model)
+
+    x, y = samples(8)
+    inputs = keras.Input((x.shape[1],))
+    model = Resets(inputs, keras.layers.Dense(y.shape[1] if y.ndim > 1 else 1)(inputs))
+    model.compile(training.distribute(keras.optimizers.SGD(0.0)), "mse", metrics=["mae"])
+    model.evaluate(x, y, verbose=0)  # Keras 2 creates the metrics here
+    model.reset_metrics = own_reset
+    callbacks = [training.BroadcastVariables(), training.AverageMetrics()]
+    history = model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks).history
+    assert np.isfinite(history["mae"]).all()
+    assert model.reset_metrics is own_reset
+
+
 # What Keras 3 says after the first epoch of an empty dataset.
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_callbacks_see_validation_that_only_some_workers_have_data_for(replicas):

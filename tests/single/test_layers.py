@@ -276,7 +276,8 @@ def test_whether_the_statistics_move_can_be_a_tensor(options, training):
     def call(x, update, training):
         return layer(x, training=training, update_moving_statistics=update)
 
-    for update, x in zip((True, False, True), batches, strict=True):
+    batches.insert(2, np.full((5, 3), np.nan, "float32"))
+    for update, x in zip((True, False, False, True), batches, strict=True):
         # Neither does it trace again.
         arguments = tf.constant(update), tf.constant(True) if training == "tensor" else training
         before = other.get_weights()

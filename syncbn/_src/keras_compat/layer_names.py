@@ -42,4 +42,4 @@ def collective_scope(layer: Any) -> str:
 
     Not Keras 3's path, which in a loaded `Sequential` is another one than in that which was saved.
     """
-    return "syncbn/" + re.sub(r"[^\w.\-/]", "_", layer.name)
+    return "syncbn/" + re.sub(r"[^\w.\-/]", "_", layer.name, flags=re.ASCII)

@@ -41,7 +41,7 @@ def has_state(optimizer: Any) -> bool:
     Of Keras 2's ``legacy`` ones that is not known, which create it bit by bit.
     """
     if KERAS_3:
-        return optimizer.built
+        return getattr(optimizer, "built", False)
     return bool(getattr(inner_optimizer(optimizer) or optimizer, _INDICES, None))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -70,12 +69,13 @@ class Momentum:
         if momentum.dtype != self._dtype:  # autocast: another value
             raise TypeError(self._must_be(self._variable))
         momentum = tf.cast(momentum, tf.float64)
-        # A graph cannot raise in Python. Clipping would silently train with another momentum.
+        # A graph cannot raise in Python. Clipping would silently train with another momentum. The
+        # NaN is a root, since a constant would alarm `tf.debugging.enable_check_numerics`.
         inside = (momentum >= 0.0) & (momentum <= 1.0)
         message = f"`{self._name}` must lie in [0, 1]. Received:"
         check = tf.raw_ops.Assert(condition=inside, data=[message, momentum])
         with tf.control_dependencies([check]):
-            return tf.where(inside, 1.0 - momentum, math.nan)
+            return 1.0 - momentum + tf.sqrt(tf.cast(inside, tf.float64) - 1.0)
 
     def _checked_variable(self, given: Any) -> tf.Variable:
         variable = keras_api.variable(given) if not isinstance(given, tf.Variable) else given

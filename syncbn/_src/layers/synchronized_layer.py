@@ -157,9 +157,12 @@ class SynchronizedLayer(StatisticsLayer):
             )
         else:
             outputs, *batch = self._train(inputs, mask, before)
+        if isinstance(update_moving_statistics, tf.Variable):
+            update_moving_statistics = tf.convert_to_tensor(update_moving_statistics)
         if tf.is_symbolic_tensor(update_moving_statistics):
-            # Where the count is zero, nothing moves.
-            batch[0] = tf.where(tf.cast(update_moving_statistics, tf.bool), batch[0], 0.0)
+            # Where the count is zero, nothing moves; but zero times a NaN of the batch is one.
+            moves = tf.cast(update_moving_statistics, tf.bool)
+            batch = [tf.where(moves, one, tf.zeros_like(one)) for one in batch]
             update_moving_statistics = True
         if update_moving_statistics:
             if not repeats_forward():
@@ -181,7 +184,8 @@ class SynchronizedLayer(StatisticsLayer):
         """
         ragged = inputs.ragged_rank
         masked = trains and mask is not None
-        behind = min(normalized_axes(self.axis, inputs.shape.as_list())) > ragged
+        shape = inputs.shape if inputs.shape.rank else [None] * self.input_spec.ndim
+        behind = min(normalized_axes(self.axis, list(shape))) > ragged
         if (
             not behind
             or (masked and getattr(mask, "ragged_rank", None) != ragged)
@@ -191,7 +195,7 @@ class SynchronizedLayer(StatisticsLayer):
                 f"{type(self).__name__} takes a ragged tensor if the channels are behind its "
                 "ragged dimensions, a mask is ragged as well, and neither virtual_batch_size nor "
                 f"target_batch is given. Received: axis={self.axis} for input shape "
-                f"{tuple(inputs.shape)}, and a mask of type {type(mask).__name__}. Pass a dense "
+                f"{tuple(shape)}, and a mask of type {type(mask).__name__}. Pass a dense "
                 "tensor and its mask: layer(x.to_tensor(), mask=tf.sequence_mask(x.row_lengths()))."
             )
         at = (slice(None), *[tf.newaxis] * ragged)

@@ -137,7 +137,7 @@ class BroadcastVariables(WorkerCallback):
             descriptions = [" ".join(pair) for pair in zip(descriptions, names, strict=True)]
         with self.model.distribute_strategy.scope():
             descriptions.append(f"{local_replicas()} replicas")
-        descriptions.append(f"{len(self._optimizers)} optimizers")
+        descriptions.append(f"optimizers: {', '.join(self._optimizers)}")
         names += ["of a process", "of the model"]
         require_agreement(communicator, descriptions, names, "synchronized layers", self.root)
 

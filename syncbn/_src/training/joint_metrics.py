@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.host_collectives import require_agreement, sum_arrays, sum_of_all
@@ -122,15 +123,19 @@ class MetricsBeforeReset:
         if isinstance(before, MetricsBeforeReset):  # of a `fit` that failed
             before.end()
         self._model, self._reset = model, model.reset_metrics
+        self._own = vars(model).get("reset_metrics")
         model.reset_metrics = self._keep_and_reset
 
     def end(self) -> None:
         """Lets the model reset its metrics as before."""
         if self._model.reset_metrics == self._keep_and_reset:
             del self._model.reset_metrics
+            if self._own is not None:
+                self._model.reset_metrics = self._own
 
     def _keep_and_reset(self) -> None:
-        if self.values is None:
+        # Not where a step of the model's own is traced, which resets them in each step.
+        if self.values is None and tf.executing_eagerly():
             self.values = _values(self._model)
         self._reset()
 

@@ -48,7 +48,7 @@ def _named(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, list | tuple):
         pairs = enumerate(value)
     elif isinstance(value, dict):
-        pairs = value.items()
+        pairs = sorted(value.items(), key=str)
     for key, one in pairs:
         if isinstance(one, OPTIMIZERS):
             yield f"{name}[{key!r}]", one
@@ -73,5 +73,6 @@ def create_states(optimizers: Mapping[str, Any], variables: Sequence[Any]) -> No
             raise ValueError(
                 "Where a model has several optimizers, it must be known which variables each of "
                 f"them trains. Received: {name}, of {type(optimizer).__name__}, which is not "
-                f"built. Build it first: model.{name}.build(variables)."
+                f"built. Build it first: model.{name}.build(variables). If it trains nothing, "
+                "take it off the model."
             )
