@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
+from syncbn._src.watchdog.flight_recorder import RECORDER
 from tests.parallel.conftest import ENGINE
 
 
@@ -150,9 +151,10 @@ def test_horovod_matches_calls_by_their_names_in_whatever_order_they_come(way, r
     else:
         # Eagerly a call returns when it is done, so both are under way in threads only.
         threads = [threading.Thread(target=add_up, args=[name, values]) for name in names]
-        for thread in threads:
+        for name, thread in zip(names, threads, strict=True):
             thread.start()
-            time.sleep(0.1)
+            while (RECORDER.last() or {}).get("name") != f"test/{name}":
+                time.sleep(0.01)
         for thread in threads:
             thread.join()
     expected = {"first": [replicas.size], "second": [100 * replicas.size]}
@@ -170,4 +172,11 @@ def test_horovod_knows_the_name_of_a_call_where_functions_run_eagerly(replicas):
     finally:
         tf.config.run_functions_eagerly(False)
     assert total.numpy().tolist() == [replicas.size] * 2
+    # A list of one is none, whatever its name.
+    (only,) = communicator.grouped_all_reduce_sum([tf.ones([2])], "test/eagerly")
+    assert only.numpy().tolist() == [replicas.size] * 2
+    # Of another shape, and by a name that no operation may have.
+    total = communicator.all_reduce_sum(tf.ones([3]), "test/eagerly")
+    assert total.numpy().tolist() == [replicas.size] * 3
+    assert communicator.all_reduce_sum(tf.ones([]), "größe: 1").numpy() == replicas.size
     assert [one.numpy().tolist() for one in groups] == [[replicas.size], [replicas.size] * 3]

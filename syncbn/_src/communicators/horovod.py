@@ -16,7 +16,7 @@ from syncbn._src.communicators.horovod_errors import (
     lost_collectives_as_internal_errors,
     note_collective,
 )
-from syncbn._src.communicators.horovod_names import EagerCalls
+from syncbn._src.communicators.horovod_names import EagerCalls, operation_name
 from syncbn._src.communicators.launcher import is_elastic, require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
@@ -177,6 +177,7 @@ class HorovodCommunicator:
 
     def _collective(self, all_reduce: Callable, tensors: Any, name: str) -> Any:
         """Returns the sums of a tensor, or of some, by one of Horovod's functions."""
+        name = operation_name(name)
 
         def collective(tensors: Any) -> Any:
             return all_reduce(tensors, op=self._hvd.Sum, name=name, process_set=self._process_set)

@@ -7,10 +7,20 @@ them in different orders: a wrong sum, without an error. An operation of a graph
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
+
+MOST = 4000
+"""How many graphs are kept. A name takes 0.1 MB, and each new model may bring new ones."""
+
+
+def operation_name(name: str) -> str:
+    """Returns ``name`` without what TensorFlow takes in no operation's name."""
+    name = re.sub(r"[^\w.\\/>-]", "_", name, flags=re.ASCII)
+    return name if re.match("[A-Za-z0-9.]", name) else f"n{name}"
 
 
 class EagerCalls:
@@ -26,13 +36,18 @@ class EagerCalls:
             operation: Gives its operation of Horovod ``name``; it is the same in all calls with
                 this name.
             tensors: A tensor, or a list of some.
-            name: The name.
+            name: The name, as of `operation_name`.
         """
         # A tape would have the graph's gradient made, too.
         tensors = tf.nest.map_structure(tf.stop_gradient, tensors)
-        specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, tensors)
-        key = (name, *tf.nest.flatten(specs))
+        # Of any shape, so that other ones need no graph of their own.
+        specs = tf.nest.map_structure(
+            lambda one: tf.TensorSpec([None] * one.shape.rank, one.dtype), tensors
+        )
+        key = (name, isinstance(tensors, list), *tf.nest.flatten(specs))
         if key not in self._graphs:
+            if len(self._graphs) >= MOST:
+                del self._graphs[next(iter(self._graphs))]
             # A concrete function is a graph also under `tf.config.run_functions_eagerly`.
             function = tf.function(operation, autograph=False)
             self._graphs[key] = function.get_concrete_function(specs)
