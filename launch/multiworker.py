@@ -51,7 +51,7 @@ from rank_lines import NO_TAG, Copier, Target
 from rank_signals import children, to_signal
 
 SAY, SETTLE, TERMINATE = 1.0, 5.0, 5.0
-"""Seconds that workers get to fail by themselves, and to end when told to."""
+"""Seconds for somebody to take a message, and for workers to fail, and to end when told to."""
 SAVE = 120.0
 """Seconds that they get to end by themselves when this script is told to end, as by a scheduler."""
 ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
