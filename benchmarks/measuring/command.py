@@ -130,7 +130,7 @@ def measure(label: str, case: Case, repeats: int, most_rounds: int) -> dict[str,
     """Returns the results of a case; its jobs take turns, and those that fail are not repeated."""
     left_out, failures, able = [], [], []
     for job in jobs.jobs_of(case):
-        missing = job.missing()
+        missing = jobs.missing(job.engine, job.keras)
         if missing:
             left_out.append(f"{', '.join(job.layers)} ({missing})")
             say(f"{label}: left out: {left_out[-1]}")

@@ -6,18 +6,18 @@ import functools
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.cases import Case
 from syncbn._src.bundled.launch.process_groups import end
+from syncbn._src.doctor.probe_processes import program_path, root_permission
 
 TERMINATE = 10.0
 """Seconds that a job may take to end when told to."""
@@ -86,16 +86,6 @@ class BenchmarkJob(NamedTuple):
         workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
         return f"{self.engine}, {workers}, Keras {self.keras}"
 
-    def missing(self) -> str:
-        """Returns what has to be installed for it, or an empty string."""
-        engine = ENGINES[self.engine]
-        packages = [*engine.packages, *(["tf_keras"] if self.keras == 2 else [])]
-        absent = [name for name in packages if importlib.util.find_spec(name) is None]
-        reasons = [f"{name} is not installed: {_ADVICE[name]}" for name in absent]
-        if engine.gpu and _without_gpu():
-            reasons.append(_NO_GPU)
-        return "; ".join(reasons)
-
 
 class JobError(Exception):
     """A job has failed; the message says why."""
@@ -130,63 +120,117 @@ def run(
         JobError: it failed, or reached the limit; with the last lines that it printed.
     """
     with tempfile.TemporaryDirectory(prefix="syncbn-bench-") as folder:
-        order, results, log = (Path(folder, name) for name in ("order", "results", "log"))
+        order, results = Path(folder, "order"), Path(folder, "results")
         points = [point._asdict() for point in case.points]
         order.write_text(json.dumps({**job._asdict(), "points": points, "repeats": repeats}))
         results.touch()
-        engine = ENGINES[job.engine]
-        number = [str(job.workers)] if engine.before else []
-        worker = [sys.executable, "-m", "benchmarks.measuring.worker", str(order), str(results)]
-        with log.open("wb") as output:
-            release = _hold_signals()
-            try:
-                process = subprocess.Popen(  # noqa: S603  (no shell, no foreign input)
-                    [*engine.before, *number, *engine.after, *worker],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    cwd=ROOT,
-                    env=environment(job),
-                    start_new_session=True,
-                )
-            except OSError:
-                release()
-                raise
-            try:
-                release()
-                _wait(process, results, limit, tell)
-            except subprocess.TimeoutExpired:
-                raise JobError(f"no end within {limit:g} s\n{tail(log)}") from None
-            finally:
-                end([process], TERMINATE)
+        known = 0
+
+        def look() -> None:
+            nonlocal known
+            done = results.read_bytes().count(b"\n")
+            if done > known:
+                tell(done)
+                known = done
+
+        variables = environment(job.engine, job.workers, job.keras, job.workload)
+        worker = ["-m", "benchmarks.measuring.worker", str(order), str(results)]
+        log = run_python(job.engine, job.workers, worker, variables, limit, look)
         lines = results.read_text().splitlines()
-        if process.returncode or len(lines) != len(points):
-            reason = f"exit code {process.returncode}, {len(lines)} of {len(points)} points"
-            raise JobError(f"{reason}\n{tail(log)}")
+        if len(lines) != len(points):
+            raise JobError(f"{len(lines)} of {len(points)} points\n{log}")
         return [json.loads(line) for line in lines]
 
 
-def environment(job: BenchmarkJob) -> dict[str, str]:
+def run_python(
+    engine: str,
+    workers: int,
+    arguments: Sequence[str],
+    variables: dict[str, str],
+    limit: float,
+    look: Callable[[], None] = lambda: None,
+) -> str:
+    """Runs Python in the processes of an engine, until all have ended.
+
+    Args:
+        engine: The engine.
+        workers: The number of processes, where a launcher starts them.
+        arguments: Python's.
+        variables: The environment.
+        limit: The seconds after which all processes are ended.
+        look: Called ten times in a second.
+
+    Returns:
+        The last lines that they printed.
+
+    Raises:
+        JobError: they failed, or reached the limit; with the last lines.
+    """
+    before, after, *_ = ENGINES[engine]
+    number = [str(workers)] if before else []
+    with tempfile.TemporaryFile() as output:
+        release = _hold_signals()
+        try:
+            process = subprocess.Popen(  # noqa: S603  (no shell, no foreign input)
+                [*before, *number, *after, sys.executable, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=variables,
+                start_new_session=True,
+            )
+        except OSError:
+            release()
+            raise
+        try:
+            release()
+            deadline = time.monotonic() + limit
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+                look()
+            in_time = process.poll() is not None
+        finally:
+            end([process], TERMINATE)
+        output.seek(0)
+        log = "\n".join(output.read().decode(errors="replace").splitlines()[-25:])
+    if not in_time:
+        raise JobError(f"no end within {limit:g} s\n{log}")
+    if process.returncode:
+        raise JobError(f"exit code {process.returncode}\n{log}")
+    return log
+
+
+def missing(engine: str, keras: int = 3) -> str:
+    """Returns what has to be installed for an engine and a Keras, or an empty string."""
+    packages = [*ENGINES[engine].packages, *(["tf_keras"] if keras == 2 else [])]
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    reasons = [f"{name} is not installed: {_ADVICE[name]}" for name in absent]
+    if ENGINES[engine].gpu and _without_gpu():
+        reasons.append(_NO_GPU)
+    return "; ".join(reasons)
+
+
+def environment(
+    engine: str, workers: int = 1, keras: int = 3, workload: str = ""
+) -> dict[str, str]:
     """Returns the environment of a job's processes."""
     # Of several processes, each gets its share of the cores.
-    processes = job.workers if ENGINES[job.engine].before else 1
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    processes = workers if ENGINES[engine].before else 1
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(_INHERITED)}
     share = str(max(1, len(os.sched_getaffinity(0)) // processes))
     return {
         "TF_NUM_INTRAOP_THREADS": share,
         "TF_NUM_INTEROP_THREADS": share,
         **inherited,
-        **(root if os.geteuid() == 0 else {}),
+        **root_permission(),
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "CUDA_VISIBLE_DEVICES": "-1",
         "PYTHONUNBUFFERED": "1",
-        "PATH": os.pathsep.join(
-            [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]
-        ),
-        "TF_USE_LEGACY_KERAS": str(int(job.keras == 2)),
-        **ENGINES[job.engine].environment,
-        **_OF_WORKLOAD.get(job.workload, {}),
+        "PATH": program_path(),
+        "TF_USE_LEGACY_KERAS": str(int(keras == 2)),
+        **ENGINES[engine].environment,
+        **_OF_WORKLOAD.get(workload, {}),
     }
 
 
@@ -196,37 +240,13 @@ def _without_gpu() -> bool:
     code = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
     output = subprocess.run(  # noqa: S603  (no shell, no foreign input)
         [sys.executable, "-c", code],
-        env=environment(BenchmarkJob("mirrored-gpu", 1, 3, "", {})),
+        env=environment("mirrored-gpu"),
         capture_output=True,
         text=True,
         timeout=120,
     )
     # Where TensorFlow gives no answer, the job will say why.
     return output.stdout.strip() == "0"
-
-
-def mpi_version() -> str:
-    """Returns the version line of the first `mpirun`, or an empty string."""
-    mpirun = shutil.which("mpirun", path=environment(BenchmarkJob("mpi", 1, 3, "", {}))["PATH"])
-    if mpirun is None:
-        return ""
-    command = [mpirun, "--version"]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=30)  # noqa: S603
-    return output.stdout.partition("\n")[0]
-
-
-def _wait(
-    process: subprocess.Popen[bytes], results: Path, limit: float, tell: Callable[[int], None]
-) -> None:
-    deadline, known = time.monotonic() + limit, 0
-    while process.poll() is None:
-        time.sleep(0.1)
-        if time.monotonic() > deadline:
-            raise subprocess.TimeoutExpired(process.args, limit)
-        done = results.read_bytes().count(b"\n")
-        if done > known:
-            tell(done)
-            known = done
 
 
 def _hold_signals() -> Callable[[], None]:
@@ -247,7 +267,3 @@ def _hold_signals() -> Callable[[], None]:
             signal.raise_signal(number)
 
     return release
-
-
-def tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-25:])

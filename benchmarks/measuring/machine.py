@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 
-from benchmarks.measuring.jobs import mpi_version
+from syncbn._src.doctor import engines
 
 PACKAGES = ("syncbn", "tensorflow", "keras", "tf_keras", "horovod", "mpi4py", "numpy")
 
@@ -22,20 +21,18 @@ def describe() -> dict[str, str]:
         for line in file.read_text().splitlines()
         if line.startswith("Model")
     ]
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+    try:
+        _, mpi = engines.mpirun()
+    except engines.Unusable:
+        mpi = "not installed"
     return {
         "CPU": models[0] if models else platform.machine(),
         "GPU": ", ".join(gpus) or "none",
         "cores": str(len(os.sched_getaffinity(0))),
         "system": platform.platform(),
         "Python": platform.python_version(),
-        **versions,
-        "MPI": mpi_version() or "not installed",
+        **{name: engines.installed(name) for name in PACKAGES},
+        "MPI": mpi,
     }
 
 

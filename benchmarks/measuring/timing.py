@@ -15,7 +15,6 @@ def alternate(
     steps: dict[str, Callable[[], object]],
     repeats: int,
     meet: Callable[[], None] = lambda: None,
-    warmup: int = WARMUP,
 ) -> dict[str, list[float]]:
     """Returns the seconds of each step; they take turns, so that all meet the same disturbances.
 
@@ -23,15 +22,14 @@ def alternate(
         steps: The steps, by contestant.
         repeats: The number of each that are counted.
         meet: Waits for the other workers, so that no step pays for the lateness of the one before.
-        warmup: The number of each that come before.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(warmup + repeats):
+    for repeat in range(WARMUP + repeats):
         for name, step in steps.items():
             meet()
             begin = time.perf_counter()
             step()
-            if repeat >= warmup:
+            if repeat >= WARMUP:
                 times[name].append(time.perf_counter() - begin)
     return times
 

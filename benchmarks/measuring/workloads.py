@@ -27,20 +27,16 @@ class Workload(NamedTuple):
     """Takes the engine and the number of workers; what it returns has a ``rank``."""
 
 
-def stack(replicas: JobReplicas, layers: dict[str, str], point: Point, repeats: int) -> Samples:
-    """Measures `layer_steps.stack_step`."""
-    functions = {
-        name: layer_steps.stack_step(replicas, layer, point) for name, layer in layers.items()
-    }
-    return timing.alternate(functions, repeats, replicas.meet)
-
-
-def chain(replicas: JobReplicas, layers: dict[str, str], point: Point, repeats: int) -> Samples:
-    """Measures `layer_steps.chain_step`."""
-    functions = {
-        name: layer_steps.chain_step(replicas, layer, point) for name, layer in layers.items()
-    }
-    return timing.alternate(functions, repeats, replicas.meet)
+def measured_steps(
+    make: Callable[[JobReplicas, str, Point], Callable[[], object]],
+    replicas: JobReplicas,
+    layers: dict[str, str],
+    point: Point,
+    repeats: int,
+) -> Samples:
+    """Measures the steps that ``make`` returns for each of the layers."""
+    made = {name: make(replicas, layer, point) for name, layer in layers.items()}
+    return timing.alternate(made, repeats, replicas.meet)
 
 
 def trace(replicas: JobReplicas, layers: dict[str, str], point: Point, repeats: int) -> Samples:
@@ -98,8 +94,8 @@ def latency(replicas: JobReplicas, layers: dict[str, str], point: Point, repeats
 
 
 WORKLOADS = {
-    "stack": Workload(stack),
-    "chain": Workload(chain),
+    "stack": Workload(functools.partial(measured_steps, layer_steps.stack_step)),
+    "chain": Workload(functools.partial(measured_steps, layer_steps.chain_step)),
     "trace": Workload(trace),
     "latency": Workload(latency),
     "memory": Workload(held_memory.held),

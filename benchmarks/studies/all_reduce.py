@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measuring import jobs, machine
-from syncbn._src.bundled.launch.process_groups import end
 
 ALGORITHMS = {"recursive doubling": 3, "ring": 4, "tree": 2}
 """The numbers that Open MPI 4 gives them."""
@@ -43,7 +41,7 @@ def measure_all_reduces(rounds: int, tell: Callable[[str], None]) -> dict[str, A
     Raises:
         jobs.JobError: a job failed, or was not done within `LIMIT`.
     """
-    if missing := jobs.BenchmarkJob("mpi", 1, 3, "", {}).missing():
+    if missing := jobs.missing("mpi"):
         raise jobs.JobError(missing)
     found: dict[tuple[str, int, int], list[float]] = {}
     loads = [machine.load()]
@@ -79,32 +77,14 @@ def run(algorithm: str, workers: int) -> list[float]:
         "coll_tuned_reduce_algorithm": 5,
         "coll_tuned_bcast_algorithm": 6,
     }
-    engine = jobs.ENGINES["mpi"]
-    environment = {
-        **jobs.environment(jobs.BenchmarkJob("mpi", workers, 3, "", {})),
+    variables = {
+        **jobs.environment("mpi", workers),
         **{f"OMPI_MCA_{name}": str(value) for name, value in chosen.items()},
     }
     with tempfile.TemporaryDirectory(prefix="syncbn-bench-") as folder:
-        results, log = Path(folder, "results"), Path(folder, "log")
-        worker = [sys.executable, "-m", "benchmarks.studies.all_reduce", str(results)]
-        with log.open("wb") as output:
-            process = subprocess.Popen(  # noqa: S603  (no shell, no foreign input)
-                [*engine.before, str(workers), *engine.after, *worker],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=jobs.ROOT,
-                env=environment,
-                start_new_session=True,
-            )
-            try:
-                process.wait(LIMIT)
-            except subprocess.TimeoutExpired:
-                raise jobs.JobError(f"no end within {LIMIT:g} s\n{jobs.tail(log)}") from None
-            finally:
-                end([process], jobs.TERMINATE)
-        if process.returncode:
-            raise jobs.JobError(f"exit code {process.returncode}\n{jobs.tail(log)}")
+        results = Path(folder, "results")
+        arguments = ["-m", "benchmarks.studies.all_reduce", str(results)]
+        jobs.run_python("mpi", workers, arguments, variables, LIMIT)
         return json.loads(results.read_text())
 
 

@@ -126,7 +126,7 @@ def contract_part(report: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------- layers
 
 
-def contestants_part() -> dict[str, Callable[..., Any]]:
+def contestants_on_gpu() -> dict[str, Callable[..., Any]]:
     """Returns functions that make a layer, by name."""
     sync = syncbn.SyncBatchNormalization
     return {
@@ -231,7 +231,7 @@ def layers(report: dict[str, Any]) -> None:
     for shape in SHAPES:
         for dtype in DTYPES[: 2 if GPU else 1]:
             steps, failed = {}, {}
-            for name, make in contestants_part().items():
+            for name, make in contestants_on_gpu().items():
                 try:
                     steps[name] = layer_step(make, shape, dtype)
                 except Exception as error:
@@ -320,7 +320,7 @@ def memory(report: dict[str, Any]) -> None:
         print("memory: TensorFlow counts it on GPUs only", flush=True)
         return
     shape, number, device = (16, 112, 112, 64), 4, "GPU:0"
-    for name, make in contestants_part().items():
+    for name, make in contestants_on_gpu().items():
         if name == "Keras 3 synchronized":
             continue
         with tf.device(device):
@@ -380,7 +380,7 @@ def torch(report: dict[str, Any], python: str) -> None:
 
 def results_table(report: dict[str, Any]) -> str:
     """Returns the layers' times in microseconds, PyTorch's among them, as Markdown."""
-    names = list(contestants_part())
+    names = list(contestants_on_gpu())
     lines = [
         f"| microseconds | {' | '.join([*names, 'PyTorch kernels', 'copy x 4'])} |",
         "|---" * (len(names) + 3) + "|",

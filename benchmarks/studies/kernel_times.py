@@ -1,6 +1,6 @@
 """Time of every kernel in every variant, for the thresholds of `kernels.choose_kernels`.
 
-usage: python benchmarks/studies/kernel_times.py [--repeats 40] [--dtype float32]
+usage: python -m benchmarks.studies.kernel_times [--repeats 40] [--dtype float32]
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf
 
+from benchmarks.measuring import timing
 from syncbn._src.ops import kernels, moments, training_kernels
 from syncbn._src.ops.kernels import PLAIN, Kernels
 
@@ -91,14 +91,8 @@ def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
     """Returns the median time of each in microseconds, minus that of an empty function."""
     compiled = [tf.function(function, autograph=False) for function in functions]
     compiled.append(tf.function(lambda: tf.constant(0.0), autograph=False))
-    times: list[list[float]] = [[] for _ in compiled]
-    for repeat in range(repeats + 3):
-        for function, own in zip(compiled, times, strict=True):
-            begin = time.perf_counter()
-            function()
-            if repeat >= 3:
-                own.append(time.perf_counter() - begin)
-    *values, nothing = (1e6 * statistics.median(own) for own in times)
+    times = timing.alternate({str(n): one for n, one in enumerate(compiled)}, repeats)
+    *values, nothing = (1e6 * statistics.median(own) for own in times.values())
     return [value - nothing for value in values]
 
 

@@ -91,22 +91,22 @@ def _environment(changes: dict[str, str]) -> dict[str, str]:
     return {
         **quiet,
         **kept,
-        **_root(),
+        **root_permission(),
         "CUDA_VISIBLE_DEVICES": "-1",
         "PATH": program_path(),
         **changes,
     }
 
 
-def _root() -> dict[str, str]:
-    """Returns the variables that Open MPI requires of root; a probe is short, and does no harm."""
+def root_permission() -> dict[str, str]:
+    """Returns the variables that Open MPI requires of root, for what is short and does no harm."""
     names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
     return dict.fromkeys(names, "1") if os.geteuid() == 0 else {}
 
 
 def root_needs() -> str:
     """Returns what root still has to set for Open MPI, or an empty string."""
-    return " and ".join(f"{name}=1" for name in _root() if name not in os.environ)
+    return " and ".join(f"{name}=1" for name in root_permission() if name not in os.environ)
 
 
 def _reason(lines: Sequence[str]) -> str:
