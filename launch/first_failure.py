@@ -91,9 +91,7 @@ def main() -> int:
     command = sys.argv[2 if elastic else 1 :]
     if command[:1] in ([], ["-h"], ["--help"]):
         return rank_lines.usage(__doc__)
-    job = rank_signals.LaunchedJob(
-        command, ("HOROVOD_RANK",), elastic, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    job = rank_signals.LaunchedJob(command, ("HOROVOD_RANK",), elastic)
     failures = []
 
     def fail(error: OSError) -> None:

@@ -48,12 +48,10 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH
 
 from process_groups import end, ended, free_addresses, settle
 from rank_lines import NO_TAG, Copier, Target
-from rank_signals import children, to_signal
+from rank_signals import SAVE, children, signal_family
 
 SAY, SETTLE, TERMINATE = 1.0, 5.0, 5.0
 """Seconds for somebody to take a message, and for workers to fail, and to end when told to."""
-SAVE = 120.0
-"""Seconds that they get to end by themselves when this script is told to end, as by a scheduler."""
 ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -233,9 +231,7 @@ def wait(
                 return 128 + number
             family = children()
             for worker in workers.values():
-                for process in to_signal(worker.pid, family, number):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(process, number)
+                signal_family(worker.pid, family, number)
             if number == signal.SIGTERM:
                 deadline = time.monotonic() + SAVE
         time.sleep(0.05)

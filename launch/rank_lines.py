@@ -27,7 +27,6 @@ import ctypes
 import os
 import re
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -308,12 +307,12 @@ def main() -> int:
     tag, *command = sys.argv[1:]
     prctl, set_child_subreaper = ctypes.CDLL(None).prctl, 36
     prctl(set_child_subreaper, 1)  # for `job_code`
-    job = rank_signals.LaunchedJob(command, RANK, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job = rank_signals.LaunchedJob(command, RANK)
     failures = []
 
     def fail(message: str) -> None:
         failures.append(message)
-        job.send(signal.SIGTERM)
+        job.end()
         print(f"rank_lines.py: output could not be passed on: {message}", file=sys.stderr)
 
     output = Target()

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import threading
 import time
-from typing import IO, Sequence  # noqa: UP035  (Python 3.6 has no others)
+from typing import Sequence  # noqa: UP035  (Python 3.6 has no other)
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)
@@ -45,21 +45,14 @@ class LaunchedJob:
         command: The command.
         variables: Names of variables that the environment of each rank has, and of nobody else.
         elastic: Whether the job goes on where a rank ends, and after SIGTERM must not.
-        stdout: See `subprocess.Popen`.
-        stderr: See `subprocess.Popen`.
 
     Attributes:
-        process: The command's process.
+        process: The command's process, with pipes for what it writes.
         passed_on: The signals that its group has been sent.
     """
 
     def __init__(
-        self,
-        command: Sequence[str],
-        variables: Sequence[str],
-        elastic: bool = False,
-        stdout: "int | IO[bytes] | None" = None,
-        stderr: "int | IO[bytes] | None" = None,
+        self, command: Sequence[str], variables: Sequence[str], elastic: bool = False
     ) -> None:
         self._rank = re.compile(r"(^|\0)({})=".format("|".join(variables)).encode())
         self._elastic = elastic
@@ -68,8 +61,8 @@ class LaunchedJob:
         prctl, set_parent_death_signal = ctypes.CDLL(None).prctl, 1
         self.process = subprocess.Popen(  # noqa: S603  (the user's own command, and no shell)
             command,
-            stdout=stdout,
-            stderr=stderr,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             # A launcher may be started by a rank, such as a task of srun; with these the command
             # would be a rank itself.
             env={k: v for k, v in os.environ.items() if k not in variables},
@@ -78,9 +71,9 @@ class LaunchedJob:
             preexec_fn=lambda: prctl(set_parent_death_signal, signal.SIGTERM),
         )
         for number in FORWARDED:
-            signal.signal(number, self._tell_ranks if number == signal.SIGTERM else self.pass_on)
+            signal.signal(number, self._tell_ranks if number == signal.SIGTERM else self._pass_on)
 
-    def send(self, number: int) -> bool:
+    def _send(self, number: int) -> bool:
         """Sends a signal to the command's group, and returns whether anybody is there."""
         self.passed_on.append(number)
         self.process.poll()  # or it would be there for as long as nobody asks for its code
@@ -90,16 +83,16 @@ class LaunchedJob:
             return False
         return True
 
-    def pass_on(self, number: int, _: object = None) -> None:
+    def _pass_on(self, number: int, _: object = None) -> None:
         """Sends a signal to the command's group, or ends where nobody is there."""
-        if not self.send(number):  # and nobody may be reading its last words
+        if not self._send(number):  # and nobody may be reading its last words
             end_by(number)
         elif number in ENDING:
             self._kill_late_if_elastic()
 
     def end(self) -> None:
         """Tells the command's group to end."""
-        self.send(signal.SIGTERM)
+        self._send(signal.SIGTERM)
         self._kill_late_if_elastic()
 
     def ranks_here(self, family: "dict[int, list[int]]") -> "list[int]":
@@ -125,25 +118,23 @@ class LaunchedJob:
         now = time.monotonic()
         if self._told is not None:
             if now > self._told + TOGETHER:
-                self.pass_on(number)
+                self._pass_on(number)
             return
         self._told = now
         family = children()
         ranks = self.ranks_here(family)
         if not ranks:
-            self.pass_on(number)
+            self._pass_on(number)
             return
         for rank in ranks:
-            for process in to_signal(rank, family, number):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, number)
+            signal_family(rank, family, number)
         threading.Thread(target=self._send_late, args=[ranks, number], daemon=True).start()
 
     def _send_late(self, ranks: "list[int]", number: int) -> None:
         late = time.monotonic() + SAVE
         while time.monotonic() < late and not (self._elastic and any(map(has_ended, ranks))):
             time.sleep(LOOK)
-        self.send(number)
+        self._send(number)
         if self._elastic:
             self._kill_late()
 
@@ -153,7 +144,7 @@ class LaunchedJob:
 
     def _kill_late(self) -> None:
         time.sleep(KILL)
-        self.send(signal.SIGKILL)
+        self._send(signal.SIGKILL)
 
 
 def end_as(code: int) -> int:
@@ -187,8 +178,8 @@ def children() -> "dict[int, list[int]]":
     return found
 
 
-def to_signal(process: int, family: "dict[int, list[int]]", number: int) -> "list[int]":
-    """Returns who is to get a signal for a process: itself, or what a shell has started.
+def signal_family(process: int, family: "dict[int, list[int]]", number: int) -> None:
+    """Sends a signal for a process: to itself, or to what a shell has started.
 
     The signal would end a shell around a training script, and with the shell the job. So it is for
     what catches it there; where nothing does, for the shell and for what it has started. It is
@@ -209,7 +200,9 @@ def to_signal(process: int, family: "dict[int, list[int]]", number: int) -> "lis
                 found.append(one)
             elif _status(one, "Name") in SHELLS:
                 started += family.get(one, [])
-    return found or all_of_them
+    for one in found or all_of_them:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, number)
 
 
 def _status(process: int, name: str) -> str:
