@@ -21,6 +21,7 @@ import tensorflow as tf
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.strategy import replica_number
 from syncbn._src.ops import xla
+from syncbn._src.ops.graphs import in_session
 
 AddUp = Callable[[tf.Tensor, str], tf.Tensor]
 """Adds a tensor up over replicas, under a name."""
@@ -146,7 +147,7 @@ def _require_same_call(replicas: tf.Tensor, marks: tf.Tensor, own: tf.Tensor) ->
     if xla.compiles_everything():
         return same
     inputs = [replicas, marks, own]
-    if not tf.compat.v1.executing_eagerly_outside_functions():  # in the graph of a session
+    if in_session():
         return tf.cond(same, lambda: _go_on(*inputs), lambda: _call_python(*inputs))
     # Python is called where there is something to say, and only there. Not by `tf.cond`: it would
     # make the branches anew for each call, and TensorFlow put them in its place (106 of them: 4.3 s

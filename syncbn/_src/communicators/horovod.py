@@ -20,6 +20,7 @@ from syncbn._src.communicators.horovod_names import EagerCalls, operation_name
 from syncbn._src.communicators.launcher import is_elastic, require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn._src.ops.graphs import in_session
 from syncbn._src.watchdog.flight_recorder import RECORDER
 from syncbn._src.watchdog.watchdog import WatchedJob, to_array, to_bytes, watch_job
 
@@ -154,10 +155,10 @@ class HorovodCommunicator:
         if self._members is None:  # all ranks make the call
             _watch(self._hvd)
         tensor, dtype = tf.cast(tensor, wire_dtype(tensor.dtype)), tensor.dtype
-        if tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions():
-            total = turn.all_reduce_sum(self._add_up, tensor, name)
-        else:  # the graph of a session has no program order
+        if in_session():  # where nothing has a program order
             total = self._add_up(tensor, name)
+        else:
+            total = turn.all_reduce_sum(self._add_up, tensor, name)
         return tf.cast(total, dtype)
 
     def _add_up(self, tensor: tf.Tensor, name: str, witness: tf.Tensor | None = None) -> tf.Tensor:

@@ -14,6 +14,7 @@ from syncbn._src.communicators.base import wire_dtype
 from syncbn._src.communicators.launcher import require_whole_job
 from syncbn._src.communicators.order import AddUp, Order, Turn
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn._src.ops.graphs import in_session
 from syncbn._src.watchdog.flight_recorder import RECORDER
 from syncbn._src.watchdog.waiting_for_all import within_limits
 from syncbn._src.watchdog.watchdog import WatchedJob, to_array, to_bytes, watch_job
@@ -128,7 +129,7 @@ class MPICommunicator:
     def _all_reduce_sum(self, turn: Turn, tensor: tf.Tensor, name: str) -> tf.Tensor:
         refuse_xla("MPI")
         refuse_forward_mode("MPI", tensor)
-        if not (tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions()):
+        if in_session():
             raise NotImplementedError(
                 "MPI matches calls by their order, and the graph of a session has none. Received: "
                 "a training call with communicator='mpi' in such a graph. Use Horovod, which "

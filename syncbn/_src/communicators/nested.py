@@ -17,7 +17,7 @@ from syncbn._src.communicators.strategy import (
     require_same_calls,
 )
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
-from syncbn._src.communicators.vectorization import refused
+from syncbn._src.ops.vectorization import refused
 
 
 class NestedCommunicator:

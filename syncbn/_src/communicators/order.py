@@ -9,9 +9,10 @@ from weakref import WeakKeyDictionary
 import tensorflow as tf
 from tensorflow.python.ops import handle_data_util
 
-from syncbn._src.communicators.tracing import HandleAround, in_branch_or_loop
-from syncbn._src.communicators.vectorization import vectorized
+from syncbn._src.communicators.tracing import HandleAround
 from syncbn._src.ops.differentiation import in_current_graph
+from syncbn._src.ops.graphs import in_branch_or_loop, runs_side_effects
+from syncbn._src.ops.vectorization import convert_loops_with, vectorized
 
 AddUp = Callable[[tf.Tensor, str], tf.Tensor]
 """Sums a tensor over processes, under a name."""
@@ -52,7 +53,7 @@ class Order:
         graph = operation.graph
         self._last[graph] = operation.name
         # Automatic control dependencies, where there are some, take care of the callers.
-        if graph.building_function and not getattr(graph, "_add_control_dependencies", False):
+        if graph.building_function and not runs_side_effects(graph, otherwise=False):
             graph.control_outputs.append(operation)
 
     def turn(self) -> Turn:
@@ -137,6 +138,6 @@ class Turn:
 
 def _touch(handle: tf.Tensor) -> tf.Operation:
     operation = tf.raw_ops.AssignAddVariableOp(resource=handle, value=tf.ones([], tf.int64))
-    # A vectorized loop (see `vectorization`) takes one turn for all iterations.
-    operation.pfor_converter = lambda loop: _touch(loop.unstacked_input(0))
+    # A vectorized loop takes one turn for all iterations.
+    convert_loops_with(operation, lambda loop: _touch(loop.unstacked_input(0)))
     return operation

@@ -18,7 +18,7 @@ from syncbn._src.communicators.strategy import (
     require_same_calls,
 )
 from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
-from syncbn._src.communicators.vectorization import refused, vectorized
+from syncbn._src.ops.vectorization import convert_loops_with, refused, vectorized
 from syncbn._src.watchdog.flight_recorder import RECORDER
 
 
@@ -105,7 +105,7 @@ def _all_reduce_sum(tensor: tf.Tensor, name: str) -> tf.Tensor:
             total = tf.stop_gradient(_add_up(tensor, name, again))
             if not tf.executing_eagerly():
                 # A vectorized loop drops custom gradients; this caller gives its result one again.
-                total.op.pfor_converter = lambda loop: [loop.inputs[0]]
+                convert_loops_with(total.op, lambda loop: [loop.inputs[0]])
             return total, gradient
         # An argument of a function has no device, without which TensorFlow finds no destination; a
         # copy made here has the replica's.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_v2_func_graphs
 
 from syncbn._src.ops import xla
-from syncbn._src.ops.differentiation import differentiates_copy, has_tangent
+from syncbn._src.ops.differentiation import has_tangent
+from syncbn._src.ops.graphs import copied_branches, is_loop, up_to_function
 
 
 def refuse_xla(engine: str) -> None:
@@ -33,29 +31,12 @@ def refuse_forward_mode(engine: str, tensor: tf.Tensor) -> None:
             it follows another tensor through the same branch, in whose copy the collective has no
             gradient.
     """
-    if not tf.executing_eagerly() and (has_tangent(tensor) or differentiates_copy()):
+    if not tf.executing_eagerly() and (has_tangent(tensor) or copied_branches()):
         raise NotImplementedError(
             f"Forward-mode differentiation cannot follow a collective of {engine} inside of a "
             "graph. Received: a training call under a tf.autodiff.ForwardAccumulator that was made "
             "inside of the tf.function. Make it outside, around the call of the function."
         )
-
-
-# There is no public API for branches and loops. Tried with TensorFlow 2.21;
-# tests/parallel/test_control_flow.py covers it.
-_LOOPS = (
-    control_flow_v2_func_graphs.WhileBodyFuncGraph,
-    control_flow_v2_func_graphs.WhileCondFuncGraph,
-)
-_BRANCHES_AND_LOOPS = (*_LOOPS, control_flow_v2_func_graphs.CondBranchFuncGraph)
-
-
-def in_branch_or_loop() -> bool:
-    """Says whether what is being traced is inside of a branch or loop of a graph."""
-    graph = tf.compat.v1.get_default_graph()
-    while graph is not None and not isinstance(graph, _BRANCHES_AND_LOOPS):
-        graph = getattr(graph, "outer_graph", None)
-    return graph is not None
 
 
 class HandleAround:
@@ -70,7 +51,7 @@ class HandleAround:
     """
 
     def __init__(self, handle: tf.Tensor):
-        self._graphs = _graphs_to_function()
+        self._graphs = up_to_function()
         self._handles = [graph.capture(handle) for graph in self._graphs]
 
     def in_gradient(self) -> tf.Tensor | None:
@@ -79,13 +60,13 @@ class HandleAround:
         Nothing else needs it. A gradient in another function, and that of a loop in a branch in a
         loop, cannot take it.
         """
-        graphs = _graphs_to_function()
+        graphs = up_to_function()
         depth = next((n for n, graph in enumerate(graphs) if graph in self._graphs), None)
         if depth is None:
             return None
         # Those further out are around the gradient only, such as a branch in which it is taken.
         inner = min(depth, self._graphs.index(graphs[depth]))
-        loops = [n for n, graph in enumerate(graphs[:inner]) if isinstance(graph, _LOOPS)]
+        loops = [n for n, graph in enumerate(graphs[:inner]) if is_loop(graph)]
         if not loops:
             return None
         last = loops[-1] + 1
@@ -95,11 +76,3 @@ class HandleAround:
         for graph in reversed(graphs[:last]):
             handle = graph.capture(handle)  # a branch takes nothing but from the graph around it
         return handle
-
-
-def _graphs_to_function() -> list[Any]:
-    """Returns the branches and loops that are being traced, inner ones first, and the function."""
-    found = [tf.compat.v1.get_default_graph()]
-    while isinstance(found[-1], _BRANCHES_AND_LOOPS):
-        found.append(found[-1].outer_graph)
-    return found

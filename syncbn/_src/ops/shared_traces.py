@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from syncbn._src.ops import xla
 from syncbn._src.ops.differentiation import has_tangent
+from syncbn._src.ops.graphs import in_session
 
 # For each function; the least recently used are dropped.
 _MOST_TRACES = 256
@@ -65,5 +66,4 @@ def _in_place() -> bool:
     """Says whether function calls are worthwhile here."""
     # Where XLA compiles a function as a whole, it inlines the calls; the graphs of sessions should
     # not contain functions.
-    in_function = tf.compat.v1.executing_eagerly_outside_functions()
-    return in_function and not tf.executing_eagerly() and not xla.compiles_everything()
+    return not (in_session() or tf.executing_eagerly() or xla.compiles_everything())

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-# Of vectorized loops, for which there is no public API; see communicators/vectorization.py. Tried
-# with TensorFlow 2.21; tests/single/test_watchdog.py covers it.
-from tensorflow.python.ops.parallel_for.pfor import wrap
+from syncbn._src.ops.graphs import in_session
+from syncbn._src.ops.vectorization import convert_loops_with, same_in_all_iterations
 
 LENGTH = 200
 """How many of the latest collectives are kept."""
@@ -142,7 +141,7 @@ def _count(counter: str) -> tf.Operation:
             resource=_handle(counter), value=tf.ones([], tf.int64)
         )
     # A vectorized loop makes one collective of all iterations.
-    operation.pfor_converter = lambda loop: _count(counter)
+    convert_loops_with(operation, lambda loop: _count(counter))
     return operation
 
 
@@ -151,7 +150,7 @@ def _now() -> tf.Tensor:
     # before it. Calls that are said to have no state are not kept in order.
     with tf.device("CPU:0"):
         (now,) = tf.raw_ops.PartitionedCall(args=[], Tout=[tf.float64], f=_timestamp())
-    now.op.pfor_converter = lambda loop: [wrap(_now(), False)]
+    convert_loops_with(now.op, lambda loop: [same_in_all_iterations(_now())])
     return now
 
 
@@ -166,7 +165,7 @@ def _add_seconds(clock: str, seconds: tf.Tensor) -> tf.Operation:
         operation = tf.raw_ops.AssignAddVariableOp(
             resource=_handle(clock, tf.float64), value=seconds
         )
-    operation.pfor_converter = lambda loop: _add_seconds(clock, loop.unstacked_input(1))
+    convert_loops_with(operation, lambda loop: _add_seconds(clock, loop.unstacked_input(1)))
     return operation
 
 
@@ -223,7 +222,7 @@ class FlightRecorder:
                 raise
             record.leave()
             return totals
-        if not tf.compat.v1.executing_eagerly_outside_functions():  # nor is a session's watched
+        if in_session():  # nor is a session's watched
             return collective(tensors)
         site = Site(name, members)
         self._sites.append(site)
