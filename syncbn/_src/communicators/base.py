@@ -65,6 +65,10 @@ class Communicator(Protocol):
         """
 
 
+AddUp = Callable[[tf.Tensor, str], tf.Tensor]
+"""Adds a tensor up over replicas, under a name."""
+
+
 def current_size(communicator: Communicator) -> Any:
     """Returns the number of replicas as a trace may keep it.
 

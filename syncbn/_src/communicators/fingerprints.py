@@ -12,19 +12,16 @@ import functools
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.base import AddUp, Communicator
 from syncbn._src.communicators.strategy import replica_number
 from syncbn._src.ops import xla
 from syncbn._src.ops.graphs import in_session
-
-AddUp = Callable[[tf.Tensor, str], tf.Tensor]
-"""Adds a tensor up over replicas, under a name."""
+from syncbn._src.ops.shared_traces import traced_outside
 
 _CALL = slice(0, 4)
 LENGTH = 9
@@ -163,10 +160,7 @@ def _require_same_call(replicas: tf.Tensor, marks: tf.Tensor, own: tf.Tensor) ->
         )[0]
 
 
-@functools.cache
-def _traced(branch: Callable[..., tf.Tensor], *specs: tf.TensorSpec) -> Any:
-    with tf.init_scope(), tf.device(None):
-        return tf.function(branch, autograph=False).get_concrete_function(*specs)
+_traced = functools.cache(traced_outside)
 
 
 def _go_on(*inputs: tf.Tensor) -> tf.Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.communicators.base import wire_dtype
+from syncbn._src.communicators.base import AddUp, wire_dtype
 from syncbn._src.communicators.launcher import require_whole_job
-from syncbn._src.communicators.order import AddUp, Order, Turn
-from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn._src.communicators.order import Order, Turn
+from syncbn._src.communicators.tracing import refuse_transformations
 from syncbn._src.ops.graphs import in_session
 from syncbn._src.watchdog.flight_recorder import RECORDER
 from syncbn._src.watchdog.waiting_for_all import within_limits
@@ -127,8 +127,7 @@ class MPICommunicator:
         return lambda tensor, name: self._all_reduce_sum(turn, tensor, f"{scope}/{name}")
 
     def _all_reduce_sum(self, turn: Turn, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        refuse_xla("MPI")
-        refuse_forward_mode("MPI", tensor)
+        refuse_transformations("MPI", tensor)
         if in_session():
             raise NotImplementedError(
                 "MPI matches calls by their order, and the graph of a session has none. Received: "
@@ -153,15 +152,10 @@ class MPICommunicator:
 
     def _all_reduce(self, name: str, value: np.ndarray, *witness: np.ndarray) -> np.ndarray:
         value = np.asarray(value, order="C")
-        record = RECORDER.enter(name, self._members)
-        try:
+        with RECORDER.enter(name, self._members):
             self._require_same_call(f"{name}, {value.dtype.name} {value.shape}", *witness)
             total = np.empty_like(value)
             self._comm.Allreduce(value, total, op=self._mpi.SUM)
-        except BaseException:
-            record.fail()
-            raise
-        record.leave()
         return total
 
     def _require_same_call(self, call: str, *witness: np.ndarray) -> None:

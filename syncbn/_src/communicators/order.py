@@ -14,12 +14,11 @@ from syncbn._src.ops.differentiation import in_current_graph
 from syncbn._src.ops.graphs import in_branch_or_loop, runs_side_effects
 from syncbn._src.ops.vectorization import convert_loops_with, vectorized
 
-AddUp = Callable[[tf.Tensor, str], tf.Tensor]
-"""Sums a tensor over processes, under a name."""
-
 Sum = Callable[[tf.Tensor, str, tf.Tensor | None], tf.Tensor]
-"""Likewise, not differentiable. The last argument, where there is one, is a tensor that is equal on
-all processes but differs between calls of the same name: it tells them apart."""
+"""Adds a tensor up over processes, under a name; not differentiable.
+
+The last argument, where there is one, is a tensor that is equal on all processes but differs
+between calls of the same name: it tells them apart."""
 
 _numbers = itertools.count()
 

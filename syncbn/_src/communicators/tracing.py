@@ -23,14 +23,16 @@ def refuse_xla(engine: str) -> None:
         )
 
 
-def refuse_forward_mode(engine: str, tensor: tf.Tensor) -> None:
-    """Raises where a `tf.autodiff.ForwardAccumulator` inside of a graph goes through a collective.
+def refuse_transformations(engine: str, tensor: tf.Tensor) -> None:
+    """Raises where XLA, or forward mode inside of a graph, would transform a collective.
 
     Raises:
-        NotImplementedError: TensorFlow would take the tangent of a collective for zero. Also where
-            it follows another tensor through the same branch, in whose copy the collective has no
+        NotImplementedError: see `refuse_xla`; or a `tf.autodiff.ForwardAccumulator` is followed,
+            for which TensorFlow would take the tangent of a collective for zero. Also where it
+            follows another tensor through the same branch, in whose copy the collective has no
             gradient.
     """
+    refuse_xla(engine)
     if not tf.executing_eagerly() and (has_tangent(tensor) or copied_branches()):
         raise NotImplementedError(
             f"Forward-mode differentiation cannot follow a collective of {engine} inside of a "

@@ -42,15 +42,12 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
             one.shape.is_fully_defined() and one.shape.num_elements() < _CALLED_FROM_ELEMENTS
             for one in specs
         )
-        # Outside of the graph, replica and device of the first call.
-        traced = tf.function(
+        return traced_outside(
             function,
-            autograph=False,
+            *specs,
             jit_compile=by_xla or None,
             experimental_attributes=None if by_xla or few else {"_noinline": True},
         )
-        with tf.init_scope(), tf.device(None):
-            return traced.get_concrete_function(*specs)
 
     @functools.wraps(function)
     def call(*inputs: tf.Tensor) -> Any:
@@ -60,6 +57,18 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
         return trace(xla.on_gpus(), *specs)(*inputs)
 
     return call
+
+
+def traced_outside(function: Callable[..., Any], *specs: tf.TensorSpec, **options: Any) -> Any:
+    """Returns a concrete function, traced outside of the graph, replica and device of the call.
+
+    Args:
+        function: What is traced.
+        specs: What it takes.
+        options: Of `tf.function`.
+    """
+    with tf.init_scope(), tf.device(None):
+        return tf.function(function, autograph=False, **options).get_concrete_function(*specs)
 
 
 def _in_place() -> bool:

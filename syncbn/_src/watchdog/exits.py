@@ -21,21 +21,16 @@ def install() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)
         if os.getpid() == process:
+            watchdog = current()
             try:
-                _tell(f"has failed: {kind.__name__}: {str(error)[:500]}")
-                watchdog = current()
                 if watchdog is not None:
+                    if watchdog.is_running():
+                        watchdog.tell(f"has failed: {kind.__name__}: {str(error)[:500]}")
                     watchdog.say_who_is_gone()
             finally:
                 _abort_mpi()
 
     sys.excepthook = hook
-
-
-def _tell(status: str) -> None:
-    watchdog = current()
-    if watchdog is not None and watchdog.is_running():
-        watchdog.tell(status)
 
 
 def _abort_mpi() -> None:
