@@ -12,6 +12,7 @@ from syncbn._src.communicators.cluster_watch import watch_cluster
 from syncbn._src.communicators.fingerprints import fingerprinted
 from syncbn._src.communicators.strategy import (
     GroupRows,
+    cluster_workers,
     joined_processes,
     replica_context,
     replica_number,
@@ -40,12 +41,8 @@ class DistributeCommunicator:
 
     def hosts(self) -> list[str]:
         """Returns the host of each replica, as the strategy's cluster names it."""
-        strategy = tf.distribute.get_strategy()
-        resolver = strategy.cluster_resolver
-        cluster = resolver.cluster_spec().as_dict() if resolver else {}
-        tasks = [*cluster.get("chief", []), *cluster.get("worker", [])] or ["localhost"]
-        replicas = strategy.num_replicas_in_sync // len(tasks)
-        return [task.rpartition(":")[0] for task in tasks for _ in range(replicas)]
+        hosts = list(cluster_workers().values()) or ["localhost"]
+        return [host for host in hosts for _ in range(self.size // len(hosts))]
 
     @property
     def size(self) -> int:

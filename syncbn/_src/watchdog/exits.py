@@ -6,6 +6,7 @@ import os
 import sys
 from types import TracebackType
 
+from syncbn._src.communicators.launcher import running_mpi
 from syncbn._src.watchdog.waiting_limits import is_on
 from syncbn._src.watchdog.watchdog import current
 
@@ -34,10 +35,8 @@ def install() -> None:
 
 
 def _abort_mpi() -> None:
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
-        return
-    if mpi.COMM_WORLD.size > 1 and is_on():
+    mpi = running_mpi()
+    if mpi is not None and mpi.COMM_WORLD.size > 1 and is_on():
         sys.stdout.flush()
         sys.stderr.flush()
         mpi.COMM_WORLD.Abort(1)
