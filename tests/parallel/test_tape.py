@@ -127,11 +127,36 @@ def test_the_iterations_of_a_loop_do_not_meet_each_other(replicas):
         np.testing.assert_allclose(total(tf.constant(3)), 321 * mean, rtol=1e-6)
 
 
+class Equal(Counting):
+    """Not hashable, as classes are that say what equals them."""
+
+    def __eq__(self, other):
+        return isinstance(other, Equal)
+
+
+class Alike(Equal):
+    """Hashable, and equal to others."""
+
+    def __hash__(self):
+        return 0
+
+
+class Slotted:
+    """Neither hashable nor weakly referenced."""
+
+    __slots__ = ("_other", "calls", "name", "rank", "size")
+    __eq__ = Equal.__eq__
+    __init__ = Counting.__init__
+    supports_jit = False
+    all_reduce_sum = Counting.all_reduce_sum
+
+
 @workers.on_one_level
-def test_gradients_are_compared_once_over_each_communicator(replicas):
+@pytest.mark.parametrize("make", [Counting, Equal, Alike, Slotted])
+def test_gradients_are_compared_once_over_each_communicator(replicas, make):
     # Others may have compared theirs over another one, and would wait here.
     weight = tf.Variable(tf.zeros([3, 2, 1, 1]))
-    for communicator in (Counting(syncbn.resolve()) for _ in range(2)):
+    for communicator in [make(syncbn.resolve()) for _ in range(2)]:
         for _ in range(2):
             with tf.GradientTape() as tape:
                 y = replicas.rank * weight

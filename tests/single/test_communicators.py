@@ -16,6 +16,7 @@ from syncbn._src.communicators import launcher, resolution
 from syncbn._src.communicators.host_collectives import sum_of_all
 from syncbn._src.communicators.order import Order
 from syncbn._src.communicators.resolution import choose_engine
+from syncbn._src.communicators.strategy import cluster_workers
 from tests.keras import keras
 
 
@@ -144,6 +145,18 @@ def test_tf_config_tells_how_many_processes_there_are(config, processes, monkeyp
     for text in "", "{":
         monkeypatch.setenv("TF_CONFIG", text)
         assert launcher.launched().processes == 1
+
+
+def test_the_workers_of_a_cluster_may_leave_numbers_out(monkeypatch):
+    cluster = tf.train.ClusterSpec(
+        {"worker": {3: "c:1", 1: "b:2"}, "chief": ["a:1"], "ps": ["d:1"]}
+    )
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(cluster)
+    strategy = SimpleNamespace(cluster_resolver=resolver, num_replicas_in_sync=6)
+    monkeypatch.setattr(tf.distribute, "get_strategy", lambda: strategy)
+    workers = {("chief", 0): "a", ("worker", 1): "b", ("worker", 3): "c"}
+    assert list(cluster_workers().items()) == list(workers.items())
+    assert syncbn.DistributeCommunicator().hosts() == ["a", "a", "b", "b", "c", "c"]
 
 
 def test_every_communicator_keeps_the_protocol():

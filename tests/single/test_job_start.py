@@ -94,6 +94,7 @@ def test_a_worker_is_found_in_its_cluster(text, task, monkeypatch):
         json.dumps({"cluster": {"worker": ["a:1"]}}),
         json.dumps({"cluster": {"worker": ["a:1"]}, "task": {"index": 0}}),
         config({"worker": ["a:1"]}, index=3),
+        config({"worker": "a:1"}),
         config({"worker": ["a:1"], "ps": ["b:1"]}, "ps"),
     ],
 )

@@ -145,6 +145,8 @@ def test_the_recorder_adds_up_the_time_in_collectives(monkeypatch):
     times = iter([1.0, 1.25, 2.0, 2.5, 3.0, 4.0, 9.0])
     monkeypatch.setattr(flight_recorder.time, "time", lambda: next(times))
     for name in "a", "b", "a":
-        recorder.enter(name, None).leave()
-    recorder.enter("a", None).fail()
+        with recorder.enter(name, None):
+            pass
+    with pytest.raises(ZeroDivisionError), recorder.enter("a", None):
+        1 / 0  # noqa: B018
     assert recorder.seconds() == {"a": 1.25, "b": 0.5}

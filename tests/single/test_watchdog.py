@@ -325,8 +325,8 @@ def test_a_graph_that_waits_is_seen_from_another_thread():
 
 def test_the_oldest_of_what_waits_is_told():
     recorder = FlightRecorder()
-    done = recorder.enter("done", None)
-    done.leave()
+    with recorder.enter("done", None):
+        pass
     recorder.enter("first", None)
     recorder.enter("second", None)
     assert recorder.waiting()[:2] == ("first", 2)
@@ -486,14 +486,14 @@ def test_who_may_hang_and_cannot_be_told_is_left_to_its_timer(elastic_rank, seco
     # It takes a look to see that the store is gone, and one to see that nothing goes on.
     soon(lambda: not renewed())
     assert not renewed()
-    one.recorder.enter("goes on", None).leave()
+    with one.recorder.enter("goes on", None):
+        pass
     renewed()
     assert renewed()
     assert not renewed()
-    waits = one.recorder.enter("waits", None)
-    renewed()
-    assert all(renewed() for _ in range(3))
-    waits.leave()
+    with one.recorder.enter("waits", None):
+        renewed()
+        assert all(renewed() for _ in range(3))
     soon(lambda: not renewed())
     one.watchdog.wait_for_reset()
     renewed()

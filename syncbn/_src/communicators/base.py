@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import tensorflow as tf
+
+_T = TypeVar("_T")
 
 
 @runtime_checkable
@@ -61,6 +65,10 @@ class Communicator(Protocol):
         """
 
 
+AddUp = Callable[[tf.Tensor, str], tf.Tensor]
+"""Adds a tensor up over replicas, under a name."""
+
+
 def current_size(communicator: Communicator) -> Any:
     """Returns the number of replicas as a trace may keep it.
 
@@ -93,6 +101,28 @@ def process_communicator(communicator: Communicator) -> Communicator:
     That is ``communicator`` itself, unless it also joins the replicas within each process.
     """
     return getattr(communicator, "across", communicator)
+
+
+_without_weak_references: list[Communicator] = []
+
+
+def kept_for(communicator: Communicator, made: dict[int, _T], make: Callable[[], _T]) -> _T:
+    """Returns what is made for a communicator once, and kept as long as that lives.
+
+    Args:
+        communicator: It need not be hashable, and equal ones may be different.
+        made: Where things of this kind are kept, by the identities of communicators.
+        make: Makes the thing.
+    """
+    key = id(communicator)
+    if key not in made:
+        made[key] = make()
+        try:
+            weakref.finalize(communicator, made.pop, key).atexit = False
+        except TypeError:
+            # Such as one with slots: kept alive, so that its identity is not another's later.
+            _without_weak_references.append(communicator)
+    return made[key]
 
 
 def wire_dtype(dtype: tf.DType) -> tf.DType:

@@ -9,6 +9,7 @@ import tensorflow as tf
 # holds it.
 from tensorflow.python.eager import context
 
+from syncbn._src.communicators.strategy import cluster_workers
 from syncbn._src.watchdog.watchdog import WatchedJob, watch_job
 
 _KEY = "syncbn/watchdog"
@@ -17,9 +18,8 @@ _KEY = "syncbn/watchdog"
 def watch_cluster() -> None:
     """Starts the watchdog of this worker, in the scope or a replica of its strategy."""
     resolver = tf.distribute.get_strategy().cluster_resolver
-    cluster = resolver.cluster_spec().as_dict()
-    tasks = [(job, n) for job in ("chief", "worker") for n in range(len(cluster.get(job, ())))]
-    hosts = {address.rpartition(":")[0] for job, _ in tasks for address in cluster[job]}
+    workers = cluster_workers()
+    hosts = list(workers.values())
 
     def share(own: bytes | None) -> bytes:
         coordinator = context.context()
@@ -27,6 +27,6 @@ def watch_cluster() -> None:
             coordinator.set_config_key_value(_KEY, own.decode())
         return coordinator.get_config_key_value(_KEY).encode()
 
-    rank = tasks.index((resolver.task_type, resolver.task_id))
-    own = cluster[tasks[0][0]][0].rpartition(":")[0]
-    watch_job(WatchedJob("tf.distribute", rank, len(tasks), len(hosts) == 1, share, (own,)))
+    rank = list(workers).index((resolver.task_type, resolver.task_id))
+    one_host = len(set(hosts)) == 1
+    watch_job(WatchedJob("tf.distribute", rank, len(hosts), one_host, share, (hosts[0],)))

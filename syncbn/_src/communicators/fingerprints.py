@@ -12,18 +12,16 @@ import functools
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.base import AddUp, Communicator
 from syncbn._src.communicators.strategy import replica_number
 from syncbn._src.ops import xla
-
-AddUp = Callable[[tf.Tensor, str], tf.Tensor]
-"""Adds a tensor up over replicas, under a name."""
+from syncbn._src.ops.graphs import in_session
+from syncbn._src.ops.shared_traces import traced_outside
 
 _CALL = slice(0, 4)
 LENGTH = 9
@@ -146,7 +144,7 @@ def _require_same_call(replicas: tf.Tensor, marks: tf.Tensor, own: tf.Tensor) ->
     if xla.compiles_everything():
         return same
     inputs = [replicas, marks, own]
-    if not tf.compat.v1.executing_eagerly_outside_functions():  # in the graph of a session
+    if in_session():
         return tf.cond(same, lambda: _go_on(*inputs), lambda: _call_python(*inputs))
     # Python is called where there is something to say, and only there. Not by `tf.cond`: it would
     # make the branches anew for each call, and TensorFlow put them in its place (106 of them: 4.3 s
@@ -162,10 +160,7 @@ def _require_same_call(replicas: tf.Tensor, marks: tf.Tensor, own: tf.Tensor) ->
         )[0]
 
 
-@functools.cache
-def _traced(branch: Callable[..., tf.Tensor], *specs: tf.TensorSpec) -> Any:
-    with tf.init_scope(), tf.device(None):
-        return tf.function(branch, autograph=False).get_concrete_function(*specs)
+_traced = functools.cache(traced_outside)
 
 
 def _go_on(*inputs: tf.Tensor) -> tf.Tensor:

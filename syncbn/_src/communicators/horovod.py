@@ -11,15 +11,16 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._src.communicators import horovod_settings
-from syncbn._src.communicators.base import wire_dtype
+from syncbn._src.communicators.base import AddUp, wire_dtype
 from syncbn._src.communicators.horovod_errors import (
     lost_collectives_as_internal_errors,
     note_collective,
 )
 from syncbn._src.communicators.horovod_names import EagerCalls, operation_name
 from syncbn._src.communicators.launcher import is_elastic, require_whole_job
-from syncbn._src.communicators.order import AddUp, Order, Turn
-from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn._src.communicators.order import Order, Turn
+from syncbn._src.communicators.tracing import refuse_transformations, refuse_xla
+from syncbn._src.ops.graphs import in_session
 from syncbn._src.watchdog.flight_recorder import RECORDER
 from syncbn._src.watchdog.watchdog import WatchedJob, to_array, to_bytes, watch_job
 
@@ -149,15 +150,15 @@ class HorovodCommunicator:
         return lambda tensor, name: self._all_reduce_sum(turn, tensor, f"{scope}/{name}")
 
     def _all_reduce_sum(self, turn: Turn, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        refuse_xla("Horovod")
-        refuse_forward_mode("Horovod", tensor)
-        if self._members is None:  # all ranks make the call
-            _watch(self._hvd)
+        refuse_transformations("Horovod", tensor)
+        # All ranks make the call. In an elastic job `watch_elastic_job` starts the watchdog.
+        if self._members is None and not self.resizable:
+            watch_job(_watched_job(self._hvd))
         tensor, dtype = tf.cast(tensor, wire_dtype(tensor.dtype)), tensor.dtype
-        if tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions():
-            total = turn.all_reduce_sum(self._add_up, tensor, name)
-        else:  # the graph of a session has no program order
+        if in_session():  # where nothing has a program order
             total = self._add_up(tensor, name)
+        else:
+            total = turn.all_reduce_sum(self._add_up, tensor, name)
         return tf.cast(total, dtype)
 
     def _add_up(self, tensor: tf.Tensor, name: str, witness: tf.Tensor | None = None) -> tf.Tensor:
@@ -188,12 +189,6 @@ class HorovodCommunicator:
         note_collective(name)
         call = named if tf.executing_eagerly() else collective
         return RECORDER.watch(name, self._members, tensors, call)
-
-
-def _watch(hvd: Any) -> None:
-    """Starts the watchdog; in an elastic job `watch_elastic_job` does."""
-    if not is_elastic():
-        watch_job(_watched_job(hvd))
 
 
 def watch_elastic_job() -> None:

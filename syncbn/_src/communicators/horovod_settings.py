@@ -25,11 +25,6 @@ class Setting(NamedTuple):
     better: str
     """The better value for small messages; `syncbn launch horovod --help` has the figures."""
 
-    @property
-    def is_given(self) -> bool:
-        """Whether it is set."""
-        return bool(os.environ.get(self.name))
-
     def __str__(self) -> str:
         return f"{self.name}={os.environ.get(self.name) or self.own}"
 
@@ -59,16 +54,20 @@ def in_force(controller: str | None = None, size: int | None = None) -> str:
     return ", ".join(map(str, settings(controller, size)))
 
 
-def left(controller: str | None = None, size: int | None = None) -> list[Setting]:
+def to_be_set(controller: str | None = None, size: int | None = None) -> list[Setting]:
     """Returns the settings that are not set and have a better value than Horovod's default."""
     if os.environ.get("HOROVOD_AUTOTUNE") == "1":  # which tunes those that are not set
         return []
-    return [one for one in settings(controller, size) if not one.is_given and one.better != one.own]
+    return [
+        one
+        for one in settings(controller, size)
+        if not os.environ.get(one.name) and one.better != one.own
+    ]
 
 
 def advice(controller: str | None = None, size: int | None = None) -> str | None:
     """Returns what to do about settings that are not set, or ``None``."""
-    unmade = left(controller, size)
+    unmade = to_be_set(controller, size)
     if not unmade:
         return None
     return (

@@ -1,18 +1,20 @@
-"""What the environment says about the launcher that started this process."""
+"""What the environment says about the launcher of this process, and whether MPI runs in it."""
 
 from __future__ import annotations
 
 import json
 import os
-from typing import NamedTuple
+import sys
+from typing import Any, NamedTuple
 
-_SIZE_VARIABLES = (
-    "HOROVOD_SIZE",  # horovodrun over Gloo
-    "OMPI_COMM_WORLD_SIZE",  # Open MPI's mpirun, horovodrun over MPI
-    "PMI_SIZE",  # MPICH, Intel MPI
-    "MV2_COMM_WORLD_SIZE",  # MVAPICH2
-    "SLURM_STEP_NUM_TASKS",  # srun (not SLURM_NTASKS: an allocation is not a launch)
-)
+_SIZE_VARIABLES = {
+    "HOROVOD_SIZE": "horovod",  # horovodrun over Gloo
+    "OMPI_COMM_WORLD_SIZE": "mpi",  # Open MPI's mpirun, horovodrun over MPI
+    "PMI_SIZE": "mpi",  # MPICH, Intel MPI
+    "MV2_COMM_WORLD_SIZE": "mpi",  # MVAPICH2
+    "SLURM_STEP_NUM_TASKS": "mpi",  # srun (not SLURM_NTASKS: an allocation is not a launch)
+}
+"""The variables that say how many processes a launcher has started, and for which engine."""
 
 
 class Launch(NamedTuple):
@@ -31,6 +33,13 @@ def launched() -> Launch:
             found = Launch(int(value), variable)
     workers = _tf_config_workers()
     return Launch(workers, "TF_CONFIG") if workers > found.processes else found
+
+
+def running_mpi() -> Any | None:
+    """Returns the module ``mpi4py.MPI`` where MPI is initialized and not finalized, or ``None``."""
+    # Looked up, never imported, which would initialize it.
+    mpi = sys.modules.get("mpi4py.MPI")
+    return None if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized() else mpi
 
 
 def is_elastic() -> bool:
@@ -72,25 +81,17 @@ def cluster_task() -> ClusterTask | None:
     text = os.environ.get("TF_CONFIG") or "{}"
     try:
         config = json.loads(text)
-        cluster = config.get("cluster")
-        if not cluster:
+        if not config.get("cluster"):
             return None
-        task = config["task"]
-        # The chief is the first worker.
-        tasks = {
-            (job, number): address
-            for job in ("chief", "worker")
-            for number, address in _numbered(cluster.get(job) or [])
-        }
-        names = list(tasks)
-        rank = names.index((task["type"], int(task["index"])))
+        task, workers = config["task"], _workers(config)
+        rank = list(workers).index((task["type"], int(task["index"])))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "TF_CONFIG must describe a cluster of workers, and the task of this one. Received: "
             f"TF_CONFIG={text!r} ({error!r}). `syncbn launch multiworker` sets it."
         ) from error
-    hosts = [address.rpartition(":")[0] for address in tasks.values()]
-    return ClusterTask(rank, hosts[:rank].count(hosts[rank]), len(names))
+    hosts = [address.rpartition(":")[0] for address in workers.values()]
+    return ClusterTask(rank, hosts[:rank].count(hosts[rank]), len(hosts))
 
 
 def launcher_engine() -> str | None:
@@ -104,28 +105,40 @@ def launcher_engine() -> str | None:
     """
     if cluster_task() is not None:
         return "tf.distribute"
-    if "HOROVOD_SIZE" in os.environ:
-        return "horovod"
-    # srun sets 1 in an interactive shell, too.
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-        return "mpi"
-    of_mpi = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"}
-    return "mpi" if of_mpi & os.environ.keys() else None
-
-
-def _numbered(tasks: list[str] | dict[str, str]) -> list[tuple[int, str]]:
-    """Returns the tasks of a job, which are a list, or an object whose keys are their numbers."""
-    if isinstance(tasks, dict):
-        return sorted((int(number), address) for number, address in tasks.items())
-    return list(enumerate(tasks))
+    for variable, engine in _SIZE_VARIABLES.items():
+        # srun sets 1 in an interactive shell, too.
+        alone = variable == "SLURM_STEP_NUM_TASKS" and int(os.environ.get(variable) or 1) < 2
+        if variable in os.environ and not alone:
+            return engine
+    return None
 
 
 def _tf_config_workers() -> int:
     # TensorFlow itself reports a broken TF_CONFIG where it is used; here it counts as none.
     try:
-        config = json.loads(os.environ.get("TF_CONFIG") or "{}")
-    except json.JSONDecodeError:
+        return len(_workers(json.loads(os.environ.get("TF_CONFIG") or "{}")))
+    except (AttributeError, TypeError, ValueError):
         return 0
-    cluster = config.get("cluster") if isinstance(config, dict) else None
-    jobs = [cluster.get(job) for job in ("chief", "worker")] if isinstance(cluster, dict) else []
-    return sum(len(tasks) for tasks in jobs if isinstance(tasks, list | dict))
+
+
+def _workers(config: Any) -> dict[tuple[str, int], str]:
+    """Returns the addresses of the workers in a ``TF_CONFIG``, the chief first, by their tasks.
+
+    Raises:
+        AttributeError, TypeError, ValueError: it does not describe a cluster.
+    """
+    cluster = config.get("cluster") or {}
+    return {
+        (job, number): address
+        for job in ("chief", "worker")
+        for number, address in _numbered(cluster.get(job) or [])
+    }
+
+
+def _numbered(tasks: Any) -> list[tuple[int, str]]:
+    """Returns the tasks of a job, which are a list, or an object whose keys are their numbers."""
+    if isinstance(tasks, dict):
+        return sorted((int(number), address) for number, address in tasks.items())
+    if not isinstance(tasks, list):
+        raise TypeError(f"{tasks!r} is no list of tasks")
+    return list(enumerate(tasks))

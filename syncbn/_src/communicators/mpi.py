@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.communicators.base import wire_dtype
-from syncbn._src.communicators.launcher import require_whole_job
-from syncbn._src.communicators.order import AddUp, Order, Turn
-from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
+from syncbn._src.communicators.base import AddUp, wire_dtype
+from syncbn._src.communicators.launcher import require_whole_job, running_mpi
+from syncbn._src.communicators.order import Order, Turn
+from syncbn._src.communicators.tracing import refuse_transformations
+from syncbn._src.ops.graphs import in_session
 from syncbn._src.watchdog.flight_recorder import RECORDER
 from syncbn._src.watchdog.waiting_for_all import within_limits
 from syncbn._src.watchdog.watchdog import WatchedJob, to_array, to_bytes, watch_job
@@ -48,31 +49,24 @@ class MPICommunicator:
     finds_mixups = True
 
     def __init__(self, comm: Any = None):
-        try:
-            from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:  # mpi4py raises the latter without libmpi
-            raise ImportError(
-                "communicator='mpi' needs mpi4py and an MPI library: pip install 'syncbn[mpi]'"
-            ) from error
-        if not MPI.Is_initialized() or MPI.Is_finalized():
+        self._mpi = import_mpi()
+        if running_mpi() is None:
             raise RuntimeError(
                 "communicator='mpi' needs MPI to be initialized. Received: a process in which it "
                 "is not. Call mpi4py.MPI.Init() before the first training step."
             )
-        if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
-            raise RuntimeError(
-                "TensorFlow calls MPI from threads of its own, so MPI must be initialized with "
-                f"THREAD_SERIALIZED at least. Received: level {MPI.Query_thread()}. "
-                "Set mpi4py.rc.thread_level = 'multiple' before importing mpi4py.MPI."
-            )
+        self._require_threads(
+            self._mpi.THREAD_SERIALIZED,
+            "TensorFlow calls MPI from threads of its own, so MPI must be initialized with "
+            "THREAD_SERIALIZED at least.",
+        )
         require_whole_job(
             "MPI",
-            MPI.COMM_WORLD.size,
+            self._mpi.COMM_WORLD.size,
             "Start the job with the mpirun of the MPI library that mpi4py was built for, "
             "or use communicator='horovod' under horovodrun over Gloo.",
         )
-        self._mpi = MPI
-        self._shared = _shared(MPI.COMM_WORLD if comm is None else comm)
+        self._shared = _shared(self._mpi, self._mpi.COMM_WORLD if comm is None else comm)
         self._comm, self._order = self._shared.comm, self._shared.order
         self._members = self._shared.members
 
@@ -93,16 +87,22 @@ class MPICommunicator:
         Raises:
             RuntimeError: MPI is not initialized with THREAD_MULTIPLE.
         """
-        level = self._mpi.Query_thread()
-        if level < self._mpi.THREAD_MULTIPLE:
-            raise RuntimeError(
-                "MPI must be initialized with THREAD_MULTIPLE to be called from several threads at "
-                f"a time. Received: level {level}. Set mpi4py.rc.thread_level = 'multiple' before "
-                "importing mpi4py.MPI."
-            )
+        self._require_threads(
+            self._mpi.THREAD_MULTIPLE,
+            "MPI must be initialized with THREAD_MULTIPLE to be called from several threads at a "
+            "time.",
+        )
         if self._shared.lanes is None:
             self._shared.lanes = self._comm.Dup()
         return _Lane(self, self._shared.lanes, number)
+
+    def _require_threads(self, least: int, requirement: str) -> None:
+        level = self._mpi.Query_thread()
+        if level < least:
+            raise RuntimeError(
+                f"{requirement} Received: level {level}. Set mpi4py.rc.thread_level = 'multiple' "
+                "before importing mpi4py.MPI."
+            )
 
     def split(self, groups: Sequence[Sequence[int]]) -> MPICommunicator:
         """Returns the communicator of this process's group. A collective call.
@@ -126,9 +126,8 @@ class MPICommunicator:
         return lambda tensor, name: self._all_reduce_sum(turn, tensor, f"{scope}/{name}")
 
     def _all_reduce_sum(self, turn: Turn, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        refuse_xla("MPI")
-        refuse_forward_mode("MPI", tensor)
-        if not (tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions()):
+        refuse_transformations("MPI", tensor)
+        if in_session():
             raise NotImplementedError(
                 "MPI matches calls by their order, and the graph of a session has none. Received: "
                 "a training call with communicator='mpi' in such a graph. Use Horovod, which "
@@ -152,15 +151,10 @@ class MPICommunicator:
 
     def _all_reduce(self, name: str, value: np.ndarray, *witness: np.ndarray) -> np.ndarray:
         value = np.asarray(value, order="C")
-        record = RECORDER.enter(name, self._members)
-        try:
+        with RECORDER.enter(name, self._members):
             self._require_same_call(f"{name}, {value.dtype.name} {value.shape}", *witness)
             total = np.empty_like(value)
             self._comm.Allreduce(value, total, op=self._mpi.SUM)
-        except BaseException:
-            record.fail()
-            raise
-        record.leave()
         return total
 
     def _require_same_call(self, call: str, *witness: np.ndarray) -> None:
@@ -227,38 +221,32 @@ class _Shared:
     the others are done. There are few, as each exists once.
     """
 
-    def __init__(self, comm: Any):
-        from mpi4py import MPI
-
-        with within_limits("make their first synchronized call", MPI.COMM_WORLD.Abort):
+    def __init__(self, mpi: Any, comm: Any):
+        with within_limits("make their first synchronized call", mpi.COMM_WORLD.Abort):
             self.comm = comm.Dup()
         # MPI matches calls by their order, so all processes need the same one.
         self.order = Order()
         self.lanes: Any = None
         self.parts: dict[tuple[tuple[int, ...], ...], MPICommunicator] = {}
-        self.members = _members(self.comm)
+        self.members = _members(mpi, self.comm)
         if self.members is None:
-            _watch(self.comm)
+            _watch(mpi, self.comm)
 
 
-def _members(comm: Any) -> tuple[int, ...] | None:
+def _members(mpi: Any, comm: Any) -> tuple[int, ...] | None:
     """Returns the ranks of the job that a communicator has; ``None`` where it has all."""
-    from mpi4py import MPI
-
-    if comm.size == MPI.COMM_WORLD.size:
+    if comm.size == mpi.COMM_WORLD.size:
         return None
-    ours, world = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+    ours, world = comm.Get_group(), mpi.COMM_WORLD.Get_group()
     return tuple(ours.Translate_ranks(range(comm.size), world))
 
 
-def _watch(comm: Any) -> None:
+def _watch(mpi: Any, comm: Any) -> None:
     """Starts the watchdog, whose store all processes of the job have to know."""
-    from mpi4py import MPI
-
-    machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    machine = comm.Split_type(mpi.COMM_TYPE_SHARED)
     one_host = machine.size == comm.size
     machine.Free()
-    world, ours = MPI.COMM_WORLD.Get_group(), comm.Get_group()
+    world, ours = mpi.COMM_WORLD.Get_group(), comm.Get_group()
     (root,) = world.Translate_ranks([0], ours)
 
     def share(own: bytes | None) -> bytes:
@@ -266,20 +254,33 @@ def _watch(comm: Any) -> None:
         comm.Bcast(message, root)
         return to_bytes(message)
 
-    rank, size, abort = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, MPI.COMM_WORLD.Abort
+    rank, size, abort = mpi.COMM_WORLD.rank, mpi.COMM_WORLD.size, mpi.COMM_WORLD.Abort
     watch_job(WatchedJob("mpi", rank, size, one_host, share, share_in_thread=False, end=abort))
 
 
-def _shared(comm: Any) -> _Shared:
+def _shared(mpi: Any, comm: Any) -> _Shared:
     # MPI's attribute caching: a library's own data of a communicator, not copied to duplicates.
-    key = _attribute()
+    key = _attribute(mpi)
     if comm.Get_attr(key) is None:
-        comm.Set_attr(key, _Shared(comm))
+        comm.Set_attr(key, _Shared(mpi, comm))
     return comm.Get_attr(key)
 
 
 @functools.cache
-def _attribute() -> int:
-    from mpi4py import MPI
+def _attribute(mpi: Any) -> int:
+    return mpi.Comm.Create_keyval()
 
-    return MPI.Comm.Create_keyval()
+
+def import_mpi() -> Any:
+    """Returns the module ``mpi4py.MPI``.
+
+    Raises:
+        ImportError: mpi4py, or an MPI library for it, is not installed.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # mpi4py raises the latter without libmpi
+        raise ImportError(
+            "communicator='mpi' needs mpi4py and an MPI library: pip install 'syncbn[mpi]'"
+        ) from error
+    return MPI

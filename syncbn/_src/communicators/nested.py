@@ -16,8 +16,8 @@ from syncbn._src.communicators.strategy import (
     replica_number,
     require_same_calls,
 )
-from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
-from syncbn._src.communicators.vectorization import refused
+from syncbn._src.communicators.tracing import refuse_transformations
+from syncbn._src.ops.vectorization import refused
 
 
 class NestedCommunicator:
@@ -83,8 +83,7 @@ class NestedCommunicator:
     def all_reduce_sum(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         context = replica_context()
         engines = f"{self.name} and tf.distribute"
-        refuse_xla(engines)
-        refuse_forward_mode(engines, tensor)
+        refuse_transformations(engines, tensor)
 
         def add_up(strategy: tf.distribute.Strategy, tensors: Any, names: Any) -> tf.Tensor:
             with tf.device(strategy.extended.worker_devices[0]):

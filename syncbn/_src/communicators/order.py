@@ -9,16 +9,15 @@ from weakref import WeakKeyDictionary
 import tensorflow as tf
 from tensorflow.python.ops import handle_data_util
 
-from syncbn._src.communicators.tracing import HandleAround, in_branch_or_loop
-from syncbn._src.communicators.vectorization import vectorized
 from syncbn._src.ops.differentiation import in_current_graph
-
-AddUp = Callable[[tf.Tensor, str], tf.Tensor]
-"""Sums a tensor over processes, under a name."""
+from syncbn._src.ops.graphs import in_branch_or_loop, is_loop, runs_side_effects, up_to_function
+from syncbn._src.ops.vectorization import convert_loops_with, vectorized
 
 Sum = Callable[[tf.Tensor, str, tf.Tensor | None], tf.Tensor]
-"""Likewise, not differentiable. The last argument, where there is one, is a tensor that is equal on
-all processes but differs between calls of the same name: it tells them apart."""
+"""Adds a tensor up over processes, under a name; not differentiable.
+
+The last argument, where there is one, is a tensor that is equal on all processes but differs
+between calls of the same name: it tells them apart."""
 
 _numbers = itertools.count()
 
@@ -52,7 +51,7 @@ class Order:
         graph = operation.graph
         self._last[graph] = operation.name
         # Automatic control dependencies, where there are some, take care of the callers.
-        if graph.building_function and not getattr(graph, "_add_control_dependencies", False):
+        if graph.building_function and not runs_side_effects(graph, otherwise=False):
             graph.control_outputs.append(operation)
 
     def turn(self) -> Turn:
@@ -80,7 +79,7 @@ class Turn:
     def __init__(self, order: Order):
         self._order = order
         self._handle: tf.Tensor | None = None
-        self._around: HandleAround | None = None
+        self._around: _HandleAround | None = None
         self._witness: tf.Tensor | None = None
 
     def all_reduce_sum(
@@ -95,38 +94,12 @@ class Turn:
 
         @tf.custom_gradient
         def reduce(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-            own = None
-
-            def gradient(upstream: tf.Tensor) -> tf.Tensor:
-                return self.all_reduce_sum(add_up, upstream, f"{name}/gradient", own, total)
-
-            if tf.executing_eagerly():
-                total = add_up(tensor, name, None)
-                return total, gradient
-            if not self._order.everywhere and not in_branch_or_loop():
-                total = add_up(tensor, name, None)
-                return vectorized(total, again), gradient
-            known = self._handle if handle is None else handle
-            if known is None:
-                known = self._order.variable()
-            elif known is self._handle and self._around is not None:
-                outside = self._around.in_gradient()
-                known = known if outside is None else outside
-            with tf.control_dependencies(self._order.last()):
-                begin = _touch(known)
-            if in_branch_or_loop():
-                # The gradient can take the handle from this graph, but not from outside of all.
-                own = begin.inputs[0]
-                if self._handle is None:
-                    self._handle, self._around = own, HandleAround(known)
-            with tf.control_dependencies([begin]):
-                total = add_up(tensor, name, self._witness if witness is None else witness)
-            if self._witness is None:
-                self._witness = total
-            vectorized(total, again)
-            with tf.control_dependencies([total]):
-                self._order.follow(_touch(begin.inputs[0]))
-            return total, gradient
+            total, own = self._in_turn(add_up, tensor, name, handle, witness)
+            if not tf.executing_eagerly():
+                vectorized(total, again)
+            return total, lambda upstream: self.all_reduce_sum(
+                add_up, upstream, f"{name}/gradient", own, total
+            )
 
         def again(rows: tf.Tensor) -> tf.Tensor:
             # In a turn of its own: the tensors of this one may be in another graph.
@@ -134,9 +107,80 @@ class Turn:
 
         return reduce(in_current_graph(tensor))
 
+    def _in_turn(
+        self,
+        add_up: Sum,
+        tensor: tf.Tensor,
+        name: str,
+        handle: tf.Tensor | None,
+        witness: tf.Tensor | None,
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Returns the sum, and the variable's handle that its gradient can take, if any."""
+        inside = in_branch_or_loop()
+        if tf.executing_eagerly() or not (self._order.everywhere or inside):
+            return add_up(tensor, name, None), None
+        known = self._handle if handle is None else handle
+        if known is None:
+            known = self._order.variable()
+        elif known is self._handle and self._around is not None:
+            outside = self._around.in_gradient()
+            known = known if outside is None else outside
+        with tf.control_dependencies(self._order.last()):
+            begin = _touch(known)
+        # The gradient can take the handle from this graph, but not from outside of all.
+        own = begin.inputs[0] if inside else None
+        if inside and self._handle is None:
+            self._handle, self._around = own, _HandleAround(known)
+        with tf.control_dependencies([begin]):
+            total = add_up(tensor, name, self._witness if witness is None else witness)
+        if self._witness is None:
+            self._witness = total
+        with tf.control_dependencies([total]):
+            self._order.follow(_touch(begin.inputs[0]))
+        return total, own
+
+
+class _HandleAround:
+    """A variable's handle in each of the graphs around a call, for the gradient of the call.
+
+    The gradient of a loop cannot take an eager tensor. What it takes of a tensor inside of the loop
+    is an output of the loop, which for TensorFlow is another variable: it would be accessed in no
+    order with what is beside the loop. So the gradient takes the tensor from around the loop.
+
+    Args:
+        handle: The handle, an eager tensor.
+    """
+
+    def __init__(self, handle: tf.Tensor):
+        self._graphs = up_to_function()
+        self._handles = [graph.capture(handle) for graph in self._graphs]
+
+    def in_gradient(self) -> tf.Tensor | None:
+        """Returns the handle as it is in the gradient of a loop, if that is what is being traced.
+
+        Nothing else needs it. A gradient in another function, and that of a loop in a branch in a
+        loop, cannot take it.
+        """
+        graphs = up_to_function()
+        depth = next((n for n, graph in enumerate(graphs) if graph in self._graphs), None)
+        if depth is None:
+            return None
+        # Those further out are around the gradient only, such as a branch in which it is taken.
+        inner = min(depth, self._graphs.index(graphs[depth]))
+        loops = [n for n, graph in enumerate(graphs[:inner]) if is_loop(graph)]
+        if not loops:
+            return None
+        last = loops[-1] + 1
+        if len(loops) < last - loops[0]:  # a branch is between two of them
+            return None
+        handle = self._handles[last]
+        for graph in reversed(graphs[:last]):
+            handle = graph.capture(handle)  # a branch takes nothing but from the graph around it
+        return handle
+
 
 def _touch(handle: tf.Tensor) -> tf.Operation:
     operation = tf.raw_ops.AssignAddVariableOp(resource=handle, value=tf.ones([], tf.int64))
-    # A vectorized loop (see `vectorization`) takes one turn for all iterations.
-    operation.pfor_converter = lambda loop: _touch(loop.unstacked_input(0))
+    # A vectorized loop takes one turn for all iterations.
+    convert_loops_with(operation, lambda loop: _touch(loop.unstacked_input(0)))
     return operation

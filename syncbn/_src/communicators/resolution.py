@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator, is_resizable
 from syncbn._src.communicators.horovod import HorovodCommunicator
-from syncbn._src.communicators.launcher import is_elastic, launched
+from syncbn._src.communicators.launcher import is_elastic, launched, running_mpi
 from syncbn._src.communicators.local import LocalCommunicator
 from syncbn._src.communicators.mpi import MPICommunicator
 from syncbn._src.communicators.nested import NestedCommunicator
@@ -127,8 +127,8 @@ def _initialized() -> Joined:
     hvd = sys.modules.get("horovod.tensorflow")
     if hvd is not None and hvd.is_initialized() and (hvd.size() > 1 or is_elastic()):
         return Joined("horovod", hvd.size())
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+    mpi = running_mpi()
+    if mpi is None:
         return Joined("local", 1)
     size = mpi.COMM_WORLD.size
     return Joined("mpi" if size > 1 else "local", size)

@@ -50,6 +50,18 @@ def joined_processes() -> int:
     return tf.distribute.get_strategy().num_replicas_in_sync // local_replicas()
 
 
+def cluster_workers() -> dict[tuple[str, int], str]:
+    """Returns the hosts of the strategy's workers, the chief first, by their tasks."""
+    resolver = tf.distribute.get_strategy().cluster_resolver
+    cluster = resolver.cluster_spec() if resolver else tf.train.ClusterSpec({})
+    return {
+        (job, number): cluster.task_address(job, number).rpartition(":")[0]
+        for job in ("chief", "worker")
+        if job in cluster.jobs
+        for number in cluster.task_indices(job)
+    }
+
+
 def require_same_calls(strategy: tf.distribute.Strategy, tensors: Any, names: Any) -> Any:
     """Returns the tensors of the replicas, in a merge call to which each has given a name too.
 

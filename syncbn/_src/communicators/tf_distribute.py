@@ -12,13 +12,14 @@ from syncbn._src.communicators.cluster_watch import watch_cluster
 from syncbn._src.communicators.fingerprints import fingerprinted
 from syncbn._src.communicators.strategy import (
     GroupRows,
+    cluster_workers,
     joined_processes,
     replica_context,
     replica_number,
     require_same_calls,
 )
-from syncbn._src.communicators.tracing import refuse_forward_mode, refuse_xla
-from syncbn._src.communicators.vectorization import refused, vectorized
+from syncbn._src.communicators.tracing import refuse_transformations
+from syncbn._src.ops.vectorization import convert_loops_with, refused, vectorized
 from syncbn._src.watchdog.flight_recorder import RECORDER
 
 
@@ -40,12 +41,8 @@ class DistributeCommunicator:
 
     def hosts(self) -> list[str]:
         """Returns the host of each replica, as the strategy's cluster names it."""
-        strategy = tf.distribute.get_strategy()
-        resolver = strategy.cluster_resolver
-        cluster = resolver.cluster_spec().as_dict() if resolver else {}
-        tasks = [*cluster.get("chief", []), *cluster.get("worker", [])] or ["localhost"]
-        replicas = strategy.num_replicas_in_sync // len(tasks)
-        return [task.rpartition(":")[0] for task in tasks for _ in range(replicas)]
+        hosts = list(cluster_workers().values()) or ["localhost"]
+        return [host for host in hosts for _ in range(self.size // len(hosts))]
 
     @property
     def size(self) -> int:
@@ -68,14 +65,12 @@ class DistributeCommunicator:
         context = replica_context()
         if context.num_replicas_in_sync == 1:
             return tensor
-        refuse_xla("tf.distribute")
-        refuse_forward_mode("tf.distribute", tensor)
-        if joined_processes() > 1:
-            watch_cluster()
-            with tf.name_scope(name):
-                return RECORDER.watch(name, None, tensor, lambda one: _all_reduce_sum(one, name))
+        refuse_transformations("tf.distribute", tensor)
         with tf.name_scope(name):
-            return _all_reduce_sum(tensor, name)
+            if joined_processes() == 1:
+                return _all_reduce_sum(tensor, name)
+            watch_cluster()
+            return RECORDER.watch(name, None, tensor, lambda one: _all_reduce_sum(one, name))
 
 
 def _shares_one_memory(strategy: tf.distribute.Strategy) -> bool:
@@ -91,9 +86,6 @@ def _shares_one_memory(strategy: tf.distribute.Strategy) -> bool:
 
 
 def _all_reduce_sum(tensor: tf.Tensor, name: str) -> tf.Tensor:
-    def again(tensor: tf.Tensor) -> tf.Tensor:
-        return _all_reduce_sum(tensor, name)
-
     @tf.custom_gradient
     def reduce(tensor: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
         def gradient(upstream: tf.Tensor) -> tf.Tensor:
@@ -102,16 +94,16 @@ def _all_reduce_sum(tensor: tf.Tensor, name: str) -> tf.Tensor:
         # What comes back has a custom gradient already. The custom gradient of a layer, which walks
         # the graph from its results to its inputs, must not walk on into the other replicas.
         if _shares_one_memory(replica_context().strategy):
-            total = tf.stop_gradient(_add_up(tensor, name, again))
+            total = tf.stop_gradient(_add_up(tensor, name))
             if not tf.executing_eagerly():
                 # A vectorized loop drops custom gradients; this caller gives its result one again.
-                total.op.pfor_converter = lambda loop: [loop.inputs[0]]
+                convert_loops_with(total.op, lambda loop: [loop.inputs[0]])
             return total, gradient
         # An argument of a function has no device, without which TensorFlow finds no destination; a
         # copy made here has the replica's.
         own = refused(tensor, "tf.distribute")
         if joined_processes() == 1:
-            _compare(own, name)
+            replica_context().merge_call(require_same_calls, args=[own, name])
             return tf.stop_gradient(_collective(own)), gradient
         wire = tf.cast(own, wire_dtype(own.dtype))
         total = tf.cast(fingerprinted(_collective, wire, name), own.dtype)
@@ -124,20 +116,13 @@ def _collective(tensor: tf.Tensor) -> tf.Tensor:
     return replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tensor)
 
 
-def _compare(tensor: tf.Tensor, name: str) -> None:
-    """Raises where replicas of this process make different calls."""
-
-    def compare(strategy: tf.distribute.Strategy, tensors: Any, names: Any) -> None:
-        require_same_calls(strategy, tensors, names)
-
-    replica_context().merge_call(compare, args=[tensor, name])
-
-
-def _add_up(tensor: tf.Tensor, name: str, again: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+def _add_up(tensor: tf.Tensor, name: str) -> tf.Tensor:
     def add(strategy: tf.distribute.Strategy, tensors: Any, names: Any) -> tf.Tensor:
         parts = require_same_calls(strategy, tensors, names)
         return tf.add_n(parts, name="all_reduce_sum")
 
     total = replica_context().merge_call(add, args=[tensor, name])
+    if tf.executing_eagerly():
+        return total
     # One operation for all replicas, each of which vectorizes its own loop.
-    return total if tf.executing_eagerly() else vectorized(total, again, replica_number)
+    return vectorized(total, lambda rows: _all_reduce_sum(rows, name), replica_number)

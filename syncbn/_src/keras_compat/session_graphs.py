@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._src.keras_compat.keras_api import KERAS_3
+from syncbn._src.ops.graphs import runs_side_effects
 
 
 def in_session_graph() -> bool:
@@ -23,9 +24,8 @@ def require_updates() -> None:
             "graph of TensorFlow 1. Use Keras 2: pip install tf_keras, and set "
             "TF_USE_LEGACY_KERAS=1 before importing TensorFlow."
         )
-    # There is no public API to ask whether a graph, of a function or a branch, runs side effects.
     graph = tf.compat.v1.get_default_graph()
-    if graph.building_function and not getattr(graph, "_add_control_dependencies", True):
+    if graph.building_function and not runs_side_effects(graph, otherwise=True):
         raise NotImplementedError(
             "A session cannot run updates of the moving statistics that are inside of a branch or "
             "loop. Received: a training call inside of tf.cond or tf.while_loop. Call the layer "

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from syncbn._src.keras_compat.keras_api import KERAS_3, keras
 from syncbn._src.keras_compat.session_graphs import in_session_graph, require_updates
+from syncbn._src.ops.graphs import in_session
 
 _STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
 
@@ -59,7 +60,7 @@ class StatisticsLayer(keras.layers.Layer):
             NotImplementedError: a session could not run the assignment: in Keras 3, or in a branch
                 or loop.
         """
-        if not tf.compat.v1.executing_eagerly_outside_functions():
+        if in_session():
             require_updates()
         update = statistic.assign(value)
         if in_session_graph():

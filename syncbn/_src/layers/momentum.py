@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.untrained_traces import never_trains
+from syncbn._src.ops.graphs import in_session
 
 
 class Momentum:
@@ -80,8 +81,7 @@ class Momentum:
     def _checked_variable(self, given: Any) -> tf.Variable:
         variable = keras_api.variable(given) if not isinstance(given, tf.Variable) else given
         scalar = isinstance(variable, tf.Variable) and variable.shape.rank == 0
-        eager = tf.compat.v1.executing_eagerly_outside_functions()
-        if not (scalar and variable.dtype.is_floating and eager):
+        if in_session() or not (scalar and variable.dtype.is_floating):
             raise TypeError(self._must_be(given))
         return variable
 

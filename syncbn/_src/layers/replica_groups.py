@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator, is_resizable
+from syncbn._src.communicators.base import Communicator, is_resizable, kept_for
 from syncbn._src.communicators.fingerprints import sums_for_call
 from syncbn._src.communicators.groups import Grouping, Groups
 from syncbn._src.communicators.strategy import GroupRows
@@ -21,7 +20,7 @@ class ReplicaGroups:
 
     def __init__(self, grouping: Grouping):
         self.grouping = grouping
-        self._splits: list[tuple[Communicator, int, Any]] = []
+        self._kept: list[tuple[Communicator, int, Any]] = []
 
     def replicas(self, communicator: Communicator, batch: int | None, scope: str) -> Replicas:
         """Returns the replicas to share statistics with.
@@ -50,26 +49,24 @@ class ReplicaGroups:
         # A single replica has no groups, so that a model made for a job also runs without one.
         if size == 1 or not self.grouping.is_given():
             return Replicas(all_reduce_sum, alone=size == 1)
-        split = self._split(communicator, size, batch)
-        if split is None:
+        group = self._own_group(communicator, size, batch)
+        if group is None:
             return Replicas(all_reduce_sum)
-        if isinstance(split, GroupRows):
-            return _OneCollectiveGroups(split, scope)
-        return _SubgroupReplicas(sums_for_call(split, scope), all_reduce_sum)
+        if isinstance(group, GroupRows):
+            return _OneCollectiveGroups(group, scope)
+        return _SubgroupReplicas(sums_for_call(group, scope), all_reduce_sum)
 
-    def _split(self, communicator: Communicator, size: int, batch: int | None) -> Any:
-        for known, known_size, split in self._splits:
+    def _own_group(self, communicator: Communicator, size: int, batch: int | None) -> Any:
+        for known, known_size, group in self._kept:
             if known is communicator and known_size == size:
-                return split
-        split = _split(communicator, self.grouping.choose(communicator, batch))
-        self._splits.append((communicator, size, split))
-        return split
+                return group
+        group = _split(communicator, self.grouping.choose(communicator, batch))
+        self._kept.append((communicator, size, group))
+        return group
 
 
-# For each communicator, by groups: layers with the same groups share them. Keyed by identity, since
-# a communicator need not be hashable, and equal ones may be different.
 _splits: dict[int, dict[Groups, Any]] = {}
-_kept: list[Communicator] = []
+"""What each communicator was split into, by groups: layers with the same groups share it."""
 
 
 def _split(communicator: Communicator, groups: Groups) -> Any:
@@ -81,22 +78,10 @@ def _split(communicator: Communicator, groups: Groups) -> Any:
             "A layer with groups needs a communicator that has a method split(groups). "
             f"Received: communicator={communicator!r}."
         )
-    made = _splits_of(communicator)
+    made = kept_for(communicator, _splits, dict)
     if groups not in made:
         made[groups] = communicator.split(groups)
     return made[groups]
-
-
-def _splits_of(communicator: Communicator) -> dict[Groups, Any]:
-    key = id(communicator)
-    if key not in _splits:
-        _splits[key] = {}
-        try:
-            weakref.finalize(communicator, _splits.pop, key).atexit = False
-        except TypeError:
-            # With slots it may have no weak references: kept alive, so that its id is not reused.
-            _kept.append(communicator)
-    return _splits[key]
 
 
 class _SubgroupReplicas(Replicas):

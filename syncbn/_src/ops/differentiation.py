@@ -13,6 +13,9 @@ import tensorflow as tf
 # tests/single/test_accuracy.py covers it.
 from tensorflow.python.eager import forwardprop_util
 
+from syncbn._src.ops.graphs import copied_branches
+from syncbn._src.ops.vectorization import convert_loops_with
+
 
 def in_current_graph(tensor: tf.Tensor) -> tf.Tensor:
     """Returns ``tensor``, or a copy of it in the graph that is being built.
@@ -34,7 +37,7 @@ def kept(structure: Any) -> Any:
     Args:
         structure: Nested. Anything but the tensors of a copied branch is returned unchanged.
     """
-    copies = {copy.name.removesuffix("_rewritten"): copy for copy in _copied_branches()}
+    copies = {copy.name.removesuffix("_rewritten"): copy for copy in copied_branches()}
 
     def of_copy(value: Any) -> Any:
         name = getattr(getattr(value, "graph", None), "name", None)
@@ -52,25 +55,6 @@ def of_shape(tensor: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
     tensor = tf.convert_to_tensor(tensor)
     tensor.set_shape(shape)
     return tensor
-
-
-def differentiates_copy() -> bool:
-    """Says whether the gradient of a copied branch is being traced, as in forward mode."""
-    return any(True for _ in _copied_branches())
-
-
-def _copied_branches() -> Iterator[Any]:
-    """Yields the copied branches whose gradients are being traced."""
-    if tf.executing_eagerly():
-        return
-    graph = tf.compat.v1.get_default_graph()
-    while graph is not None:
-        # There is no public API for this. Tried with TensorFlow 2.21;
-        # tests/single/test_accuracy.py covers it.
-        branch = getattr(graph, "_forward_graph", None)
-        if branch is not None and not getattr(branch, "is_control_flow_graph", False):
-            yield branch
-        graph = getattr(graph, "outer_graph", None)
 
 
 def has_tangent(*tensors: tf.Tensor) -> bool:
@@ -155,9 +139,7 @@ def _vectorize_as(plain: Callable[..., Any], number: int, outputs: Any) -> None:
         results = tf.vectorized_map(iteration, rows) if rows else iteration({})
         return [inputs[0]._replace(t=one, is_stacked=bool(rows)) for one in results] + inputs
 
-    # There is no public API for this. Tried with TensorFlow 2.21; tests/single/test_accuracy.py
-    # covers it.
-    tf.nest.flatten(outputs)[0].op.pfor_converter = convert
+    convert_loops_with(tf.nest.flatten(outputs)[0].op, convert)
 
 
 def compiled(function: Callable[..., Any], axes: Sequence[int]) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ from syncbn._src.ops.channels import (
     where,
 )
 from syncbn._src.ops.differentiation import with_recomputed_gradient
+from syncbn._src.ops.graphs import in_session
 
 # On CPUs, the fused kernels are faster from this many elements on: from the table that
 # `benchmarks/studies/kernel_times.py` prints and docs/design.md shows.
@@ -66,7 +67,7 @@ PLAIN = Kernels(fused=False, compiled_gradient=False)
 def choose_kernels(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> Kernels:
     """Returns the fastest kernels that apply to ``x``, by its static shape."""
     # A function that XLA compiles as a whole needs no compiled pieces; a session takes none.
-    in_function = tf.compat.v1.executing_eagerly_outside_functions()
+    in_function = not in_session()
     if xla.compiles_everything():
         return PLAIN
     if xla.on_gpus():

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from syncbn._src.ops import xla
 from syncbn._src.ops.differentiation import has_tangent
+from syncbn._src.ops.graphs import in_session
 
 # For each function; the least recently used are dropped.
 _MOST_TRACES = 256
@@ -41,15 +42,12 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
             one.shape.is_fully_defined() and one.shape.num_elements() < _CALLED_FROM_ELEMENTS
             for one in specs
         )
-        # Outside of the graph, replica and device of the first call.
-        traced = tf.function(
+        return traced_outside(
             function,
-            autograph=False,
+            *specs,
             jit_compile=by_xla or None,
             experimental_attributes=None if by_xla or few else {"_noinline": True},
         )
-        with tf.init_scope(), tf.device(None):
-            return traced.get_concrete_function(*specs)
 
     @functools.wraps(function)
     def call(*inputs: tf.Tensor) -> Any:
@@ -61,9 +59,20 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def traced_outside(function: Callable[..., Any], *specs: tf.TensorSpec, **options: Any) -> Any:
+    """Returns a concrete function, traced outside of the graph, replica and device of the call.
+
+    Args:
+        function: What is traced.
+        specs: What it takes.
+        options: Of `tf.function`.
+    """
+    with tf.init_scope(), tf.device(None):
+        return tf.function(function, autograph=False, **options).get_concrete_function(*specs)
+
+
 def _in_place() -> bool:
     """Says whether function calls are worthwhile here."""
     # Where XLA compiles a function as a whole, it inlines the calls; the graphs of sessions should
     # not contain functions.
-    in_function = tf.compat.v1.executing_eagerly_outside_functions()
-    return in_function and not tf.executing_eagerly() and not xla.compiles_everything()
+    return not (in_session() or tf.executing_eagerly() or xla.compiles_everything())

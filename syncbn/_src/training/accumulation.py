@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from syncbn._src.communicators.base import wire_dtype
 from syncbn._src.keras_compat import keras_api
+from syncbn._src.ops.graphs import in_session
 from syncbn._src.training.gradient_averages import Gradient
 
 
@@ -86,7 +87,7 @@ class Accumulation:
                 "OneDeviceStrategy, since in others no optimizer can apply in a branch. Received: "
                 f"{type(strategy).__name__} with one replica. Leave the strategy out."
             )
-        if not tf.compat.v1.executing_eagerly_outside_functions():
+        if in_session():
             raise NotImplementedError(
                 "backward_passes_per_step needs variables that are assigned at once. Received: the "
                 "graph of a session. Add up the losses of several batches in one step instead."

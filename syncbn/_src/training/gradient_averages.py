@@ -11,7 +11,7 @@ import tensorflow as tf
 from syncbn._src.communicators.base import Communicator, current_rank, current_size, wire_dtype
 from syncbn._src.communicators.fingerprints import sums
 from syncbn._src.communicators.horovod import HorovodCommunicator
-from syncbn._src.communicators.tracing import in_branch_or_loop
+from syncbn._src.ops.graphs import in_branch_or_loop
 
 Gradient = Any
 """A `tf.Tensor`, a `tf.IndexedSlices` or ``None``."""

@@ -16,6 +16,7 @@ from syncbn._src.communicators.base import (
 from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.resolution import check_communicator, resolve
 from syncbn._src.communicators.strategy import local_replicas
+from syncbn._src.ops.graphs import in_session
 from syncbn._src.training.gradient_averages import Gradient, average_gradients, per_worker
 from syncbn._src.training.kept_local import LocalVariables
 
@@ -93,8 +94,7 @@ class Exchange:
         local = self._local_among(variables)
         # Not in the graph of a session, which cannot compute while it is built. In an elastic job
         # only those trace that are new: there `ElasticState` compares the variables.
-        eager = tf.compat.v1.executing_eagerly_outside_functions()
-        if not self.compared and eager and not resizable:
+        if not (self.compared or in_session() or resizable):
             _require_same_gradients(communicator, self.kinds(gradients, variables))
             self.compared = True
         shared = [g for g, own in zip(gradients, local, strict=True) if not own]

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from syncbn._src.communicators.horovod import import_horovod
-from syncbn._src.communicators.horovod_settings import left
+from syncbn._src.communicators.horovod_settings import to_be_set
 
 
 def init_horovod(*args: Any, **kwargs: Any) -> None:
@@ -41,6 +41,6 @@ def init_horovod(*args: Any, **kwargs: Any) -> None:
             "Horovod reads its settings when it is initialized. Received: a process in which it is "
             "already. Call init_horovod() in place of hvd.init()."
         )
-    for setting in left():
+    for setting in to_be_set():
         os.environ[setting.name] = setting.better
     hvd.init(*args, **kwargs)

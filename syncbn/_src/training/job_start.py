@@ -12,13 +12,12 @@ import tensorflow as tf
 from syncbn._src.communicators.base import process_communicator
 from syncbn._src.communicators.horovod import import_horovod, watch_elastic_job
 from syncbn._src.communicators.launcher import cluster_task, is_elastic, launcher_engine
-from syncbn._src.communicators.resolution import choose_engine, resolve
+from syncbn._src.communicators.mpi import import_mpi
+from syncbn._src.communicators.resolution import NAMES, choose_engine, resolve
 from syncbn._src.keras_compat.keras_api import keras
 from syncbn._src.keras_compat.multi_worker_fit import mend_keras_fit
 from syncbn._src.training.horovod_initialization import init_horovod
 from syncbn._src.watchdog.waiting_for_all import starting_within_limits, within_limits
-
-_ENGINES = ("auto", "tf.distribute", "horovod", "mpi", "local")
 
 
 class Job(NamedTuple):
@@ -116,10 +115,9 @@ def start(engine: str = "auto", *, seed: int | None = None, own_gpu: bool = True
         >>> with job.scope():
         ...     layer = syncbn.SyncBatchNormalization()
     """
-    if engine not in _ENGINES:
+    if engine not in NAMES:
         raise ValueError(
-            f"`engine` must be one of {', '.join(map(repr, _ENGINES))}. "
-            f"Received: engine={engine!r}."
+            f"`engine` must be one of {', '.join(map(repr, NAMES))}. Received: engine={engine!r}."
         )
     job = _joined(_detected() if engine == "auto" else engine, own_gpu)
     if job.engine == "horovod" and is_elastic():
@@ -169,15 +167,10 @@ def _horovod_local_rank() -> int:
 
 def _mpi_local_rank() -> int:
     there = "mpi4py.MPI" in sys.modules
-    try:
-        with contextlib.nullcontext() if there else starting_within_limits():
-            from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # mpi4py raises the latter without libmpi
-        raise ImportError(
-            "engine='mpi' needs mpi4py and an MPI library: pip install 'syncbn[mpi]'"
-        ) from error
-    with within_limits("start", MPI.COMM_WORLD.Abort):
-        machine = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    with contextlib.nullcontext() if there else starting_within_limits():
+        mpi = import_mpi()
+    with within_limits("start", mpi.COMM_WORLD.Abort):
+        machine = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
     local_rank = machine.rank
     machine.Free()
     return local_rank

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import tensorflow as tf
 
 from syncbn._src.autograph import unconverted
-from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.base import Communicator, kept_for
 from syncbn._src.communicators.resolution import resolve
 from syncbn._src.training.gradient_exchange import Exchange
 from syncbn._src.training.kept_local import LocalVariables
 
-_compared: WeakKeyDictionary[Communicator, set[tuple[str, ...]]] = WeakKeyDictionary()
+_compared: dict[int, set[tuple[str, ...]]] = {}
 """The descriptions of gradients that the workers of a communicator have compared.
 
 Each step creates a new tape."""
@@ -108,7 +107,7 @@ class DistributedGradientTape:
         gradients = self._tape.gradient(target, flat, *args, **kwargs)
         kinds = self._exchange.kinds(gradients, flat)
         # Others may have compared theirs over another communicator.
-        known = _compared.setdefault(resolve(self._exchange.communicator), set())
+        known = kept_for(resolve(self._exchange.communicator), _compared, set)
         self._exchange.compared = kinds in known
         averaged = self._exchange(gradients, flat, "syncbn/tape")
         if self._exchange.compared:

@@ -11,6 +11,7 @@ from typing import Any
 
 from syncbn._src.terminal import HEADING, show
 from syncbn._src.text_tables import aligned
+from syncbn._src.watchdog.messages import call_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,7 @@ def _table(records: Sequence[dict[str, Any]]) -> str:
             (
                 str(record["rank"]),
                 f"{record['pid']} on {record['host']}",
-                f"{waiting['name']} (call {waiting['call']})" if waiting else "no collective",
+                call_text(waiting["name"], waiting["call"]) if waiting else "no collective",
                 f"{record['time'] - waiting['since']:.0f} s" if waiting else "",
                 _last_done(record),
                 _place(record["stack"]),
@@ -66,7 +67,7 @@ def _table(records: Sequence[dict[str, Any]]) -> str:
 def _last_done(record: dict[str, Any]) -> str:
     done = [one for one in record["collectives"] if one["left"] is not None]
     if done:
-        return f"{done[-1]['name']} (call {done[-1]['number']})"
+        return call_text(done[-1]["name"], done[-1]["number"])
     # Of those of a graph only their numbers are known.
     counts = {site["name"]: site["left"] for site in record["sites"]}
     return ", ".join(f"{name} x {count}" for name, count in list(counts.items())[:2])
@@ -100,7 +101,7 @@ def _sentence(records: Sequence[dict[str, Any]]) -> str:
     if len(calls) > 1:
         words += [
             f"rank {', '.join(map(str, ranks))} "
-            + ("is in no collective" if call is None else f"waits in {call[0]} (call {call[1]})")
+            + ("is in no collective" if call is None else f"waits in {call_text(*call)}")
             for call, ranks in calls.items()
         ]
     elif not silent:

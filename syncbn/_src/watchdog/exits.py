@@ -6,6 +6,7 @@ import os
 import sys
 from types import TracebackType
 
+from syncbn._src.communicators.launcher import running_mpi
 from syncbn._src.watchdog.waiting_limits import is_on
 from syncbn._src.watchdog.watchdog import current
 
@@ -21,10 +22,11 @@ def install() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)
         if os.getpid() == process:
+            watchdog = current()
             try:
-                _tell(f"has failed: {kind.__name__}: {str(error)[:500]}")
-                watchdog = current()
                 if watchdog is not None:
+                    if watchdog.is_running():
+                        watchdog.tell(f"has failed: {kind.__name__}: {str(error)[:500]}")
                     watchdog.say_who_is_gone()
             finally:
                 _abort_mpi()
@@ -32,17 +34,9 @@ def install() -> None:
     sys.excepthook = hook
 
 
-def _tell(status: str) -> None:
-    watchdog = current()
-    if watchdog is not None and watchdog.is_running():
-        watchdog.tell(status)
-
-
 def _abort_mpi() -> None:
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
-        return
-    if mpi.COMM_WORLD.size > 1 and is_on():
+    mpi = running_mpi()
+    if mpi is not None and mpi.COMM_WORLD.size > 1 and is_on():
         sys.stdout.flush()
         sys.stderr.flush()
         mpi.COMM_WORLD.Abort(1)

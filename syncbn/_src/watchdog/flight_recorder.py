@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-# Of vectorized loops, for which there is no public API; see communicators/vectorization.py. Tried
-# with TensorFlow 2.21; tests/single/test_watchdog.py covers it.
-from tensorflow.python.ops.parallel_for.pfor import wrap
+from syncbn._src.ops.graphs import in_session
+from syncbn._src.ops.shared_traces import traced_outside
+from syncbn._src.ops.vectorization import convert_loops_with, same_in_all_iterations
 
 LENGTH = 200
 """How many of the latest collectives are kept."""
@@ -22,7 +22,7 @@ _numbers = itertools.count()
 
 
 class Collective:
-    """A collective that Python runs.
+    """A collective that Python runs, in a ``with`` statement: left after it, or failed.
 
     Args:
         number: Of the process's collectives, from 1.
@@ -46,12 +46,13 @@ class Collective:
         self.left: float | None = None
         self.failed = False
 
-    def fail(self) -> None:
-        """Says that it has raised."""
-        self.failed = True
+    def __enter__(self) -> Collective:
+        return self
 
-    def leave(self) -> None:
-        """Says that it is done."""
+    def __exit__(self, raised: type[BaseException] | None, *_: Any) -> None:
+        if raised is not None:
+            self.failed = True
+            return
         self.left = time.time()
         self._seconds[self.name] += self.left - self.entered
 
@@ -87,13 +88,13 @@ class Site:
 
     def enter(self) -> tf.Tensor:
         """Counts an entry, in the graph that is being made, and returns its time."""
-        with tf.control_dependencies([_count(self._entered)]):
+        with tf.control_dependencies([_add(self._entered, 1, tf.int64)]):
             return _now()
 
     def leave(self, since: tf.Tensor) -> tf.Operation:
         """Returns the operation that counts a leave, and the time since the entry."""
-        with tf.control_dependencies([_add_seconds(self._clock, _now() - since)]):
-            return _count(self._left)
+        with tf.control_dependencies([_add(self._clock, _now() - since, tf.float64)]):
+            return _add(self._left, 1, tf.int64)
 
     def seconds(self) -> float:
         """Returns how long this process has been in it, in the calls that it has left."""
@@ -136,13 +137,13 @@ def _value(counter: str, dtype: tf.DType = tf.int64) -> Any:
     return value.numpy().item()
 
 
-def _count(counter: str) -> tf.Operation:
+def _add(counter: str, value: Any, dtype: tf.DType) -> tf.Operation:
     with tf.device("CPU:0"):
         operation = tf.raw_ops.AssignAddVariableOp(
-            resource=_handle(counter), value=tf.ones([], tf.int64)
+            resource=_handle(counter, dtype), value=tf.convert_to_tensor(value, dtype)
         )
     # A vectorized loop makes one collective of all iterations.
-    operation.pfor_converter = lambda loop: _count(counter)
+    convert_loops_with(operation, lambda loop: _add(counter, loop.unstacked_input(1), dtype))
     return operation
 
 
@@ -151,23 +152,13 @@ def _now() -> tf.Tensor:
     # before it. Calls that are said to have no state are not kept in order.
     with tf.device("CPU:0"):
         (now,) = tf.raw_ops.PartitionedCall(args=[], Tout=[tf.float64], f=_timestamp())
-    now.op.pfor_converter = lambda loop: [wrap(_now(), False)]
+    convert_loops_with(now.op, lambda loop: [same_in_all_iterations(_now())])
     return now
 
 
 @functools.cache
 def _timestamp() -> Any:
-    with tf.init_scope():
-        return tf.function(tf.timestamp, autograph=False).get_concrete_function()
-
-
-def _add_seconds(clock: str, seconds: tf.Tensor) -> tf.Operation:
-    with tf.device("CPU:0"):
-        operation = tf.raw_ops.AssignAddVariableOp(
-            resource=_handle(clock, tf.float64), value=seconds
-        )
-    operation.pfor_converter = lambda loop: _add_seconds(clock, loop.unstacked_input(1))
-    return operation
+    return traced_outside(tf.timestamp)
 
 
 class Waiting(NamedTuple):
@@ -215,15 +206,9 @@ class FlightRecorder:
     ) -> Any:
         """Returns ``collective(tensors)``, and keeps a record of it, eagerly and in graphs."""
         if tf.executing_eagerly():
-            record = self.enter(name, members)
-            try:
-                totals = collective(tensors)
-            except BaseException:
-                record.fail()
-                raise
-            record.leave()
-            return totals
-        if not tf.compat.v1.executing_eagerly_outside_functions():  # nor is a session's watched
+            with self.enter(name, members):
+                return collective(tensors)
+        if in_session():  # nor is a session's watched
             return collective(tensors)
         site = Site(name, members)
         self._sites.append(site)

@@ -20,9 +20,9 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from syncbn._src.watchdog.messages import ENDED
+
 KEY_LENGTH, _NONCE_LENGTH, _MAC_LENGTH = 32, 16, 32
-ENDED = "has ended"
-"""The status of a rank that has come to the end of its script."""
 _LONGEST = 1 << 20
 """Bytes of a message."""
 TIMEOUT = 5.0

@@ -23,15 +23,8 @@ import numpy as np
 
 from syncbn._src.watchdog.flight_recorder import RECORDER, Waiting
 from syncbn._src.watchdog.kill_timer import KillTimer, own_kill_timer
-from syncbn._src.watchdog.messages import EXIT_CODE, tell_user
-from syncbn._src.watchdog.rank_store import (
-    ENDED,
-    KEY_LENGTH,
-    TIMEOUT,
-    Store,
-    StoreClient,
-    own_addresses,
-)
+from syncbn._src.watchdog.messages import ENDED, EXIT_CODE, call_text, description, tell_user
+from syncbn._src.watchdog.rank_store import KEY_LENGTH, TIMEOUT, Store, StoreClient, own_addresses
 from syncbn._src.watchdog.waiting_for_all import within_limits
 from syncbn._src.watchdog.waiting_limits import Limits, is_on, limits
 
@@ -40,7 +33,6 @@ PERIOD = 1.0
 GRACE = 3.0
 """Seconds that a rank waits for what may be under way: the last messages of one that has ended, or
 where one is that it has asked."""
-_OUT_OF_DATA = " (if it ran out of batches, syncbn.training.join(dataset) gives it empty ones)"
 _ROOM = 60.0
 """Seconds beyond its limit after which a process is killed that looks no more: a look may take long
 where the store does not answer."""
@@ -327,7 +319,7 @@ class Watchdog(threading.Thread):
         time.sleep(PERIOD)  # the last words of a process that is gone may be under way
         self._exchange()
         for one in self._gone.values():
-            tell_user(_description(one))
+            tell_user(description(one))
 
     def _end(self, reason: str, told: bool = False) -> None:
         """Ends this process, and lets the other ranks know, unless they have told it to."""
@@ -372,11 +364,11 @@ class Watchdog(threading.Thread):
     def _sentence(self, waiting: Waiting, missing: list[dict[str, Any]]) -> str:
         """Says in which collective this rank waits, and what the others are at."""
         seconds = time.time() - waiting.since
-        where = f"{waiting.name} (call {waiting.call})"
+        where = call_text(waiting.name, waiting.call)
         own = f"rank {self.job.rank} has waited {seconds:.0f} s in {where}"
         if not missing:
             return f"{own}, in which all ranks are"
-        return f"{own}; " + "; ".join(map(_description, missing))
+        return f"{own}; " + "; ".join(map(description, missing))
 
 
 def to_array(message: bytes | None) -> np.ndarray:
@@ -408,39 +400,6 @@ def _lets_wait(one: dict[str, Any]) -> bool:
     """Says whether a rank that is not in a call is there, and does not wait itself."""
     status = one.get("status")
     return status == "silent" or (status == "running" and not one.get("waiting"))
-
-
-def _description(one: dict[str, Any]) -> str:
-    """Says what a rank is at."""
-    if one["rank"] is None:
-        return f"{one['more']} more ranks are not in it"
-    who = f"rank {one['rank']}"
-    if "host" in one:
-        who += f" (process {one['pid']} on {one['host']})"
-    status = one["status"]
-    if status == "lost":
-        return f"{who} is gone without a word{_last(one)}"
-    if status == "silent":
-        ago = f" for {one['silent']:.0f} s" if "silent" in one else ""
-        return f"{who} has not answered{ago}{_last(one)}"
-    if status == ENDED:
-        return f"{who} {status}{_last(one)}{_OUT_OF_DATA}"
-    if status != "running":
-        return f"{who} {status}{_last(one)}"
-    if one.get("waiting"):
-        name, call = one["waiting"]
-        return f"{who} is in {name} (call {call})"
-    _, done = one.get("done") or (None, None)
-    times = "" if done is None else f", and has done this one {done} times"
-    return f"{who} is in no collective{times}{_last(one)}"
-
-
-def _last(one: dict[str, Any]) -> str:
-    last = one.get("last")
-    if not last or last["left"] is None:
-        return ""
-    ago = one["now"] - last["left"]
-    return f"; it left its last one, {last['name']} (call {last['number']}), {ago:.0f} s before"
 
 
 def _stack(thread: int | None) -> str:

@@ -3,7 +3,8 @@
 TensorFlow converts the operations of such a loop one by one, each to one for all iterations. An
 operation without a converter becomes a loop again, in which nothing keeps collectives in order; and
 TensorFlow takes what other replicas compute for the same in all iterations. There is no public API
-to register a converter. Tried with TensorFlow 2.21; tests/parallel/test_control_flow.py covers it.
+to register a converter. Tried with TensorFlow 2.21; tests/single/test_accuracy.py,
+tests/single/test_watchdog.py and tests/parallel/test_control_flow.py cover it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,22 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import tensorflow as tf
+from tensorflow.python.ops.parallel_for.pfor import wrap
+
+
+def convert_loops_with(operation: tf.Operation, convert: Callable[[Any], Any]) -> None:
+    """Makes a vectorized loop convert ``operation`` by ``convert``.
+
+    Args:
+        operation: An operation of a graph.
+        convert: Takes the loop, with the converted ``inputs``, and returns the converted outputs.
+    """
+    operation.pfor_converter = convert
+
+
+def same_in_all_iterations(tensor: tf.Tensor) -> Any:
+    """Returns ``tensor`` as a converted output that does not differ between iterations."""
+    return wrap(tensor, False)
 
 
 def vectorized(
@@ -32,7 +49,7 @@ def vectorized(
     operation = total.op
     while operation.type == "Identity":  # whose input is converted first
         operation = operation.inputs[0].op
-    operation.pfor_converter = convert
+    convert_loops_with(operation, convert)
     return total
 
 
@@ -51,5 +68,5 @@ def refused(tensor: tf.Tensor, engine: str) -> tf.Tensor:
 
     own = tf.identity(tensor)
     if not tf.executing_eagerly():
-        own.op.pfor_converter = convert
+        convert_loops_with(own.op, convert)
     return own
