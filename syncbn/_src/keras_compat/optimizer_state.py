@@ -77,9 +77,18 @@ def create_optimizer_state(optimizer: Any, variables: Sequence[Any]) -> None:
 
 
 def optimizer_variables(optimizer: Any) -> list[Any]:
-    """Returns the state of an optimizer, as far as it has been created."""
+    """Returns the state of an optimizer, as far as it has been created.
+
+    In Keras 2, `variables` lacks the learning rate, and what a loss-scaling one has itself.
+    """
     variables = optimizer.variables
-    return list(variables() if callable(variables) else variables)
+    found = list(variables() if callable(variables) else variables)
+    if not KERAS_3:
+        if isinstance(rate := getattr(optimizer, "learning_rate", None), tf.Variable):
+            found.append(rate)
+        if getattr(optimizer, "dynamic", False):
+            found += [optimizer._loss_scale.current_loss_scale, optimizer.dynamic_counter]
+    return found
 
 
 def optimizer_kind(optimizer: Any) -> dict[str, list[str]]:
