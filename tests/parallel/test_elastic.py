@@ -58,6 +58,7 @@ def test_all_workers_begin_with_the_state_of_rank_0(replicas):
     model = compiled(keras.layers.BatchNormalization(), optimizer=optimizer)
     if replicas.rank == 0:  # which has been there before
         model.fit(*samples(8), batch_size=4, verbose=0)
+        optimizer.learning_rate = 0.02
     text = "ä" * 1000
     state = training.ElasticState(model, text=None, nested={"a": [replicas.rank, None, True]})
     if replicas.rank == 0:
@@ -76,6 +77,7 @@ def test_all_workers_begin_with_the_state_of_rank_0(replicas):
     assert any(np.any(one.numpy()) for one in optimizer_variables(model.optimizer))
     for variable in variables:
         same_on_all_ranks(variable.numpy())
+    assert float(optimizer.learning_rate) == np.float32(0.02)
     # And that is what is committed.
     kept = model.get_weights()
     model.set_weights([weight + 1 for weight in kept])

@@ -47,6 +47,23 @@ def test_an_unequal_split(replicas):
     assert found.equivalent, found
 
 
+def test_all_start_from_the_weights_of_the_first_worker(replicas):
+    def make():
+        start = keras.initializers.Constant(np.nan if replicas.rank else 1.0)
+        return keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, bias_initializer=start)])
+
+    x, _ = batch(replicas.size)
+    found = check_equivalence(make, x, replicas.size)
+    assert found.equivalent, found
+
+
+def test_workers_must_build_the_same_model(replicas):
+    x, _ = batch(replicas.size)
+    layer = keras.layers.Dense(3 + replicas.rank)
+    with pytest.raises(ValueError, match="All workers must have the same variables"):
+        check_equivalence(lambda: keras.Sequential([keras.Input((4,)), layer]), x, replicas.size)
+
+
 def test_workers_must_give_the_same_batch_and_their_number(replicas):
     x, _ = batch(replicas.size)
     with pytest.raises(ValueError, match="All workers must have the same batches"):

@@ -97,6 +97,19 @@ def test_training_goes_on_from_the_model_that_the_root_has_loaded(replicas, tmp_
         same_on_all_ranks(variable.numpy())
 
 
+def test_the_learning_rate_and_the_loss_scale_are_those_of_the_root(replicas):
+    root = replicas.rank == 0
+    sgd = keras.optimizers.SGD(0.01 if root else 0.1)
+    scaled = LossScaleOptimizer(sgd, initial_scale=8.0 if root else 2.0**15)
+    optimizer = training.distribute(scaled)
+    model = compiled(optimizer=optimizer)
+    optimizer.build(model.trainable_variables)
+    model.fit(*samples(8), batch_size=4, verbose=0, callbacks=[training.BroadcastVariables()])
+    scale = optimizer.dynamic_scale if KERAS_3 else optimizer.loss_scale
+    assert float(optimizer.learning_rate) == pytest.approx(0.01)
+    assert float(scale) == 8.0
+
+
 def two_optimizers(**options):
     model = TwoOptimizers()
     optimizers = [training.distribute(keras.optimizers.Adam(0.1)) for _ in range(2)]

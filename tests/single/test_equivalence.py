@@ -13,6 +13,7 @@ from syncbn._src.models.equivalence.check import check_equivalence
 from syncbn.testing import assert_equivalent
 from tests import processes
 from tests.keras import KERAS_3, keras
+from tests.two_optimizers import TwoOptimizers
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.normal(2, 3, size=(8, 4)).astype(np.float32)
@@ -117,6 +118,17 @@ def test_a_training_step_that_scales_its_loss_wrongly(model, advice):
     assert wrong(found) == [diagnosis.TRAINING]
     (received,) = found.advice
     assert re.search(advice, received), received
+
+
+def test_every_optimizer_of_a_model_gives_its_gradients():
+    def build():
+        model = TwoOptimizers()
+        model.compile(keras.optimizers.Adam(), keras.optimizers.SGD(1e-3))
+        return model
+
+    found = check_equivalence(build, (X, Y))
+    assert wrong(found) == [diagnosis.TRAINING]
+    assert found.advice[0].startswith("All gradients of train_step are 2 times those of one")
 
 
 def test_a_loss_that_scales_wrongly():

@@ -50,6 +50,15 @@ OPTIMIZERS = {
         keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
     ),
 }
+if hasattr(keras.optimizers, "MultiOptimizer"):  # of which TensorFlow finds only the outside
+
+    def of_kernels_and_others():
+        rule = {".*kernel": keras.optimizers.Adam(0.1)}
+        return keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1, momentum=0.9), rule)
+        )
+
+    OPTIMIZERS["several in one"] = of_kernels_and_others
 if not KERAS_3:
     OPTIMIZERS["legacy"] = lambda: keras.optimizers.legacy.Adam(0.1)
 
@@ -59,7 +68,7 @@ def test_what_follows_is_what_would_have_followed(name, tmp_path):
     # All of an optimizer's state shows in the next steps: slots, iterations, rate, loss scale.
     model = compiled(OPTIMIZERS[name]())
     fit(model, training.PreemptionCheckpoint(tmp_path))
-    if name != "schedule":
+    if name not in ("schedule", "several in one"):
         model.optimizer.learning_rate = 0.03
     if name == "loss scale" and KERAS_3:
         model.optimizer.dynamic_scale.assign(64.0)

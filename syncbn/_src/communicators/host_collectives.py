@@ -98,6 +98,7 @@ def require_agreement(
     names: Sequence[str],
     what: str,
     root: int = 0,
+    remedy: str = "",
 ) -> None:
     """Raises where lists of descriptions differ between workers.
 
@@ -109,6 +110,7 @@ def require_agreement(
         names: The names of these things, for the message; they may differ.
         what: What these things are, in the plural.
         root: The worker that the others are compared with.
+        remedy: What else may help, a sentence for the message.
 
     Raises:
         ValueError: a worker's descriptions differ from those of ``root``. Raised on all workers,
@@ -134,7 +136,7 @@ def require_agreement(
         f"All workers must have the same {what}. Received: different ones on rank "
         f"{', '.join(map(str, differing))} than on rank {root}. The first in which rank {other} "
         f"differs from rank {root} is number {first}; on this rank, {rank}, it is {here}. "
-        "Build the same model, from the same arguments, on every worker."
+        f"Build the same model, from the same arguments, on every worker.{remedy and f' {remedy}'}"
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from syncbn._src.autograph import unconverted
 from syncbn._src.keras_compat.keras_api import KERAS_3, keras, variable
 
 _INDICES = "_trainable_variables_indices" if KERAS_3 else "_index_dict"
@@ -20,6 +23,11 @@ if not KERAS_3:
 def inner_optimizer(optimizer: Any) -> Any:
     """Returns the optimizer that a loss-scaling one wraps, or ``None``."""
     return getattr(optimizer, "inner_optimizer", None)
+
+
+def innermost(optimizer: Any) -> Any:
+    """Returns the optimizer that a loss-scaling one wraps, or that optimizer itself."""
+    return inner_optimizer(optimizer) or optimizer
 
 
 def trained_variables(optimizer: Any, given: Any) -> list[Any]:
@@ -42,15 +50,15 @@ def has_state(optimizer: Any) -> bool:
     """
     if KERAS_3:
         return getattr(optimizer, "built", False)
-    return bool(getattr(inner_optimizer(optimizer) or optimizer, _INDICES, None))
+    return bool(getattr(innermost(optimizer), _INDICES, None))
 
 
-def has_state_of_any_variables(optimizer: Any) -> bool:
+def finds_state_by_variable(optimizer: Any) -> bool:
     """Says whether an optimizer may create state for more variables than it trains.
 
     Those of Keras 2's ``legacy`` find it by the variable, others by its place in a list.
     """
-    return hasattr(inner_optimizer(optimizer) or optimizer, "get_slot")
+    return hasattr(innermost(optimizer), "get_slot")
 
 
 def create_optimizer_state(optimizer: Any, variables: Sequence[Any]) -> None:
@@ -69,9 +77,18 @@ def create_optimizer_state(optimizer: Any, variables: Sequence[Any]) -> None:
 
 
 def optimizer_variables(optimizer: Any) -> list[Any]:
-    """Returns the state of an optimizer, as far as it has been created."""
+    """Returns the state of an optimizer, as far as it has been created.
+
+    In Keras 2, `variables` lacks the learning rate, and what a loss-scaling one has itself.
+    """
     variables = optimizer.variables
-    return list(variables() if callable(variables) else variables)
+    found = list(variables() if callable(variables) else variables)
+    if not KERAS_3:
+        if isinstance(rate := getattr(optimizer, "learning_rate", None), tf.Variable):
+            found.append(rate)
+        if getattr(optimizer, "dynamic", False):
+            found += [optimizer._loss_scale.current_loss_scale, optimizer.dynamic_counter]
+    return found
 
 
 def optimizer_kind(optimizer: Any) -> dict[str, list[str]]:
@@ -116,11 +133,9 @@ def state_of(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
     Raises:
         ValueError: the optimizer keeps anything but scalars outside of such lists.
     """
-    optimizer = inner_optimizer(optimizer) or optimizer
-    if hasattr(optimizer, "get_slot"):
-        names = optimizer.get_slot_names()
-        slots = [_slot(optimizer, one, name) for one in variables for name in names]
-        return [slot for slot in slots if slot is not None]
+    optimizer = innermost(optimizer)
+    if finds_state_by_variable(optimizer):
+        return _slots(optimizer, variables, optimizer.get_slot_names())
     indices = getattr(optimizer, _INDICES, {})
     own = [indices[key] for key in map(optimizer._var_key, variables) if key in indices]
     state = optimizer_variables(optimizer)
@@ -144,11 +159,12 @@ def state_of(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
     return [value[index] for value in lists for index in own if value[index] is not None]
 
 
-def _slot(optimizer: Any, variable: Any, name: str) -> Any:
-    try:
-        return optimizer.get_slot(variable, name)
-    except KeyError:  # there are none before the first step
-        return None
+def _slots(optimizer: Any, variables: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    found = []
+    for one, name in itertools.product(variables, names):
+        with contextlib.suppress(KeyError):  # there are none before the first step
+            found.append(optimizer.get_slot(one, name))
+    return [slot for slot in found if slot is not None]
 
 
 def velocities(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
@@ -160,14 +176,34 @@ def velocities(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
         optimizer: An optimizer of `tf.keras`.
         variables: The variables that it trains.
     """
-    optimizer = inner_optimizer(optimizer) or optimizer
-    if hasattr(optimizer, "get_slot"):
-        if not isinstance(optimizer, _LEGACY_WITH_VELOCITIES):
-            return []
-        slots = [_slot(optimizer, variable, "momentum") for variable in variables]
-        return [slot for slot in slots if slot is not None]
+    optimizer = innermost(optimizer)
+    if finds_state_by_variable(optimizer):
+        with_velocities = isinstance(optimizer, _LEGACY_WITH_VELOCITIES)
+        return _slots(optimizer, variables, ["momentum"]) if with_velocities else []
     if isinstance(optimizer, keras.optimizers.SGD):
         return list(getattr(optimizer, "momentums", ()))
     if isinstance(optimizer, keras.optimizers.RMSprop):
         return list(getattr(optimizer, "_momentums", ()))
     return []
+
+
+def leave_gradients(optimizer: Any) -> None:
+    """Makes an optimizer assign gradients to weights where it would apply them.
+
+    Everything around that stays its own: reduction, clipping, accumulation, loss scaling. A step
+    with learning rate 1 would keep only a few digits of a small gradient.
+    """
+
+    @unconverted
+    def assign(gradient: Any, variable: Any, *args: Any, **kwargs: Any) -> Any:
+        return variable.assign(tf.cast(tf.convert_to_tensor(gradient), variable.dtype))
+
+    def assign_sparse(gradient: Any, variable: Any, indices: Any, **kwargs: Any) -> Any:
+        return assign(tf.IndexedSlices(gradient, indices, variable.shape), variable)
+
+    optimizer = innermost(optimizer)
+    if hasattr(optimizer, "update_step"):
+        optimizer.update_step = assign
+    else:  # of `tf.keras.optimizers.legacy`
+        optimizer._resource_apply_dense = assign
+        optimizer._resource_apply_sparse = assign_sparse

@@ -56,7 +56,7 @@ def observe_replicas(
     given: list[Any] = []
 
     def first_length() -> np.ndarray:
-        given.extend(itertools.islice(inputs, 1))
+        given.extend(itertools.islice(filter(_length, inputs), 1))
         lengths = np.zeros(workers.size)
         lengths[workers.rank] = _length(given[0]) if given else 0
         return lengths

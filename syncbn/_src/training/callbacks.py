@@ -132,14 +132,20 @@ class BroadcastVariables(WorkerCallback):
             if isinstance(layer, SynchronizedLayer)
         ]
         names = [layer.name for layer in layers]
-        descriptions = [type(layer).__name__ for layer in layers]
-        if communicator.name == "horovod":  # which matches calls by these names
-            descriptions = [" ".join(pair) for pair in zip(descriptions, names, strict=True)]
+        # Names too: by these are calls matched or compared.
+        descriptions = [f"{type(layer).__name__} {layer.name}" for layer in layers]
         with self.model.distribute_strategy.scope():
             descriptions.append(f"{local_replicas()} replicas")
         descriptions.append(f"optimizers: {', '.join(self._optimizers)}")
         names += ["of a process", "of the model"]
-        require_agreement(communicator, descriptions, names, "synchronized layers", self.root)
+        remedy = (
+            "Where only the number in a name differs, since other layers were made before on a "
+            "worker, give the layers names, or call tf.keras.backend.clear_session() before the "
+            "model is built."
+        )
+        require_agreement(
+            communicator, descriptions, names, "synchronized layers", self.root, remedy
+        )
 
     def _share_what_is_built(self, communicator: Communicator) -> bool:
         """Builds the model's optimizer if it is built on a worker; says whether all are on all."""

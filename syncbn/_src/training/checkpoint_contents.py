@@ -9,7 +9,11 @@ import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.keras_compat import keras_api
-from syncbn._src.keras_compat.optimizer_state import optimizer_kind
+from syncbn._src.keras_compat.optimizer_state import (
+    finds_state_by_variable,
+    optimizer_kind,
+    optimizer_variables,
+)
 from syncbn._src.training.kept_local import local_variables
 from syncbn._src.training.model_optimizers import create_states
 
@@ -42,7 +46,11 @@ class CheckpointContents:
         self._shapes = [str(tuple(weight.shape)) for weight in model.weights]
         create_states(optimizers, model.trainable_variables)
         self._kinds = {name: optimizer_kind(one) for name, one in optimizers.items()}
-        self.variables = tf.train.Checkpoint(weights=weights, optimizers=dict(optimizers))
+        self.variables = tf.train.Checkpoint(
+            weights=weights,
+            optimizers=dict(optimizers),
+            **{f"rest of {name}": _untracked(one) for name, one in optimizers.items()},
+        )
 
     def described(self) -> dict[str, Any]:
         """Returns what is written beside the variables, and compared before they are read."""
@@ -67,6 +75,15 @@ class CheckpointContents:
                 f"{_in_words(progress['optimizers'])} in {path}, for {_in_words(self._kinds)}. "
                 "Name another folder."
             )
+
+
+def _untracked(optimizer: Any) -> list[Any]:
+    """Returns the state that TensorFlow does not find: what Keras 3's MultiOptimizer is made of."""
+    if finds_state_by_variable(optimizer):
+        return []  # it finds that by the variable, too, and takes it in no other way
+    tracked = {id(one) for one in tf.train.TrackableView(optimizer).descendants()}
+    state = optimizer_variables(optimizer)
+    return [keras_api.variable(one) for one in state if id(one) not in tracked]
 
 
 def _in_words(kinds: Mapping[str, dict[str, list[str]]]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import queue
+import threading
 import zlib
 from typing import Any
 
@@ -96,7 +95,7 @@ class ElasticState:
         self.epoch, self.batch = epoch, batch
         for name, value in values.items():
             setattr(self, name, value)
-        self._updates: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._hosts_changed = threading.Event()
         self._save()
 
     def commit(self) -> None:
@@ -114,7 +113,8 @@ class ElasticState:
 
     def restore(self) -> None:
         """Goes back to the last commit."""
-        self._forget_updates()
+        # Before the job is set up anew, which takes the changes up; it may not know a later one.
+        self._hosts_changed.clear()
         with self.model.distribute_strategy.scope():
             for variable, value in zip(self._variables(), self._committed, strict=True):
                 variable.assign(value)
@@ -143,7 +143,7 @@ class ElasticState:
 
     def on_hosts_updated(self, timestamp: int, update: Any) -> None:
         """Takes a note, for the next commit. Horovod calls it, in another thread, on rank 0."""
-        self._updates.put((timestamp, update))
+        self._hosts_changed.set()
 
     def on_reset(self) -> None:
         """Does nothing. Horovod calls it where the job has another size, or other workers."""
@@ -152,20 +152,14 @@ class ElasticState:
         """Raises, on all workers, where one has been told that hosts have changed."""
         from horovod.common.exceptions import HostsUpdatedInterrupt
 
-        told = tf.constant([float(not self._updates.empty())])
+        told = tf.constant([float(self._hosts_changed.is_set())])
         with lost_collectives_as_internal_errors():
             total = process_communicator(resolve()).all_reduce_sum(told, "syncbn/elastic/hosts")
         if total.numpy()[0]:
-            self._forget_updates()
+            self._hosts_changed.clear()  # as in `restore`
             # Always with `sync`: Horovod leaves it out where hosts are only removed, and then a
             # worker that is added at the same time waits for the others in it.
             raise HostsUpdatedInterrupt(skip_sync=False)
-
-    def _forget_updates(self) -> None:
-        # Before the job is set up anew, which takes them up: what comes later may be unknown to it.
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._updates.get_nowait()
 
     def _variables(self) -> list[Any]:
         # In Keras 3 `variables` has the states of random generators too, which stay different.

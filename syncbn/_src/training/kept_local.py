@@ -24,6 +24,8 @@ class LocalVariables:
 
     def __init__(self, given: Any = ()):
         self._given: list[Any] = []
+        self.forgotten = False
+        """Whether there are some that are not known, as in an optimizer that was loaded."""
         self.add(given)
 
     def __bool__(self) -> bool:
@@ -38,6 +40,7 @@ class LocalVariables:
                     f"Received: {one!r} of type {type(one).__name__}."
                 )
             self._given.append(one)
+        self.forgotten = False
 
     def variables(self) -> list[Any]:
         """Returns those that exist now."""
@@ -78,11 +81,12 @@ def local_variables(optimizer: Any) -> LocalVariables:
     Raises:
         ValueError: the optimizer was loaded, and has not been told which they are.
     """
-    local = getattr(optimizer, "_syncbn_local", None)
-    if getattr(optimizer, "_syncbn_forgot_local", False):
+    exchange = getattr(optimizer, "_syncbn_exchange", None)
+    local = LocalVariables() if exchange is None else exchange.local
+    if local.forgotten:
         raise ValueError(
             "A loaded optimizer must be told which variables are local. Received: one that was "
             "saved with some. Before training, call "
             "model.optimizer.register_local_var(variables_or_layers) on every worker."
         )
-    return LocalVariables() if local is None else local
+    return local

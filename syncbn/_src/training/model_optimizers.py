@@ -8,8 +8,8 @@ from typing import Any
 from syncbn._src.keras_compat.keras_api import OPTIMIZERS
 from syncbn._src.keras_compat.optimizer_state import (
     create_optimizer_state,
+    finds_state_by_variable,
     has_state,
-    has_state_of_any_variables,
     inner_optimizer,
 )
 
@@ -67,7 +67,7 @@ def create_states(optimizers: Mapping[str, Any], variables: Sequence[Any]) -> No
         ValueError: another one has none.
     """
     for name, optimizer in optimizers.items():
-        if name == "optimizer" or has_state_of_any_variables(optimizer):
+        if name == "optimizer" or finds_state_by_variable(optimizer):
             create_optimizer_state(optimizer, variables)
         elif not has_state(optimizer):
             raise ValueError(

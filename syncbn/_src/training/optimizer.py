@@ -115,8 +115,6 @@ def distribute(
     changed: Any = optimizer
     changed.__class__ = _distributed_class(changed.__class__)
     changed._syncbn_exchange = exchange
-    changed._syncbn_local = exchange.local
-    changed._syncbn_forgot_local = False
     changed._syncbn_accumulation = Accumulation(passes, average_aggregated_gradients)
     return changed
 
@@ -145,8 +143,6 @@ class _Distributed:
 
     _plain_class: type
     _syncbn_exchange: Exchange
-    _syncbn_local: LocalVariables
-    _syncbn_forgot_local: bool
     _syncbn_accumulation: Accumulation
 
     def register_local_var(self, var: Any) -> None:
@@ -155,16 +151,16 @@ class _Distributed:
         Args:
             var: A variable, a layer, or a structure of them.
         """
-        self._syncbn_local.add(var)
-        self._syncbn_forgot_local = False
+        self._syncbn_exchange.local.add(var)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()  # type: ignore[misc]
+        local = self._syncbn_exchange.local
         return {
             **config,
             "distributed": serialized_class(self._plain_class),
             "communicator": self._syncbn_exchange.name,
-            "has_local_variables": bool(self._syncbn_local) or self._syncbn_forgot_local,
+            "has_local_variables": bool(local) or local.forgotten,
             "scale_local_gradients": self._syncbn_exchange.scale_local_gradients,
             "backward_passes_per_step": self._syncbn_accumulation.passes,
             "average_aggregated_gradients": self._syncbn_accumulation.mean,
@@ -180,7 +176,7 @@ class _Distributed:
             {**head, "config": config}, custom_objects=custom_objects
         )
         distributed = distribute(optimizer, **options)
-        distributed._syncbn_forgot_local = has_local
+        distributed._syncbn_exchange.local.forgotten = has_local
         return distributed
 
     def _step(

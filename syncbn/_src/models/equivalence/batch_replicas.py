@@ -117,15 +117,6 @@ class BatchReplicas:
         (count,) = sum_arrays(self._communicator, [np.array([float(flag)])], "syncbn/equivalence")
         return bool(count[0])
 
-    def from_first(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns the arrays of the first worker, on all workers."""
-        if self._communicator is None:
-            return list(arrays)
-        first = float(self._communicator.rank == 0)
-        wires = [first * np.asarray(array, np.float64) for array in arrays]
-        sums = sum_arrays(self._communicator, wires, "syncbn/equivalence")
-        return [total.astype(array.dtype) for total, array in zip(sums, arrays, strict=True)]
-
     def _rank(self, replica: int) -> int:
         return replica if self._communicator is None else self._communicator.rank
 

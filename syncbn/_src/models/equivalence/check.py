@@ -17,6 +17,7 @@ from syncbn._src.models.equivalence.batch import as_arrays, number_of_samples, s
 from syncbn._src.models.equivalence.batch_replicas import BatchReplicas, comparison_replicas
 from syncbn._src.models.equivalence.differences import Row, table
 from syncbn._src.models.equivalence.measurements import Comparison, Names, random_projections
+from syncbn._src.training.variable_broadcast import broadcast
 
 _TOLERANCES = {"float64": 1e-8, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -129,9 +130,10 @@ def check_equivalence(
         # One worker with the whole batch, without the others.
         for layer in diagnosis.of_kind(reference, SynchronizedLayer).values():
             layer._communicator = "local"
+        broadcast(reference.weights, 0, communicator)
     comparison = Comparison(
         Names.of(reference, data[0]),
-        several.from_first(reference.get_weights()),
+        reference.get_weights(),
         data,
         loss,
         _tolerance(reference) if rtol is None else rtol,

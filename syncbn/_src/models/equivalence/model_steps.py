@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.autograph import unconverted
 from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.optimizer_state import leave_gradients
 from syncbn._src.models.equivalence.batch_replicas import BatchReplicas
+from syncbn._src.training.model_optimizers import optimizers_of
 
 _STEPS = 32
 """After this many an optimizer must have changed something: dynamic loss scaling skips steps until
@@ -85,8 +86,8 @@ def applied_gradients(
     """
     with replicas.scope():
         keras_api.prepare_training(model, data)
-        for optimizer in _optimizers(model):
-            _leave_gradients(optimizer)
+        for optimizer in optimizers_of(model, model.optimizer).values():
+            leave_gradients(optimizer)
 
     def step(data: tuple[Any, ...]) -> list[Any]:
         model.train_step(data)
@@ -108,31 +109,3 @@ def applied_gradients(
         )
 
     return train
-
-
-def _optimizers(model: Any) -> list[Any]:
-    return [value for value in vars(model).values() if isinstance(value, keras_api.OPTIMIZERS)]
-
-
-def _leave_gradients(optimizer: Any) -> None:
-    """Makes an optimizer assign gradients to weights where it would apply them.
-
-    Everything around that stays its own: reduction, clipping, accumulation, loss scaling. A step
-    with learning rate 1 would keep only a few digits of a small gradient.
-    """
-
-    @unconverted
-    def assign(gradient: Any, variable: Any, *args: Any, **kwargs: Any) -> Any:
-        return variable.assign(tf.cast(tf.convert_to_tensor(gradient), variable.dtype))
-
-    def assign_sparse(gradient: Any, variable: Any, indices: Any, **kwargs: Any) -> Any:
-        return assign(tf.IndexedSlices(gradient, indices, variable.shape), variable)
-
-    innermost = optimizer
-    while getattr(innermost, "inner_optimizer", None) is not None:
-        innermost = innermost.inner_optimizer
-    if hasattr(innermost, "update_step"):
-        innermost.update_step = assign
-    else:  # of `tf.keras.optimizers.legacy`
-        innermost._resource_apply_dense = assign
-        innermost._resource_apply_sparse = assign_sparse
