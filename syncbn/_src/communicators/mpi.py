@@ -179,8 +179,9 @@ class MPICommunicator:
             "MPI matches calls by their order, so all workers must make the same ones in the same "
             "order. Received: "
             + "; ".join(f"on rank {rank} {one}" for rank, one in enumerate(calls))
-            + ". Make the same calls on every worker. Where a tf.function calls others, put the "
-            "GradientTape inside of the outer one, once, or use Horovod, which matches by name."
+            + ". Make the same calls on every worker. Where only the numbers in names differ, name "
+            "the layers. Where a tf.function calls others, put the GradientTape inside of the "
+            "outer one, once, or use Horovod, which matches by name."
         )
 
 
