@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import zlib
 from typing import Any
 
@@ -13,6 +12,7 @@ from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.host_collectives import all_gather
 from syncbn._src.communicators.mpi import MPICommunicator
 from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.disguised_classes import disguised_class
 from syncbn._src.keras_compat.optimizer_state import current_rate
 from syncbn._src.training.kept_local import shared_variables
 from syncbn._src.training.model_optimizers import optimizers_of
@@ -37,8 +37,7 @@ def train_jointly(model: Any, communicator: Communicator, same_weights: bool) ->
         return
     changed: Any = history
     if not isinstance(history, _JointHistory):
-        plain: Any = type(history)
-        changed.__class__ = _joint_class(plain)
+        changed.__class__ = disguised_class(_JointHistory, changed.__class__)
         changed._syncbn_communicator = communicator
         changed._syncbn_same_weights = False
         changed._syncbn_begun = False
@@ -145,8 +144,3 @@ class _JointHistory:
 
 def _checksum(variable: Any) -> int:
     return zlib.crc32(variable.numpy().tobytes())
-
-
-@functools.cache
-def _joint_class(cls: type) -> type:
-    return type(cls.__name__, (_JointHistory, cls), {"_plain_class": cls, "__doc__": cls.__doc__})
