@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.fingerprints import sums
-from syncbn._src.communicators.host_collectives import require_agreement, sum_of_all
+from syncbn._src.communicators.host_collectives import gather_of_all, require_agreement, sum_of_all
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.models.activation_statistics import Observer
 from syncbn._src.models.dataset_batches import DatasetBatches
@@ -57,11 +57,10 @@ def observe_replicas(
 
     def first_length() -> np.ndarray:
         given.extend(itertools.islice(inputs, 1))
-        lengths = np.zeros(workers.size)
-        lengths[workers.rank] = _length(given[0]) if given else 0
-        return lengths
+        return np.array([_length(given[0]) if given else 0])
 
-    lengths = {int(one) for one in sum_of_all(workers, first_length, workers.size, "advise")} - {0}
+    rows = gather_of_all(workers, first_length, 1, "advise")
+    lengths = {int(one) for one in rows[:, 0]} - {0}
     if not lengths:
         raise ValueError("advise needs two batches of replicas at least. Received: no data.")
     if samples is None and len(lengths) > 1:

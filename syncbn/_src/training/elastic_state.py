@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.communicators.base import process_communicator
+from syncbn._src.communicators.base import joins_by_messages, process_communicator
 from syncbn._src.communicators.horovod_errors import lost_collectives_as_internal_errors
 from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.launcher import is_elastic
@@ -134,7 +134,7 @@ class ElasticState:
         with lost_collectives_as_internal_errors(), self.model.distribute_strategy.scope():
             communicator = process_communicator(resolve())
             broadcast(shared_variables(self._variables(), self._optimizers))
-            if communicator.name != "tf.distribute" and communicator.size > 1:
+            if joins_by_messages(communicator):
                 self._set_values(broadcast_text(self._values(), communicator))
         self._clear_accumulation()
         self._save()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.base import Communicator, joins_by_messages
 from syncbn._src.communicators.host_collectives import all_gather
 from syncbn._src.communicators.mpi import MPICommunicator
 from syncbn._src.keras_compat import keras_api
@@ -29,11 +29,8 @@ def train_jointly(model: Any, communicator: Communicator, same_weights: bool) ->
     # Keras puts it behind the callbacks that it is given, so it is the one that has seen what all
     # of them did. There is none where callbacks are called by hand.
     history = getattr(model, "history", None)
-    if (
-        communicator.name == "tf.distribute"
-        or communicator.size == 1
-        or not isinstance(history, keras_api.keras.callbacks.History)
-    ):
+    in_fit = isinstance(history, keras_api.keras.callbacks.History)
+    if not in_fit or not joins_by_messages(communicator):
         return
     changed: Any = history
     if not isinstance(history, _JointHistory):
