@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.communicators.base import Communicator
-from syncbn._src.communicators.groups import at_least_one
 from syncbn._src.models import network_costs
 from syncbn._src.models.replica_observation import observe_replicas
 from syncbn._src.models.statistics import all_normalizations, normalizations

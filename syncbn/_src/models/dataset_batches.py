@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.keras_compat import keras_api
 
 
@@ -58,8 +59,8 @@ class DatasetBatches:
     def _checked_steps(self) -> int | None:
         """Returns how many batches a pass takes at most, where that is known."""
         dataset, steps = self._dataset, self._steps
-        if steps is not None and steps < 1:
-            raise ValueError(f"`steps` must be 1 at least, or None. Received: steps={steps}.")
+        if steps is not None:
+            steps = at_least_one("steps", steps, ", or None")
         if isinstance(dataset, np.ndarray | tf.Tensor) or not isinstance(dataset, Iterable):
             raise TypeError(
                 f"`{self._name}` must be an iterable of batches, such as a tf.data.Dataset. "

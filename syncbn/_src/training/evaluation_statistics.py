@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.host_collectives import all_gather, sum_arrays
 from syncbn._src.keras_compat import keras_api
@@ -137,8 +138,8 @@ class Recalibrate(WorkerCallback):
         communicator: str | Communicator = "auto",
     ) -> None:
         super().__init__(communicator)
-        if every is not None and every < 1:
-            raise ValueError(f"`every` must be 1 at least, or None. Received: every={every}.")
+        if every is not None:
+            every = at_least_one("every", every, ", or None")
         sequence: Any = keras_api.keras.utils.Sequence
         if isinstance(dataset, Iterator) and not isinstance(dataset, sequence):
             raise ValueError(

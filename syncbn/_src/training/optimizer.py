@@ -7,6 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.autograph import unconverted
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.keras_compat import keras_api
@@ -104,12 +105,7 @@ def distribute(
             "`optimizer` must not be distributed already, or its gradients would be averaged "
             f"twice. Received: optimizer={optimizer!r}."
         )
-    passes = backward_passes_per_step
-    if not isinstance(passes, int) or passes < 1:
-        raise ValueError(
-            "`backward_passes_per_step` must be a positive integer. "
-            f"Received: backward_passes_per_step={passes!r}."
-        )
+    passes = at_least_one("backward_passes_per_step", backward_passes_per_step)
     # Kept in objects: Keras would track variables and lists that are the optimizer's attributes.
     exchange = Exchange(communicator, LocalVariables(local), scale_local_gradients)
     changed: Any = optimizer

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.host_collectives import gather_of_all, require_success
 from syncbn._src.communicators.resolution import resolve
@@ -98,15 +99,10 @@ class PreemptionCheckpoint(WorkerCallback):
         communicator: str | Communicator = "auto",
     ) -> None:
         super().__init__(communicator)
+        if every not in ("epoch", None):
+            every = at_least_one("every", every, ", 'epoch' or None")
         with contextlib.suppress(TypeError):  # what is no number is refused below
-            every = operator.index(every)  # type: ignore[arg-type]
-        with contextlib.suppress(TypeError):
             exit_code = operator.index(exit_code)
-        if not (every in ("epoch", None) or (isinstance(every, int) and every > 0)):
-            raise ValueError(
-                "`every` must be a positive number of steps, 'epoch' or None. "
-                f"Received: every={every!r}."
-            )
         if not (isinstance(exit_code, int) and 0 < exit_code < 128):
             raise ValueError(
                 "`exit_code` must be one that stands for no success and for no signal, 1 to 127. "
