@@ -13,7 +13,7 @@ from typing import Any
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.disguised_classes import disguised_class
 from syncbn._src.keras_compat.keras_api import keras
-from syncbn._src.keras_compat.layer_names import named_layers
+from syncbn._src.keras_compat.layer_names import model_and_layers
 from syncbn._src.layers.sync_batch_normalization import SyncBatchNormalization
 from syncbn._src.models.replacement import input_shape, plain_config, synchronize
 from syncbn._src.models.statistics import all_normalizations
@@ -23,7 +23,7 @@ _KEY = "converted_by_syncbn"
 
 def remember(model: Any) -> None:
     """Makes a model, and the layers in it, remember what was converted."""
-    for layer in (model, *named_layers(model).values()):
+    for layer in model_and_layers(model).values():
         if isinstance(layer, (_Converted, keras_api.BATCH_NORMALIZATION)):
             continue
         # Keras' own classes have their layers in their config.
@@ -34,7 +34,7 @@ def remember(model: Any) -> None:
 
 def forget(model: Any) -> None:
     """Restores the classes of a model, and of the layers in it, where nothing is converted."""
-    for layer in (model, *named_layers(model).values()):
+    for layer in model_and_layers(model).values():
         if isinstance(layer, _Converted) and not _has_synchronized(layer):
             layer.__class__ = layer._plain_class
 

@@ -29,7 +29,7 @@ from syncbn._src.training.variable_broadcast import broadcast
 class WorkerCallback(keras_api.keras.callbacks.Callback):
     """A callback that communicates with the other workers."""
 
-    def __init__(self, communicator: str | Communicator) -> None:
+    def __init__(self, communicator: str | Communicator = "auto") -> None:
         super().__init__()
         self._communicator = check_communicator(communicator)
 

@@ -16,6 +16,7 @@ from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.launcher import is_elastic
 from syncbn._src.communicators.resolution import resolve
 from syncbn._src.keras_compat.keras_api import OPTIMIZERS
+from syncbn._src.keras_compat.layer_names import full_name
 from syncbn._src.keras_compat.optimizer_state import optimizer_variables
 from syncbn._src.models.training_job import job_of
 from syncbn._src.training.kept_local import shared_variables
@@ -82,7 +83,7 @@ class ElasticState:
                 f"Received: optimizer={optimizer!r}."
             )
         optimizers = optimizers_of(model, optimizer)
-        for one in optimizers.values():
+        for one in (*optimizers.values(), getattr(model, "optimizer", None)):
             require_averages_of_scaled(one)
         taken = sorted(name for name in values if hasattr(type(self), name))
         if taken:
@@ -168,7 +169,7 @@ class ElasticState:
 
     def _require_same_state(self) -> None:
         """Raises where a worker has committed another state than rank 0."""
-        names = [getattr(one, "path", one.name) for one in self._variables()]
+        names = [full_name(one) for one in self._variables()]
         checksums = [f"of checksum {zlib.crc32(one.tobytes()):08x}" for one in self._committed]
         require_agreement(
             job_of(self.model).workers(),

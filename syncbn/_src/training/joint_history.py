@@ -13,6 +13,7 @@ from syncbn._src.communicators.host_collectives import all_gather
 from syncbn._src.communicators.mpi import MPICommunicator
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.disguised_classes import disguised_class
+from syncbn._src.keras_compat.layer_names import full_name
 from syncbn._src.keras_compat.optimizer_state import current_rate
 from syncbn._src.training.kept_local import shared_variables
 from syncbn._src.training.model_optimizers import optimizers_of
@@ -130,7 +131,7 @@ class _JointHistory:
         return (
             "Training must leave all workers with the same weights. Received, at the end of "
             f"{unit} {number}: other ones on rank {', '.join(map(str, ranks))} than on rank 0, the "
-            f"first of them {getattr(first, 'path', first.name)}, with the optimizer "
+            f"first of them {full_name(first)}, with the optimizer "
             f"{optimizer.__module__}.{optimizer.__qualname__}. Average the gradients over the "
             "workers: compile(syncbn.training.distribute(optimizer)), or in a train_step of your "
             "own a syncbn.training.DistributedGradientTape. Put AverageMetrics before callbacks "

@@ -16,6 +16,7 @@ from syncbn._src.communicators.host_collectives import (
     sum_arrays,
 )
 from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.layer_names import full_name
 from syncbn._src.models.training_job import job_of
 
 
@@ -81,7 +82,7 @@ def evaluate(
 
     require_success(workers, own, "evaluate")
     variables = _variables(model)
-    names = [getattr(variable, "path", variable.name) for variable in variables]
+    names = [full_name(variable) for variable in variables]
     require_agreement(workers, [str(tuple(one.shape)) for one in variables], names, "metrics")
     return joint_logs(workers, logs, joint_results(model, workers))
 

@@ -150,7 +150,7 @@ class StatisticsMonitor(WorkerCallback):
 
     def _observe(self, step: int) -> None:
         if self._observer is None:
-            self._observer = ReplicaObserver(self.model, self._communicator, "StatisticsMonitor")
+            self._observer = ReplicaObserver(self.model, self._communicator)
         observer, layers = self._observer, normalizations(self.model)
         joint = observer(self.batch)
         waiting = self._waiting({name: layers[name] for name in joint}, observer.workers)
