@@ -56,6 +56,11 @@ class Case:
         return "-".join(["+".join(map(str, self.split)), *changed]).replace(" ", "")
 
     @property
+    def parts(self) -> list[slice]:
+        """Where the samples of each replica are in the whole batch."""
+        return [slice(a, b) for a, b in itertools.pairwise(np.cumsum([0, *self.split]))]
+
+    @property
     def policy(self) -> Any:
         return f"mixed_{self.dtype}" if self.dtype in ("float16", "bfloat16") else self.dtype
 
@@ -64,10 +69,6 @@ def check(replicas, case: Case, communicator: Any = None) -> None:
     """Runs ``case`` on ``replicas`` and compares with the oracle."""
     assert len(case.split) == replicas.size, "the case is for another number of replicas"
     rng = np.random.default_rng(case.seed)
-    size = sum(case.split)
-    dtype = tf.as_dtype(case.dtype)
-    starts = np.cumsum([0, *case.split])
-    parts = [slice(a, b) for a, b in itertools.pairwise(starts)]
     normalizes = case.layer == "SyncBatchNormalization"
     options = {"axis": case.axis, "momentum": 0.9, "dtype": case.policy, **dict(case.options)}
     layers = replicas.build(
@@ -77,20 +78,7 @@ def check(replicas, case: Case, communicator: Any = None) -> None:
         ),
         (None, *case.sample),
     )
-    gamma = beta = None
-    if normalizes:
-        channels = layers[0].moving_mean.shape
-        gamma, beta = rng.normal(size=(2, *channels)) if channels else (1.0, 0.0)
-        gamma, beta = np.float32(gamma + 2), np.float32(beta)
-        use = [
-            w
-            for w, on in ((gamma, options.get("scale", True)), (beta, options.get("center", True)))
-            if on
-        ]
-        for layer in layers:
-            layer.set_weights([*use, *layer.get_weights()[len(use) :]])
-        gamma = gamma if options.get("scale", True) else np.ones_like(gamma)
-        beta = beta if options.get("center", True) else np.zeros_like(beta)
+    gamma, beta = _set_parameters(layers, options, rng) if normalizes else (None, None)
     count = int(np.prod(layers[0].moving_mean.shape))
     truth = Truth(normalizes, count, case.axis, options)
 
@@ -101,33 +89,21 @@ def check(replicas, case: Case, communicator: Any = None) -> None:
         return y, tape.gradient(y, [x, *layer.trainable_variables], output_gradients=dy)
 
     for _ in range(case.steps):
-        x = rng.normal(size=(size, *case.sample)) + case.mean
-        for rank, part in enumerate(parts):
-            x[part] += rank * case.spread
-        x = tf.cast(x, dtype).numpy()
-        dy = tf.cast(rng.normal(size=x.shape), dtype).numpy()
-        mask = None
-        if case.masked:
-            mask = rng.random(x.shape[:-1]) < 0.6
-            for rank in case.unmasked:
-                mask[parts[rank]] = True
-            if case.poison is not None:
-                x[~mask] = case.poison
-                dy[~mask] = 0
-        masks = [None if mask is None else mask[part] for part in parts]
+        x, dy, mask = _drawn(case, rng)
+        masks = [None if mask is None else mask[part] for part in case.parts]
         if replicas.separate:  # a strategy's replicas share one call, which has a mask or has none
             masks = [None if rank in case.unmasked else m for rank, m in enumerate(masks)]
         arguments = [
             (tf.constant(x[part]), tf.constant(dy[part]), own)
-            for part, own in zip(parts, masks, strict=True)
+            for part, own in zip(case.parts, masks, strict=True)
         ]
         results = replicas.run(step, layers, arguments, graph=case.graph)
         x64, dy64 = x.astype("float64"), dy.astype("float64")
         y, dx, dx_terms, normalized = truth.step(x64, dy64, gamma, beta, mask, case.split)
-        shares = _shares(dy64, normalized, parts, case.axis)
+        shares = _shares(dy64, normalized, case)
         names = [n for n, o in (("dgamma", "scale"), ("dbeta", "center")) if options.get(o, True)]
         for rank, (own_y, (own_dx, *parameters)) in results.items():
-            part = parts[rank]
+            part = case.parts[rank]
             assert own_y.shape == x[part].shape
             _close(own_y, y[part], y, case, f"y of replica {rank}", mask, part)
             magnitude = dx_terms if case.tiny and normalizes else dx
@@ -135,13 +111,47 @@ def check(replicas, case: Case, communicator: Any = None) -> None:
             for name, gradient in zip(names if normalizes else [], parameters, strict=True):
                 own, whole = shares[name][rank], np.stack(shares[name])
                 _close(gradient.reshape(-1), own, whole, case, f"{name} of replica {rank}")
+    _compare_statistics(replicas, case, layers, truth)
 
+
+def _set_parameters(layers, options, rng):
+    """Gives gamma and beta to the layers, and returns what they multiply with and add."""
+    channels = layers[0].moving_mean.shape
+    gamma, beta = rng.normal(size=(2, *channels)) if channels else (1.0, 0.0)
+    gamma, beta = np.float32(gamma + 2), np.float32(beta)
+    scale, center = options.get("scale", True), options.get("center", True)
+    use = [weight for weight, on in ((gamma, scale), (beta, center)) if on]
+    for layer in layers:
+        layer.set_weights([*use, *layer.get_weights()[len(use) :]])
+    return gamma if scale else np.ones_like(gamma), beta if center else np.zeros_like(beta)
+
+
+def _drawn(case, rng):
+    """Draws x, dy and the mask, if there is one, of the whole batch."""
+    x = rng.normal(size=(sum(case.split), *case.sample)) + case.mean
+    for rank, part in enumerate(case.parts):
+        x[part] += rank * case.spread
+    dtype = tf.as_dtype(case.dtype)
+    x = tf.cast(x, dtype).numpy()
+    dy = tf.cast(rng.normal(size=x.shape), dtype).numpy()
+    if not case.masked:
+        return x, dy, None
+    mask = rng.random(x.shape[:-1]) < 0.6
+    for rank in case.unmasked:
+        mask[case.parts[rank]] = True
+    if case.poison is not None:
+        x[~mask] = case.poison
+        dy[~mask] = 0
+    return x, dy, mask
+
+
+def _compare_statistics(replicas, case, layers, truth):
     # 16-bit inputs are exact for the statistics, which are float32.
-    statistics = "float64" if case.dtype == "float64" else "float32"
+    dtype = "float64" if case.dtype == "float64" else "float32"
     for name, values in replicas.moving(layers).items():
         expected = truth.moving[name]
         for rank, value in values.items():
-            tolerance = TOLERANCE[statistics] + _rounding(case, statistics)
+            tolerance = TOLERANCE[dtype] + _rounding(case, dtype)
             _near(value.reshape(-1), expected, expected, tolerance, f"{name} of replica {rank}")
             # Bit for bit: the sum over all replicas is this one's value so many times, exactly.
             total = replicas.total(value.astype("float64"))
@@ -153,14 +163,13 @@ def _rounding(case, dtype):
     return abs(case.mean) * TOLERANCE[dtype] / 50
 
 
-def _shares(dy, normalized, parts, axis):
+def _shares(dy, normalized, case):
     """Each replica's own part of the parameter gradients."""
-    kept = tuple(a % dy.ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
-    reduced = tuple(a for a in range(dy.ndim) if a not in kept)
+    reduced = oracle.reduced_axes(dy, case.axis)
     product = oracle.contribution(dy, normalized)
     return {
-        "dgamma": [product[part].sum(reduced).reshape(-1) for part in parts],
-        "dbeta": [dy[part].sum(reduced).reshape(-1) for part in parts],
+        "dgamma": [product[part].sum(reduced).reshape(-1) for part in case.parts],
+        "dbeta": [dy[part].sum(reduced).reshape(-1) for part in case.parts],
     }
 
 

@@ -21,7 +21,8 @@ class Result(NamedTuple):
     """The first of the terms that add up to dx."""
 
 
-def _axes(x, axis):
+def reduced_axes(x, axis):
+    """Returns the axes that statistics are taken over, all but ``axis``."""
     kept = {a % x.ndim for a in (axis if isinstance(axis, (list, tuple)) else [axis])}
     return tuple(a for a in range(x.ndim) if a not in kept)
 
@@ -49,7 +50,7 @@ def batch_normalization(
     ``correction`` gives r and d of batch renormalization for mean and variance.
     """
     x, dy = np.asarray(x, "float64"), np.asarray(dy, "float64")
-    reduced, weights = _axes(x, axis), _weights(x, mask)
+    reduced, weights = reduced_axes(x, axis), _weights(x, mask)
     count, mean, variance = _moments(x, weights, reduced)
     shape = mean.shape
     r, d = correction(mean.reshape(-1), variance.reshape(-1))
@@ -76,7 +77,7 @@ def contribution(dy, normalized):
 def centering(x, dy, *, axis=-1, mask=None):
     """Centers ``x``; the fields of the result that centering lacks are empty."""
     x, dy = np.asarray(x, "float64"), np.asarray(dy, "float64")
-    reduced, weights = _axes(x, axis), _weights(x, mask)
+    reduced, weights = reduced_axes(x, axis), _weights(x, mask)
     count, mean, _ = _moments(x, weights, reduced)
     share = np.where(weights > 0, dy.sum(reduced, keepdims=True), 0) / np.maximum(count, 1)
     none = np.zeros(0)

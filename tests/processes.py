@@ -158,9 +158,9 @@ def workers(size, *command):
     ]
 
 
-def python(code, *, takes=12, **env):
+def python(code, **env):
     """Runs a few lines of Python in a process of its own; more of them go into a `program`."""
-    return run([("python", [sys.executable, "-c", code], {})], takes=takes, env=env)
+    return run([("python", [sys.executable, "-c", code], {})], env=env)
 
 
 def left(marker):

@@ -11,6 +11,7 @@ from tests import processes
 PACKAGE = Path(syncbn.__file__).parent
 
 FLOORS = {
+    "syncbn._src.arguments": 0,
     "syncbn._src.autograph": 0,
     "syncbn._src.call_stack": 0,
     "syncbn._src.text_tables": 0,

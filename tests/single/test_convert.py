@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn._src.keras_compat.layer_names import named_layers
+from syncbn._src.keras_compat.layer_names import model_and_layers, named_layers
 from syncbn._src.models.conversion import convert_sync_batchnorm, revert_sync_batchnorm
 from tests.keras import KERAS_3, keras
 
@@ -239,6 +239,14 @@ def test_replicas_of_a_converted_model_train_as_one_with_the_whole_batch(mirrore
     assert_all_equal(model.get_weights(), values)
     model.fit(x, y, batch_size=8, verbose=0)
     assert not np.array_equal(model.get_weights()[-1], values[-1])
+
+
+def test_a_layer_may_have_the_name_of_its_model():
+    inner = keras.layers.Dense(2, name="same")
+    model = keras.Sequential([keras.Input((4,)), inner], name="same")
+    layers = model_and_layers(model)
+    assert layers["same_1"] is model
+    assert layers["same"] is inner
 
 
 def test_models_in_which_nothing_is_left_to_do():

@@ -260,8 +260,9 @@ def test_an_optimizer_that_keras_wraps_around_a_distributed_one_is_refused():
         keras.mixed_precision.set_global_policy(before)
     assert model.optimizer is not optimizer
     # What it keeps local, and passes that made no step, would not be found.
-    with pytest.raises(RuntimeError, match="distribute the optimizer that scales the loss"):
-        training.ElasticState(model)
+    for given in (None, optimizer):
+        with pytest.raises(RuntimeError, match="distribute the optimizer that scales the loss"):
+            training.ElasticState(model, given)
 
 
 @pytest.mark.parametrize("size", ["1", "2"])

@@ -107,8 +107,8 @@ def test_layers_that_are_not_called_are_left_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"update_freq": 0}, 'must be "epoch" or a number of batches'),
-        ({"update_freq": "batch"}, "Received: 'batch'"),
+        ({"update_freq": 0}, 'must be a positive integer, or "epoch"'),
+        ({"update_freq": "batch"}, "Received: update_freq='batch'"),
         ({"logs": "all"}, 'must be "largest", "layers" or None'),
     ],
 )

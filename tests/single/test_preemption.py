@@ -364,7 +364,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "`every` must be a positive number of steps"),
+        ({"every": 0}, "`every` must be a positive integer, 'epoch' or None"),
         ({"exit_code": 0}, "`exit_code` must be one that stands for no success"),
         ({"signals": [signal.SIGKILL]}, "can catch. Received: SIGKILL"),
         ({"signals": [999]}, "`signals` must be of the module signal"),

@@ -300,9 +300,9 @@ def test_broadcast_is_not_for_graphs():
         tf.function(lambda: training.broadcast(variable))()
 
 
-@pytest.mark.parametrize("every", [0, -1])
+@pytest.mark.parametrize("every", [0, -1, True])
 def test_recalibration_is_refused_what_it_cannot_do(every):
-    with pytest.raises(ValueError, match="`every` must be 1 at least"):
+    with pytest.raises(ValueError, match="`every` must be a positive integer, or None"):
         training.Recalibrate([np.ones([2, 3])], every=every)
     with pytest.raises(ValueError, match="Received: an iterator"):
         training.Recalibrate(iter([np.ones([2, 3])]))

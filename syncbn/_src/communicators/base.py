@@ -129,3 +129,8 @@ def wire_dtype(dtype: tf.DType) -> tf.DType:
     """Returns the dtype in which tensors of ``dtype`` are summed over processes."""
     # A sum over many overflows in 16 bits where their mean does not, and MPI has no such floats.
     return tf.float32 if dtype.size < 4 else dtype
+
+
+def joins_by_messages(communicator: Communicator) -> bool:
+    """Says whether there are other workers, which only messages of this package join."""
+    return communicator.name != "tf.distribute" and communicator.size > 1

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.host_collectives import all_gather
 from syncbn._src.communicators.tf_distribute import DistributeCommunicator
@@ -88,19 +89,6 @@ def check_grouping(group_size: Any, groups: Any, target_batch: Any) -> Grouping:
                 f"Received: groups={[list(group) for group in groups]}."
             )
     return Grouping(group_size, groups, target_batch)
-
-
-def at_least_one(name: str, value: Any, otherwise: str = "") -> int:
-    """Returns the argument ``name`` as a positive integer.
-
-    Raises:
-        ValueError: it is not one.
-    """
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
-        raise ValueError(
-            f"`{name}` must be a positive integer{otherwise}. Received: {name}={value!r}."
-        )
-    return operator.index(value)
 
 
 def _complete(groups: Groups, size: int) -> Groups:

@@ -92,6 +92,30 @@ def sum_of_all(
     return total
 
 
+def gather_of_all(
+    communicator: Communicator, own: Callable[[], np.ndarray], length: int, what: str
+) -> np.ndarray:
+    """Returns what ``own`` returns on each worker, as rows; see `sum_of_all`."""
+
+    def row() -> np.ndarray:
+        rows = np.zeros((communicator.size, length))
+        rows[communicator.rank] = own()
+        return rows.ravel()
+
+    total = sum_of_all(communicator, row, communicator.size * length, what)
+    return total.reshape(communicator.size, length)
+
+
+def require_success(communicator: Communicator, action: Callable[[], None], what: str) -> None:
+    """Raises on all workers where ``action`` fails on one of them; see `sum_of_all`."""
+
+    def own() -> np.ndarray:
+        action()
+        return np.zeros(0)
+
+    sum_of_all(communicator, own, 0, what)
+
+
 def require_agreement(
     communicator: Communicator,
     descriptions: Sequence[str],

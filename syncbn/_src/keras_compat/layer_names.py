@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from typing import Any
 
 from syncbn._src.keras_compat.keras_api import KERAS_3
@@ -22,14 +23,30 @@ def named_layers(model: Any) -> dict[str, Any]:
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
-            name, number = prefix + layer.name, 1
-            while name in found:
-                name, number = f"{prefix}{layer.name}_{number}", number + 1
+            name = _unused(prefix + layer.name, found)
             found[name] = layer
             walk(layer, f"{name}/")
 
     walk(model, "")
     return found
+
+
+def model_and_layers(model: Any) -> dict[str, Any]:
+    """Returns ``model`` and its layers, by the names that `named_layers` gives to these."""
+    layers = named_layers(model)
+    return {_unused(model.name, layers): model, **layers}
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    unused, number = name, 1
+    while unused in taken:
+        unused, number = f"{name}_{number}", number + 1
+    return unused
+
+
+def full_name(weight: Any) -> str:
+    """Returns the name of a weight within its model, which in Keras 2 has that of its layer."""
+    return getattr(weight, "path", weight.name)
 
 
 def short_name(weight: Any) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.communicators.base import Communicator
-from syncbn._src.communicators.groups import at_least_one, check_grouping
+from syncbn._src.communicators.groups import check_grouping
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.layers.momentum import MomentumAttribute, momentum_of
 from syncbn._src.layers.synchronized_layer import SynchronizedLayer

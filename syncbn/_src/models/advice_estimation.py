@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.communicators.base import Communicator
-from syncbn._src.communicators.groups import at_least_one
 from syncbn._src.models import network_costs
 from syncbn._src.models.replica_observation import observe_replicas
-from syncbn._src.models.statistics import all_normalizations, normalizations
+from syncbn._src.models.statistics import all_normalizations, channels_of, normalizations
 from syncbn._src.models.statistics_errors import BatchDistribution, statistics_error
 from syncbn._src.models.synchronization_advice import Advice, LayerAdvice, looked_at_sizes
 from syncbn._src.models.training_job import TrainingJob, job_of
@@ -185,7 +185,7 @@ def _calculated(advice: Advice, layers: Mapping[str, Any], network: tuple[float,
 
 def _channels(layer: Any) -> int:
     """Returns how many numbers a layer has of its channels: means, and maybe variances."""
-    return math.prod(layer.moving_mean.shape) * (2 if hasattr(layer, "moving_variance") else 1)
+    return channels_of(layer) * (2 if hasattr(layer, "moving_variance") else 1)
 
 
 def _power_of_two(number: int) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.host_collectives import DIGEST_PARTS, digest
-from syncbn._src.keras_compat.layer_names import short_name
+from syncbn._src.keras_compat.layer_names import full_name, short_name
 from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.models import in_place
 from syncbn._src.models.statistics import normalizations, uncalled
@@ -125,7 +125,7 @@ def _statistics(model: Any) -> list[tuple[str, Any]]:
 
 def _weights(model: Any) -> list[tuple[str, Any]]:
     weights = model.weights if model.built else []
-    return [(getattr(weight, "path", weight.name), weight) for weight in weights]
+    return [(full_name(weight), weight) for weight in weights]
 
 
 def _digests(value: np.ndarray) -> np.ndarray:

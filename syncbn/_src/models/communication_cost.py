@@ -24,7 +24,7 @@ class Payload(NamedTuple):
 
 
 def trace_payloads(
-    layer: Any, shape: tuple[int | None, ...], job: TrainingJob | None = None
+    layer: Any, shape: tuple[int | None, ...], job: TrainingJob | None
 ) -> tuple[tuple[Payload, ...], tuple[Payload, ...], str]:
     """Returns what a training call of a layer sends, what its gradient sends, and a note.
 

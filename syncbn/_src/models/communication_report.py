@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from syncbn._src.communicators.base import Communicator
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.models.communication_cost import Payload, trace_payloads
-from syncbn._src.models.statistics import all_normalizations
+from syncbn._src.models.statistics import all_normalizations, channels_of
 from syncbn._src.models.training_job import TrainingJob, job_of
 from syncbn._src.text_tables import rich_table, with_rule
 from syncbn._src.watchdog import watchdog
@@ -96,14 +95,15 @@ class Report(NamedTuple):
         return [_HEADINGS, *(_row(layer) for layer in (*self.layers, self.total))]
 
     def _notes(self) -> list[str]:
-        settings = f", with {self.settings}" if self.settings else ""
-        measured = [f"Measured over {self.engine}, {self.size} replicas{settings}."]
-        measured = measured if self.engine else []
+        notes = []
         if self.size == 1:
-            measured = ["There is one replica here, which sends nothing: nothing was measured."]
+            notes.append("There is one replica here, which sends nothing: nothing was measured.")
+        elif self.engine:
+            settings = f", with {self.settings}" if self.settings else ""
+            notes.append(f"Measured over {self.engine}, {self.size} replicas{settings}.")
         if self.watchdog:
-            measured.append(f"Watchdog: {self.watchdog}.")
-        return [*measured, *(f"- {advice}" for advice in self.advice)]
+            notes.append(f"Watchdog: {self.watchdog}.")
+        return [*notes, *(f"- {advice}" for advice in self.advice)]
 
 
 def report(model: Any, communicator: str | Communicator | None = None) -> Report:
@@ -178,7 +178,7 @@ def _layer_report(name: str, layer: Any, job: TrainingJob | None) -> LayerReport
     shape = layer.get_build_config()["input_shape"] if layer.built else None
     if shape is not None:
         shape = tuple(tf.TensorShape(shape).as_list())
-    channels = math.prod(layer.moving_mean.shape) if layer.built else None
+    channels = channels_of(layer) if layer.built else None
     row = LayerReport(name, type(layer).__name__, shape, channels)
     if not isinstance(layer, SynchronizedLayer):
         # Other packages, and Keras itself, derive synchronized layers from it.

@@ -23,9 +23,6 @@ from syncbn._src.models.replacement import (
 )
 from syncbn._src.models.synchronization_advice import Advice
 
-__all__ = ["Conversion", "convert_sync_batchnorm", "revert_sync_batchnorm"]
-
-
 _log = logging.getLogger("syncbn")
 _NOT_CHOSEN = "is not one of those to convert"
 _PLAIN_ALREADY = "is plain already"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.keras_compat import keras_api
 
 
@@ -24,7 +25,7 @@ class DatasetBatches:
         name: str = "dataset",
     ) -> None:
         self._dataset, self._steps, self._passes, self._name = dataset, steps, passes, name
-        self._verbose = 1 if verbose == "auto" else verbose
+        self._verbose = verbose
         self._bar: Any = None
         self._seen = 0
         self._in_a_pass: int | None = None
@@ -33,9 +34,7 @@ class DatasetBatches:
         if self._bar is None:
             self._steps = self._checked_steps()
             target = None if self._steps is None else self._passes * self._steps
-            self._bar = keras_api.keras.utils.Progbar(
-                target, verbose=self._verbose, unit_name="batch"
-            )
+            self._bar = progress_bar(target, self._verbose, "batch")
         before = self._seen
         for batch in itertools.islice(_batches(self._dataset), self._steps):
             yield batch
@@ -51,15 +50,13 @@ class DatasetBatches:
 
     def end(self) -> None:
         """Ends the line of the progress bar."""
-        if self._seen and self._seen != self._bar.target:
-            self._bar.target = self._seen  # tf_keras cannot end a line without a target
-            self._bar.update(self._seen, finalize=True)
+        end_line(self._bar, self._seen)
 
     def _checked_steps(self) -> int | None:
         """Returns how many batches a pass takes at most, where that is known."""
         dataset, steps = self._dataset, self._steps
-        if steps is not None and steps < 1:
-            raise ValueError(f"`steps` must be 1 at least, or None. Received: steps={steps}.")
+        if steps is not None:
+            steps = at_least_one("steps", steps, ", or None")
         if isinstance(dataset, np.ndarray | tf.Tensor) or not isinstance(dataset, Iterable):
             raise TypeError(
                 f"`{self._name}` must be an iterable of batches, such as a tf.data.Dataset. "
@@ -71,11 +68,7 @@ class DatasetBatches:
                 f"`{self._name}` must be an ordinary one under tf.distribute too: each worker's "
                 "own batches. Received: a DistributedDataset. Give what it was made from."
             )
-        if (
-            self._passes > 1
-            and isinstance(dataset, Iterator)
-            and not isinstance(dataset, _Sequence)
-        ):
+        if self._passes > 1 and once_only(dataset):
             raise ValueError(
                 f"`exact` goes through `dataset` {self._passes} times. Received: an iterator, "
                 "which can be gone through once. Give a tf.data.Dataset, or a list of batches."
@@ -88,8 +81,27 @@ class DatasetBatches:
         return min((n for n in (length, steps) if n is not None and n >= 0), default=None)
 
 
+def progress_bar(target: int | None, verbose: int | str, unit: str) -> Any:
+    """Returns a progress bar of Keras; ``verbose`` may be ``"auto"``, as for `Model.fit`."""
+    return keras_api.keras.utils.Progbar(
+        target, verbose=1 if verbose == "auto" else verbose, unit_name=unit
+    )
+
+
+def end_line(bar: Any, seen: int) -> None:
+    """Ends the line of a progress bar that has come to ``seen``."""
+    if seen and seen != bar.target:
+        bar.target = seen  # tf_keras cannot end a line without a target
+        bar.update(seen, finalize=True)
+
+
 # Also called PyDataset in Keras 3.
 _Sequence: Any = keras_api.keras.utils.Sequence
+
+
+def once_only(dataset: Any) -> bool:
+    """Says whether a dataset can be gone through once only."""
+    return isinstance(dataset, Iterator) and not isinstance(dataset, _Sequence)
 
 
 def _batches(dataset: Any) -> Iterator[Any]:

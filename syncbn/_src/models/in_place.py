@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.keras_api import keras
-from syncbn._src.keras_compat.layer_names import named_layers
+from syncbn._src.keras_compat.layer_names import model_and_layers
 
 _VARIABLE = keras.Variable if keras_api.KERAS_3 else tf.Variable
 
@@ -113,7 +113,7 @@ def _needs_another_variable(weight: Any, new: Any) -> bool:
 
 def forget_functions(model: Any) -> None:
     """Makes a model, and the models in it, retrace their functions."""
-    for layer in (model, *named_layers(model).values()):
+    for layer in model_and_layers(model).values():
         if not isinstance(layer, keras.Model):
             continue
         for name in ("train_function", "test_function", "predict_function", "train_tf_function"):

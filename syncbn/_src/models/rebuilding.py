@@ -7,13 +7,13 @@ subclass whose config also has what was converted, and which converts that again
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any
 
 from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.disguised_classes import disguised_class
 from syncbn._src.keras_compat.keras_api import keras
-from syncbn._src.keras_compat.layer_names import named_layers
+from syncbn._src.keras_compat.layer_names import model_and_layers
 from syncbn._src.layers.sync_batch_normalization import SyncBatchNormalization
 from syncbn._src.models.replacement import input_shape, plain_config, synchronize
 from syncbn._src.models.statistics import all_normalizations
@@ -23,19 +23,18 @@ _KEY = "converted_by_syncbn"
 
 def remember(model: Any) -> None:
     """Makes a model, and the layers in it, remember what was converted."""
-    for layer in (model, *named_layers(model).values()):
+    for layer in model_and_layers(model).values():
         if isinstance(layer, (_Converted, keras_api.BATCH_NORMALIZATION)):
             continue
         # Keras' own classes have their layers in their config.
         own = not type(layer).__module__.startswith(("keras.", "tf_keras."))
         if own and _has_synchronized(layer):
-            cls: Any = type(layer)
-            layer.__class__ = _converted_class(cls)
+            layer.__class__ = _converted_class(type(layer))
 
 
 def forget(model: Any) -> None:
     """Restores the classes of a model, and of the layers in it, where nothing is converted."""
-    for layer in (model, *named_layers(model).values()):
+    for layer in model_and_layers(model).values():
         if isinstance(layer, _Converted) and not _has_synchronized(layer):
             layer.__class__ = layer._plain_class
 
@@ -162,9 +161,5 @@ def _convert_again(layer: Any, options: list[dict[str, Any] | None], shapes: lis
         remember(layer)
 
 
-@functools.cache
-def _converted_class(cls: Any) -> type:
-    # The metaclass is that of `cls`; what users see of the class is what they see of `cls`.
-    members = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
-    made = type(cls)(cls.__name__, (_Converted, cls), {**members, "_plain_class": cls})
-    return keras_api.register_keras_serializable("syncbn", "Converted")(made)
+def _converted_class(cls: type) -> Any:
+    return disguised_class(_Converted, cls, "Converted")

@@ -13,11 +13,14 @@ import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.fingerprints import sums
-from syncbn._src.communicators.host_collectives import require_agreement, sum_of_all
-from syncbn._src.keras_compat import keras_api
+from syncbn._src.communicators.host_collectives import gather_of_all, sum_of_all
 from syncbn._src.models.activation_statistics import Observer
-from syncbn._src.models.dataset_batches import DatasetBatches
-from syncbn._src.models.statistics import moving_statistics
+from syncbn._src.models.dataset_batches import DatasetBatches, end_line, progress_bar
+from syncbn._src.models.statistics import (
+    channels_of,
+    moving_statistics,
+    require_same_normalizations,
+)
 from syncbn._src.models.statistics_errors import (
     BatchDistribution,
     ReplicaMoments,
@@ -47,21 +50,21 @@ def observe_replicas(
         workers: The communicator of the workers, all of which make this call.
         verbose: As for `advise`.
     """
-    kinds = [f"{name} {layer.moving_mean.shape}" for name, layer in layers.items()]
-    require_agreement(workers, kinds, list(layers), "normalizations")
+    require_same_normalizations(workers, layers)
     observer = Observer(model, layers, replicas=at_once)
     statistics = moving_statistics(model)  # under a strategy, a call of all workers
     observer.start({name: statistics[name] for name in layers})
-    inputs = map(observer.inputs, DatasetBatches(data, sys.maxsize, 1, 0, "data"))
+    inputs = map(
+        observer.inputs, DatasetBatches(data, steps=sys.maxsize, passes=1, verbose=0, name="data")
+    )
     given: list[Any] = []
 
     def first_length() -> np.ndarray:
         given.extend(itertools.islice(filter(_length, inputs), 1))
-        lengths = np.zeros(workers.size)
-        lengths[workers.rank] = _length(given[0]) if given else 0
-        return lengths
+        return np.array([_length(given[0]) if given else 0])
 
-    lengths = {int(one) for one in sum_of_all(workers, first_length, workers.size, "advise")} - {0}
+    rows = gather_of_all(workers, first_length, 1, "advise")
+    lengths = {int(one) for one in rows[:, 0]} - {0}
     if not lengths:
         raise ValueError("advise needs two batches of replicas at least. Received: no data.")
     if samples is None and len(lengths) > 1:
@@ -72,9 +75,8 @@ def observe_replicas(
         )
     samples = samples or lengths.pop()
     moments: list[np.ndarray] = []
-    verbose = 0 if workers.rank else 1 if verbose == "auto" else verbose
     runs = math.ceil(batches / at_once)
-    bar = keras_api.keras.utils.Progbar(runs, verbose=verbose, unit_name="run")
+    bar = progress_bar(runs, 0 if workers.rank else verbose, "run")
 
     def observe() -> np.ndarray:
         for whole in _regrouped(itertools.chain(given, inputs), samples * at_once):
@@ -86,9 +88,7 @@ def observe_replicas(
         return np.array([len(moments)], np.float64)
 
     (number,) = sum_of_all(workers, observe, 1, "advise")
-    if moments and len(moments) < runs:
-        bar.target = len(moments)
-        bar.update(len(moments), finalize=True)
+    end_line(bar, len(moments))
     if not number:
         raise ValueError(
             f"advise needs {samples * at_once} samples at least, for {at_once} replicas with "
@@ -128,7 +128,7 @@ def _distributions(
     moments: list[np.ndarray], layers: Mapping[str, Any], workers: Communicator
 ) -> dict[str, BatchDistribution]:
     """Returns how the batches of all workers differ, for each layer."""
-    channels = [math.prod(layer.moving_mean.shape) for layer in layers.values()]
+    channels = [channels_of(layer) for layer in layers.values()]
     own = np.concatenate(moments or [np.zeros([3, 0, sum(channels)])], 1)
 
     def add_up(values: np.ndarray) -> np.ndarray:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from syncbn._src.communicators.base import Communicator
-from syncbn._src.communicators.host_collectives import require_agreement, sum_of_all
+from syncbn._src.communicators.host_collectives import sum_of_all
 from syncbn._src.models.activation_statistics import Observer
-from syncbn._src.models.statistics import moving_statistics, normalizations
+from syncbn._src.models.statistics import (
+    channels_of,
+    moving_statistics,
+    normalizations,
+    require_same_normalizations,
+)
 from syncbn._src.models.training_job import TrainingJob, job_of
 
 _PARTS = 6
@@ -48,23 +52,19 @@ class ReplicaObserver:
     Args:
         model: A built model of `tf.keras`.
         communicator: As for `syncbn.recalibrate`.
-        what: The name of who observes, for messages.
     """
 
-    def __init__(self, model: Any, communicator: str | Communicator, what: str) -> None:
-        self._model, self._what = model, what
+    def __init__(self, model: Any, communicator: str | Communicator) -> None:
+        self._model = model
         self._job: TrainingJob = job_of(model, communicator)
         self.replicas = self._job.size
         """The number of replicas in the job."""
         self.workers = self._job.workers()
         """The communicator of its processes."""
         layers = normalizations(model)
-        kinds = [f"{name} {layer.moving_mean.shape}" for name, layer in layers.items()]
-        require_agreement(self.workers, kinds, list(layers), "normalizations")
+        require_same_normalizations(self.workers, layers)
         self._observer = Observer(model, layers, all_fixed=True)
-        self._channels = {
-            name: math.prod(layer.moving_mean.shape) for name, layer in layers.items()
-        }
+        self._channels = {name: channels_of(layer) for name, layer in layers.items()}
 
     def __call__(self, batch: Any) -> dict[str, JointStatistics]:
         """Returns the statistics of each normalization that sees anything, by its name.
@@ -95,7 +95,7 @@ class ReplicaObserver:
                 vectors += [sums[name], mean, variance]
             return np.concatenate([np.ravel(vector) for vector in vectors])
 
-        total = sum_of_all(self.workers, own, sum(sizes), self._what)
+        total = sum_of_all(self.workers, own, sum(sizes), "StatisticsMonitor")
         parts = zip(statistics.items(), np.split(total, np.cumsum(sizes)[:-1]), strict=True)
         joint = {
             name: self._joint(part.reshape(_PARTS, -1), one.variance is not None)

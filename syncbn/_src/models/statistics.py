@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.keras_compat import keras_api
-from syncbn._src.keras_compat.layer_names import named_layers
+from syncbn._src.keras_compat.layer_names import model_and_layers
 from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.models import in_place
 
@@ -115,8 +118,19 @@ def normalizations(model: Any) -> dict[str, Any]:
 def all_normalizations(model: Any) -> dict[str, Any]:
     """Returns the normalizations of a model by their names; itself, if it is one."""
     kinds = (SynchronizedLayer, keras_api.BATCH_NORMALIZATION)
-    layers = {model.name: model, **named_layers(model)}
+    layers = model_and_layers(model)
     return {name: layer for name, layer in layers.items() if isinstance(layer, kinds)}
+
+
+def channels_of(layer: Any) -> int:
+    """Returns the number of channels of a normalization that is built."""
+    return math.prod(layer.moving_mean.shape)
+
+
+def require_same_normalizations(workers: Communicator, layers: Mapping[str, Any]) -> None:
+    """Raises a ValueError where workers have other normalizations than others."""
+    kinds = [f"{name} {layer.moving_mean.shape}" for name, layer in layers.items()]
+    require_agreement(workers, kinds, list(layers), "normalizations")
 
 
 def uncalled(model: Any) -> dict[str, str]:
@@ -124,7 +138,7 @@ def uncalled(model: Any) -> dict[str, str]:
 
     Keras 2 loads a layer whose class it does not find from the traces that were saved with it.
     """
-    layers = {model.name: model, **named_layers(model)}
+    layers = model_and_layers(model)
     traced = {name: layer for name, layer in layers.items() if in_place.runs_traces(layer)}
     return {
         inner: f"is never called: {name} was loaded from a SavedModel without its class, and runs "

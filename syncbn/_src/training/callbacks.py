@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from syncbn._src.communicators.base import Communicator, process_communicator
+from syncbn._src.communicators.base import Communicator, joins_by_messages, process_communicator
 from syncbn._src.communicators.host_collectives import all_gather, require_agreement
 from syncbn._src.communicators.resolution import check_communicator, resolve
 from syncbn._src.communicators.strategy import local_replicas
@@ -26,15 +26,10 @@ from syncbn._src.training.optimizer import require_averages_of_scaled
 from syncbn._src.training.variable_broadcast import broadcast
 
 
-def _has_others(communicator: Communicator) -> bool:
-    """Says whether there are workers that only messages of this package join."""
-    return communicator.name != "tf.distribute" and communicator.size > 1
-
-
 class WorkerCallback(keras_api.keras.callbacks.Callback):
     """A callback that communicates with the other workers."""
 
-    def __init__(self, communicator: str | Communicator) -> None:
+    def __init__(self, communicator: str | Communicator = "auto") -> None:
         super().__init__()
         self._communicator = check_communicator(communicator)
 
@@ -124,7 +119,7 @@ class BroadcastVariables(WorkerCallback):
 
     def _require_same_layers(self, communicator: Communicator) -> None:
         """Raises where workers would wait for layers that others do not have."""
-        if not _has_others(communicator):
+        if not joins_by_messages(communicator):
             return
         layers = [
             layer
@@ -149,7 +144,7 @@ class BroadcastVariables(WorkerCallback):
 
     def _share_what_is_built(self, communicator: Communicator) -> bool:
         """Builds the model's optimizer if it is built on a worker; says whether all are on all."""
-        if not _has_others(communicator):
+        if not joins_by_messages(communicator):
             return True
         # One worker may have loaded a model, with the state of its optimizer.
         own = [self.model.built, *map(has_state, self._optimizers.values())]
@@ -215,7 +210,7 @@ class AverageMetrics(WorkerCallback):
     def on_train_begin(self, logs: Any = None) -> None:
         communicator = self._resolve()
         train_jointly(self.model, communicator, same_weights=False)
-        if _has_others(communicator):
+        if joins_by_messages(communicator):
             self._before_reset = MetricsBeforeReset(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -234,7 +229,7 @@ class AverageMetrics(WorkerCallback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         communicator = self._resolve()
-        if logs is None or not _has_others(communicator):
+        if logs is None or not joins_by_messages(communicator):
             return
         # A callback before this one may have evaluated, which resets the metrics too.
         training = self._totals(self._kept()) if self._training is None else self._training
@@ -250,7 +245,9 @@ class AverageMetrics(WorkerCallback):
     def _totals(self, own: list[np.ndarray] | None = None) -> dict[str, Any]:
         """Returns the values of the model's metrics over all workers."""
         communicator = self._resolve()
-        return joint_results(self.model, communicator, own) if _has_others(communicator) else {}
+        return (
+            joint_results(self.model, communicator, own) if joins_by_messages(communicator) else {}
+        )
 
     def _kept(self) -> list[np.ndarray] | None:
         return None if self._before_reset is None else self._before_reset.values

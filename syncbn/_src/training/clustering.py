@@ -9,8 +9,6 @@ import tensorflow as tf
 # tests/single/test_clustering.py covers it.
 from tensorflow.python import pywrap_tfe
 
-__all__ = ["compile_around_collectives"]
-
 
 def compile_around_collectives() -> None:
     """Lets XLA compile what lies between the collectives, in every `tf.function` and in `fit`.

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.communicators.base import process_communicator
+from syncbn._src.communicators.base import joins_by_messages, process_communicator
 from syncbn._src.communicators.horovod_errors import lost_collectives_as_internal_errors
 from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.launcher import is_elastic
 from syncbn._src.communicators.resolution import resolve
 from syncbn._src.keras_compat.keras_api import OPTIMIZERS
+from syncbn._src.keras_compat.layer_names import full_name
 from syncbn._src.keras_compat.optimizer_state import optimizer_variables
 from syncbn._src.models.training_job import job_of
 from syncbn._src.training.kept_local import shared_variables
@@ -82,7 +83,7 @@ class ElasticState:
                 f"Received: optimizer={optimizer!r}."
             )
         optimizers = optimizers_of(model, optimizer)
-        for one in optimizers.values():
+        for one in (*optimizers.values(), getattr(model, "optimizer", None)):
             require_averages_of_scaled(one)
         taken = sorted(name for name in values if hasattr(type(self), name))
         if taken:
@@ -134,7 +135,7 @@ class ElasticState:
         with lost_collectives_as_internal_errors(), self.model.distribute_strategy.scope():
             communicator = process_communicator(resolve())
             broadcast(shared_variables(self._variables(), self._optimizers))
-            if communicator.name != "tf.distribute" and communicator.size > 1:
+            if joins_by_messages(communicator):
                 self._set_values(broadcast_text(self._values(), communicator))
         self._clear_accumulation()
         self._save()
@@ -168,7 +169,7 @@ class ElasticState:
 
     def _require_same_state(self) -> None:
         """Raises where a worker has committed another state than rank 0."""
-        names = [getattr(one, "path", one.name) for one in self._variables()]
+        names = [full_name(one) for one in self._variables()]
         checksums = [f"of checksum {zlib.crc32(one.tobytes()):08x}" for one in self._committed]
         require_agreement(
             job_of(self.model).workers(),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.host_collectives import all_gather, sum_arrays
-from syncbn._src.keras_compat import keras_api
+from syncbn._src.models.dataset_batches import once_only
 from syncbn._src.models.recalibration import Recalibration
 from syncbn._src.models.statistics import (
     MovingStatistics,
@@ -47,9 +48,6 @@ class AverageStatistics(WorkerCallback):
         >>> callbacks = [syncbn.training.AverageStatistics()]
         >>> history = model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks)
     """
-
-    def __init__(self, communicator: str | Communicator = "auto") -> None:
-        super().__init__(communicator)
 
     def on_test_begin(self, logs: Any = None) -> None:
         self._average()
@@ -137,10 +135,9 @@ class Recalibrate(WorkerCallback):
         communicator: str | Communicator = "auto",
     ) -> None:
         super().__init__(communicator)
-        if every is not None and every < 1:
-            raise ValueError(f"`every` must be 1 at least, or None. Received: every={every}.")
-        sequence: Any = keras_api.keras.utils.Sequence
-        if isinstance(dataset, Iterator) and not isinstance(dataset, sequence):
+        if every is not None:
+            every = at_least_one("every", every, ", or None")
+        if once_only(dataset):
             raise ValueError(
                 "Recalibrate goes through `dataset` several times. Received: an iterator, which "
                 "can be gone through once. Give a tf.data.Dataset, or a list of batches."

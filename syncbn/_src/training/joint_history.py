@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import zlib
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator
+from syncbn._src.communicators.base import Communicator, joins_by_messages
 from syncbn._src.communicators.host_collectives import all_gather
 from syncbn._src.communicators.mpi import MPICommunicator
 from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.disguised_classes import disguised_class
+from syncbn._src.keras_compat.layer_names import full_name
 from syncbn._src.keras_compat.optimizer_state import current_rate
 from syncbn._src.training.kept_local import shared_variables
 from syncbn._src.training.model_optimizers import optimizers_of
@@ -29,16 +30,12 @@ def train_jointly(model: Any, communicator: Communicator, same_weights: bool) ->
     # Keras puts it behind the callbacks that it is given, so it is the one that has seen what all
     # of them did. There is none where callbacks are called by hand.
     history = getattr(model, "history", None)
-    if (
-        communicator.name == "tf.distribute"
-        or communicator.size == 1
-        or not isinstance(history, keras_api.keras.callbacks.History)
-    ):
+    in_fit = isinstance(history, keras_api.keras.callbacks.History)
+    if not in_fit or not joins_by_messages(communicator):
         return
     changed: Any = history
     if not isinstance(history, _JointHistory):
-        plain: Any = type(history)
-        changed.__class__ = _joint_class(plain)
+        changed.__class__ = disguised_class(_JointHistory, changed.__class__)
         changed._syncbn_communicator = communicator
         changed._syncbn_same_weights = False
         changed._syncbn_begun = False
@@ -134,7 +131,7 @@ class _JointHistory:
         return (
             "Training must leave all workers with the same weights. Received, at the end of "
             f"{unit} {number}: other ones on rank {', '.join(map(str, ranks))} than on rank 0, the "
-            f"first of them {getattr(first, 'path', first.name)}, with the optimizer "
+            f"first of them {full_name(first)}, with the optimizer "
             f"{optimizer.__module__}.{optimizer.__qualname__}. Average the gradients over the "
             "workers: compile(syncbn.training.distribute(optimizer)), or in a train_step of your "
             "own a syncbn.training.DistributedGradientTape. Put AverageMetrics before callbacks "
@@ -145,8 +142,3 @@ class _JointHistory:
 
 def _checksum(variable: Any) -> int:
     return zlib.crc32(variable.numpy().tobytes())
-
-
-@functools.cache
-def _joint_class(cls: type) -> type:
-    return type(cls.__name__, (_JointHistory, cls), {"_plain_class": cls, "__doc__": cls.__doc__})

@@ -9,9 +9,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.communicators.base import Communicator
-from syncbn._src.communicators.host_collectives import require_agreement, sum_arrays, sum_of_all
+from syncbn._src.communicators.base import Communicator, joins_by_messages
+from syncbn._src.communicators.host_collectives import (
+    require_agreement,
+    require_success,
+    sum_arrays,
+)
 from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.layer_names import full_name
 from syncbn._src.models.training_job import job_of
 
 
@@ -58,13 +63,13 @@ def evaluate(
     """
     workers = job_of(model, communicator).workers()
     options |= {"return_dict": True, "verbose": 0 if workers.rank else verbose}
-    if workers.name == "tf.distribute" or workers.size == 1:
+    if not joins_by_messages(workers):
         return model.evaluate(x, y, **options)
     counter, logs = _BatchCounter(), {}
     given = options.pop("callbacks", None) or []
     callbacks = [*(given if isinstance(given, list | tuple) else [given]), counter]
 
-    def own() -> np.ndarray:
+    def own() -> None:
         # Without a batch, Keras 3 has nothing to build a model under a strategy with.
         with contextlib.suppress(StopIteration):
             logs.update(model.evaluate(x, y, callbacks=callbacks, **options))
@@ -74,11 +79,10 @@ def evaluate(
                 f"{workers.rank}. Give that worker empty batches, by syncbn.training.join(dataset) "
                 "on all workers."
             )
-        return np.zeros(0)
 
-    sum_of_all(workers, own, 0, "evaluate")
+    require_success(workers, own, "evaluate")
     variables = _variables(model)
-    names = [getattr(variable, "path", variable.name) for variable in variables]
+    names = [full_name(variable) for variable in variables]
     require_agreement(workers, [str(tuple(one.shape)) for one in variables], names, "metrics")
     return joint_logs(workers, logs, joint_results(model, workers))
 

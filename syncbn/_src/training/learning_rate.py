@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from syncbn._src.communicators.base import Communicator, process_communicator
+from syncbn._src.communicators.base import Communicator, joins_by_messages, process_communicator
 from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.resolution import resolve
 from syncbn._src.keras_compat.keras_api import keras, variable
@@ -103,7 +103,7 @@ class LearningRateSchedule(WorkerCallback):
             communicator = resolve(self._communicator)
             self._replicas = communicator.size
         joined = process_communicator(communicator)
-        if joined.name != "tf.distribute" and joined.size > 1:
+        if joins_by_messages(joined):
             facts = {
                 "base_rate": self.base_rate,
                 "multiplier": "a function" if callable(self.multiplier) else self.multiplier,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.autograph import unconverted
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.keras_compat import keras_api
+from syncbn._src.keras_compat.disguised_classes import disguised_class
 from syncbn._src.keras_compat.optimizer_state import (
     build_optimizer,
     inner_optimizer,
@@ -104,16 +105,12 @@ def distribute(
             "`optimizer` must not be distributed already, or its gradients would be averaged "
             f"twice. Received: optimizer={optimizer!r}."
         )
-    passes = backward_passes_per_step
-    if not isinstance(passes, int) or passes < 1:
-        raise ValueError(
-            "`backward_passes_per_step` must be a positive integer. "
-            f"Received: backward_passes_per_step={passes!r}."
-        )
+    passes = at_least_one("backward_passes_per_step", backward_passes_per_step)
     # Kept in objects: Keras would track variables and lists that are the optimizer's attributes.
     exchange = Exchange(communicator, LocalVariables(local), scale_local_gradients)
     changed: Any = optimizer
-    changed.__class__ = _distributed_class(changed.__class__)
+    mixin = _ByApply if hasattr(optimizer, "apply") else _ByApplyGradients
+    changed.__class__ = disguised_class(mixin, changed.__class__, "DistributedOptimizer")
     changed._syncbn_exchange = exchange
     changed._syncbn_accumulation = Accumulation(passes, average_aggregated_gradients)
     return changed
@@ -254,12 +251,3 @@ class _ByApplyGradients(_Distributed):
                 list(zip(averages, variables, strict=True)), *args, **kwargs
             ),
         )
-
-
-@functools.cache
-def _distributed_class(cls: type) -> type:
-    base = _ByApply if hasattr(cls, "apply") else _ByApplyGradients
-    # The metaclass is that of `cls`; what users see of the class is what they see of `cls`.
-    members = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
-    made = type(cls)(cls.__name__, (base, cls), {**members, "_plain_class": cls})
-    return keras_api.register_keras_serializable("syncbn", "DistributedOptimizer")(made)

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.communicators.base import Communicator, process_communicator
-from syncbn._src.communicators.host_collectives import sum_of_all
+from syncbn._src.communicators.host_collectives import gather_of_all, require_success
 from syncbn._src.communicators.resolution import resolve
 from syncbn._src.keras_compat.resumed_fit import SkippedSteps, leave_no_steps_out, resume_at_epoch
 from syncbn._src.models.training_job import job_of
@@ -98,15 +99,10 @@ class PreemptionCheckpoint(WorkerCallback):
         communicator: str | Communicator = "auto",
     ) -> None:
         super().__init__(communicator)
+        if every not in ("epoch", None):
+            every = at_least_one("every", every, ", 'epoch' or None")
         with contextlib.suppress(TypeError):  # what is no number is refused below
-            every = operator.index(every)  # type: ignore[arg-type]
-        with contextlib.suppress(TypeError):
             exit_code = operator.index(exit_code)
-        if not (every in ("epoch", None) or (isinstance(every, int) and every > 0)):
-            raise ValueError(
-                "`every` must be a positive number of steps, 'epoch' or None. "
-                f"Received: every={every!r}."
-            )
         if not (isinstance(exit_code, int) and 0 < exit_code < 128):
             raise ValueError(
                 "`exit_code` must be one that stands for no success and for no signal, 1 to 127. "
@@ -311,7 +307,7 @@ class PreemptionCheckpoint(WorkerCallback):
         number, progress = self._find()
         self._found = None  # there may be others when it is asked again
         if progress:
-            sum_of_all(workers, lambda: self._read(number, progress), 0, "Restoring")
+            require_success(workers, lambda: self._read(number, progress), "Restoring")
         self._resumed, self._unsaved = progress, 0
         self._saved = (progress["epoch"], progress["batch"]) if progress else None
         epoch, steps, seen = (progress.get(name) or 0 for name in ("epoch", "batch", "seen"))
@@ -370,12 +366,9 @@ class PreemptionCheckpoint(WorkerCallback):
 
         def own() -> np.ndarray:
             number, progress = self._find()
-            rows = np.zeros((workers.size, 3))
-            rows[workers.rank] = number, progress.get("epoch", 0), progress.get("batch", 0)
-            return rows.ravel()
+            return np.array([number, progress.get("epoch", 0), progress.get("batch", 0)])
 
-        total = sum_of_all(workers, own, 3 * workers.size, "Restoring")
-        rows = total.reshape(workers.size, 3).astype(int)
+        rows = gather_of_all(workers, own, 3, "Restoring").astype(int)
         if (rows != rows[0]).any():
             raise ValueError(
                 f"All workers must go on from the same checkpoint in {self.path}. Received: number "
@@ -383,10 +376,9 @@ class PreemptionCheckpoint(WorkerCallback):
                 "none. Name a folder that all of them see."
             )
 
-    def _read(self, number: int, progress: dict[str, Any]) -> np.ndarray:
+    def _read(self, number: int, progress: dict[str, Any]) -> None:
         self._contents.require_of_this_model(progress, self.path)
         self._files.read(number, self._contents.variables)
-        return np.zeros(0)
 
     def _is_due(self) -> bool:
         """Says whether as many steps have been made as `every` says."""
@@ -427,15 +419,14 @@ class PreemptionCheckpoint(WorkerCallback):
         workers = self._workers
         in_cluster = workers.name == "tf.distribute" and workers.size > 1
 
-        def write() -> np.ndarray:
+        def write() -> None:
             if workers.rank == 0:
                 self._files.write(self._contents.variables, progress, others_read=in_cluster)
             elif in_cluster:
                 read_with_others(self._contents.variables)
-            return np.zeros(0)
 
         # All wait for it: a worker that exits earlier may end the job.
-        sum_of_all(workers, write, 0, "Saving")
+        require_success(workers, write, "Saving")
         self._unsaved, self._saved = 0, (epoch, steps)
 
     def _seen(self, epoch: int, steps: int) -> int | None:

@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import Any
 
-from syncbn._src.communicators.groups import at_least_one
+from syncbn._src.arguments import at_least_one
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.training.elastic_state import ElasticState
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from syncbn._src.arguments import at_least_one
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.host_collectives import sum_arrays
 from syncbn._src.keras_compat.layer_names import collective_scope
@@ -107,10 +108,8 @@ class StatisticsMonitor(WorkerCallback):
         communicator: str | Communicator = "auto",
     ) -> None:
         super().__init__(communicator)
-        if update_freq != "epoch" and not (isinstance(update_freq, int) and update_freq > 0):
-            raise ValueError(
-                f'`update_freq` must be "epoch" or a number of batches. Received: {update_freq!r}.'
-            )
+        if update_freq != "epoch":
+            update_freq = at_least_one("update_freq", update_freq, ', or "epoch"')
         if logs not in ("largest", "layers", None):
             raise ValueError(f'`logs` must be "largest", "layers" or None. Received: {logs!r}.')
         if isinstance(batch, tf.data.Dataset):
@@ -151,7 +150,7 @@ class StatisticsMonitor(WorkerCallback):
 
     def _observe(self, step: int) -> None:
         if self._observer is None:
-            self._observer = ReplicaObserver(self.model, self._communicator, "StatisticsMonitor")
+            self._observer = ReplicaObserver(self.model, self._communicator)
         observer, layers = self._observer, normalizations(self.model)
         joint = observer(self.batch)
         waiting = self._waiting({name: layers[name] for name in joint}, observer.workers)

@@ -11,6 +11,7 @@ import tensorflow as tf
 from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.host_collectives import require_agreement, sum_arrays
 from syncbn._src.communicators.resolution import resolve
+from syncbn._src.keras_compat.layer_names import full_name
 
 _LENGTH = "syncbn/broadcast/length"
 
@@ -56,7 +57,7 @@ def broadcast(variables: Any, root: int = 0, communicator: str | Communicator = 
     require_agreement(
         communicator,
         [f"{value.dtype.name} {value.shape}" for value in values],
-        [getattr(variable, "path", variable.name) for variable in flat],
+        [full_name(variable) for variable in flat],
         "variables",
         root,
     )

@@ -100,9 +100,8 @@ class BatchReplicas:
 
     def values(self, variables: Sequence[Any]) -> list[np.ndarray]:
         """Returns the values of variables: arrays ``(replicas, ...)``, those of each replica."""
-        # In Keras 3 `value` is the TensorFlow variable, which the strategy knows.
-        raw = [v.value if keras_api.KERAS_3 else v for v in variables]
-        arrays = [np.stack(self._local(variable)) for variable in raw]
+        # The strategy knows those of TensorFlow.
+        arrays = [np.stack(self._local(keras_api.variable(one))) for one in variables]
         if self._communicator is None:
             return arrays
         rows = [np.zeros((self._communicator.size, *a.shape[1:]), a.dtype) for a in arrays]

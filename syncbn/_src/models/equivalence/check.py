@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._src.keras_compat import keras_api
-from syncbn._src.keras_compat.layer_names import named_layers
+from syncbn._src.keras_compat.layer_names import model_and_layers
 from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.models.equivalence import diagnosis
 from syncbn._src.models.equivalence.batch import as_arrays, number_of_samples, shares
@@ -176,7 +176,7 @@ def _why_not_trained(model: Any, data: tuple[Any, ...], sizes: Sequence[int]) ->
 
 
 def _tolerance(model: Any) -> float:
-    layers = [model, *named_layers(model).values()]
+    layers = model_and_layers(model).values()
     dtypes = {tf.as_dtype(layer.compute_dtype or "float32").name for layer in layers}
     return max(_TOLERANCES.get(dtype, 0.0) for dtype in dtypes) or _TOLERANCES["float32"]
 
@@ -189,7 +189,7 @@ def _build(replicas: BatchReplicas, build_model: Callable[[], Any], x: Any) -> A
                 "`build_model` must return a tf.keras.Model. "
                 f"Received: {type(model).__module__}.{type(model).__qualname__}."
             )
-        if not all(layer.built for layer in (model, *named_layers(model).values())):
+        if not all(layer.built for layer in model_and_layers(model).values()):
             model(tf.nest.map_structure(lambda array: tf.constant(array[:1]), x), training=False)
     return model
 

@@ -25,6 +25,8 @@ _ROUNDING = (
     "Or, where differences are small, it is rounding, which deep networks amplify: see whether "
     "they vanish in float64, after tf.keras.backend.set_floatx('float64')."
 )
+_LISTED = 5
+"""The most names that advice lists."""
 _PLAIN = keras_api.PLAIN_BATCH_NORMALIZATION  # not tf_keras' SyncBatchNormalization
 
 
@@ -172,9 +174,9 @@ def _not_finite(rows: list[Row]) -> list[str]:
     return [row.name for row in rows if not np.isfinite(row.difference)]
 
 
-def _listed(names: Sequence[str], limit: int = 5) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+def _listed(names: Sequence[str]) -> str:
+    rest = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def of_kind(model: Any, kind: Any) -> dict[str, Any]:

@@ -82,17 +82,21 @@ def _factor(actual: np.ndarray, expected: np.ndarray, slack: float) -> float | N
     return factor if rest <= slack * max(abs(factor), slack) * magnitude(expected) else None
 
 
-def table(rows: Sequence[Row], limit: int = 10) -> str:
-    """Returns the rows as text, the worst first in each quantity, at most ``limit`` of each."""
+_LIMIT = 10
+"""The most rows of a quantity in a table."""
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns the rows as text, the worst first in each quantity."""
     lines: list[tuple[str, ...]] = [("", "largest difference", "relative", "tolerance", "")]
     for quantity in dict.fromkeys(row.quantity for row in rows):
         own = [row for row in rows if row.quantity == quantity]
         own.sort(key=lambda row: -np.nan_to_num(row.relative, nan=np.inf))
         lines.append((quantity, "", "", "", ""))
-        for row in own[:limit]:
+        for row in own[:_LIMIT]:
             figures = (f"{v:.1e}" for v in (row.difference, row.relative, row.tolerance))
             lines.append((f"  {row.name}", *figures, "" if row.ok else "DIFFERS"))
-        if rest := own[limit:]:
+        if rest := own[_LIMIT:]:
             differing = sum(not row.ok for row in rest)
             lines.append((f"  and {len(rest)} more, of which {differing} differ", "", "", "", ""))
     return "\n".join(aligned(lines, right=(1, 2, 3)))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from syncbn._src.keras_compat.layer_names import named_layers
+from syncbn._src.keras_compat.layer_names import named_layers, short_name
 from syncbn._src.models.equivalence import diagnosis
 from syncbn._src.models.equivalence.batch_replicas import BatchReplicas
 from syncbn._src.models.equivalence.differences import Row, compare, magnitude
@@ -195,7 +195,7 @@ def _weight_names(model: Any) -> dict[int, str]:
         owners.update({id(weight): (weight, f"{path}/") for weight in layer.weights})
     names: dict[int, str] = {}
     for key, (weight, prefix) in owners.items():
-        name = prefix + weight.name.rpartition("/")[2].partition(":")[0]
+        name = prefix + short_name(weight)
         taken = sum(other.partition(" #")[0] == name for other in names.values())
         names[key] = f"{name} #{taken + 1}" if taken else name
     return names

@@ -1,0 +1,24 @@
+"""Arguments that many functions have."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+
+def at_least_one(name: str, value: Any, otherwise: str = "") -> int:
+    """Returns the argument ``name`` as a positive integer.
+
+    Args:
+        name: Its name.
+        value: What was given.
+        otherwise: What else it may be, for the message.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
+        raise ValueError(
+            f"`{name}` must be a positive integer{otherwise}. Received: {name}={value!r}."
+        )
+    return operator.index(value)
