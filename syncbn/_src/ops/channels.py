@@ -18,7 +18,7 @@ from syncbn._src.ops import xla
 
 _BLOCK = 64  # rows that are summed in the dtype of the elements
 # Fewer elements than this are summed in float64 at once: fewer operations, and no slower.
-_FEW_ELEMENTS = 1 << 17
+_IN_BLOCKS_FROM_ELEMENTS = 1 << 17
 
 
 def integer_axes(axis: Any) -> int | list[int]:
@@ -101,7 +101,7 @@ def sum_to_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     float64, one after the other.
     """
     rank = x.shape.rank
-    few = x.shape.is_fully_defined() and x.shape.num_elements() < _FEW_ELEMENTS
+    few = x.shape.is_fully_defined() and x.shape.num_elements() < _IN_BLOCKS_FROM_ELEMENTS
     by_xla = xla.compiles_everything() or xla.on_gpus()
     if few and tuple(axes) == (rank - 1,) and not by_xla:
         # A sum over all dimensions but the last, on CPUs up to twice as fast as `tf.reduce_sum`.

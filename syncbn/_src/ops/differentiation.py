@@ -169,12 +169,7 @@ def compiled(function: Callable[..., Any], axes: Sequence[int]) -> Callable[...,
 
     @functools.cache
     def traced(*specs: tf.TensorSpec) -> Callable[..., Any]:
-        # One function for each signature: TensorFlow warns of one that is retraced often.
-        @functools.wraps(function)
-        def piece(*inputs: tf.Tensor) -> Any:
-            return function(*inputs)
-
-        return tf.function(piece, jit_compile=True, autograph=False, input_signature=specs)
+        return tf.function(function, jit_compile=True, autograph=False, input_signature=specs)
 
     def kernel(*inputs: tf.Tensor) -> Any:
         return traced(*(tf.TensorSpec(_known(one, axes), one.dtype) for one in inputs))(*inputs)
