@@ -169,12 +169,29 @@ def compiled(function: Callable[..., Any], axes: Sequence[int]) -> Callable[...,
 
     @functools.cache
     def traced(*specs: tf.TensorSpec) -> Callable[..., Any]:
-        return tf.function(function, jit_compile=True, autograph=False, input_signature=specs)
+        return traced_once(function, specs, jit_compile=True)
 
     def kernel(*inputs: tf.Tensor) -> Any:
         return traced(*(tf.TensorSpec(_known(one, axes), one.dtype) for one in inputs))(*inputs)
 
     return with_recomputed_gradient(axes, function, kernel)
+
+
+def traced_once(
+    function: Callable[..., Any], specs: Sequence[tf.TensorSpec], **options: Any
+) -> Callable[..., Any]:
+    """Returns ``function``, traced outside of the graph, replica and device of the first call.
+
+    TensorFlow warns of a `tf.function` that is called with one new signature after the other, but
+    not of many such traces.
+
+    Args:
+        function: The function.
+        specs: Its inputs.
+        **options: Of `tf.function`.
+    """
+    with tf.init_scope(), tf.device(None):
+        return tf.function(function, autograph=False, **options).get_concrete_function(*specs)
 
 
 def _known(tensor: tf.Tensor, axes: Sequence[int]) -> tuple[int | None, ...]:

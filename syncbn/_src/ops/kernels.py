@@ -23,6 +23,7 @@ from syncbn._src.ops import xla
 from syncbn._src.ops.channels import (
     broadcast_channels,
     channel_count,
+    channels_are_last,
     known_rows,
     sum_to_channels,
     where,
@@ -71,7 +72,7 @@ def choose_kernels(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> K
         return PLAIN
     if xla.on_gpus():
         return PLAIN._replace(compiled=in_function)
-    if x.dtype == tf.float64 or tuple(axes) != (x.shape.rank - 1,):
+    if x.dtype == tf.float64 or not channels_are_last(x, axes):
         return PLAIN
     # An unknown size, mostly that of the batch, counts as one.
     elements = math.prod(size or 1 for size in x.shape)

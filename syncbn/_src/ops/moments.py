@@ -13,6 +13,7 @@ from syncbn._src.ops import xla
 from syncbn._src.ops.channels import (
     broadcast_channels,
     channel_count,
+    channels_are_last,
     reduction_axes,
     statistics_dtype,
     sum_to_channels,
@@ -93,7 +94,7 @@ def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = N
     ``(1,)`` where the channels are the last axis. Elsewhere ``(channels,)``, since a mask can
     differ from channel to channel there; without a mask too, since another replica may have one.
     """
-    if tuple(axes) == (x.shape.rank - 1,):
+    if channels_are_last(x, axes):
         shape = tf.shape(x, tf.int64)[:-1]
         if mask is not None:
             seen = tf.cast(tf.broadcast_to(mask[..., 0], shape), tf.float64)

@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from syncbn._src.ops import xla
-from syncbn._src.ops.differentiation import has_tangent
+from syncbn._src.ops.differentiation import has_tangent, traced_once
 
 # For each function; the least recently used are dropped.
 _MOST_TRACES = 256
@@ -41,15 +41,12 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
             one.shape.is_fully_defined() and one.shape.num_elements() < _CALLED_FROM_ELEMENTS
             for one in specs
         )
-        # Outside of the graph, replica and device of the first call.
-        traced = tf.function(
+        return traced_once(
             function,
-            autograph=False,
+            specs,
             jit_compile=by_xla or None,
             experimental_attributes=None if by_xla or few else {"_noinline": True},
         )
-        with tf.init_scope(), tf.device(None):
-            return traced.get_concrete_function(*specs)
 
     @functools.wraps(function)
     def call(*inputs: tf.Tensor) -> Any:

@@ -11,7 +11,12 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from syncbn._src.ops.channels import channel_count, reduction_axes, statistics_dtype
+from syncbn._src.ops.channels import (
+    channel_count,
+    channels_are_last,
+    reduction_axes,
+    statistics_dtype,
+)
 from syncbn._src.ops.moments import (
     Moments,
     about_pivot,
@@ -98,8 +103,8 @@ def _sample_counts(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) ->
     if mask is not None:
         seen = tf.cast(tf.broadcast_to(mask, tf.shape(x, tf.int64)), tf.float64)
         counts = _sample_sums(seen, axes)
-        return counts[:, :1] if tuple(axes) == (x.shape.rank - 1,) else counts
-    columns = 1 if tuple(axes) == (x.shape.rank - 1,) else channel_count(x, axes)
+        return counts[:, :1] if channels_are_last(x, axes) else counts
+    columns = 1 if channels_are_last(x, axes) else channel_count(x, axes)
     inner = tf.constant(reduction_axes(x.shape.rank, axes)[1:], tf.int32)  # none in rank 2
     elements = tf.reduce_prod(tf.cast(tf.gather(tf.shape(x, tf.int64), inner), tf.float64))
     return tf.fill([tf.shape(x, tf.int64)[0], columns], elements)
