@@ -164,11 +164,6 @@ class _Normalization(NamedTuple):
             scale, offset = scale * r, beta + gamma * d
         return _Factors(count, mean, rest, inverse_deviation, scale, offset, *renorm)
 
-    # With x^ the normalized input, n the count over all replicas, and both sums over all replicas:
-    #     dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
-    # The sums include masked elements, which are normalized too; the two corrections apply only to
-    # the elements that the statistics were computed from.
-
     @property
     def keeps_scaled(self) -> bool:
         """Whether `input_gradient` takes ``dy * scale`` from the kernel of `gradient_sums`.
@@ -176,6 +171,11 @@ class _Normalization(NamedTuple):
         Where no kernel computes it with the sums, it is not kept during the collective.
         """
         return self.kernels.fused and not (self.kernels.compiled_gradient or self.masked)
+
+    # With x^ the normalized input, n the count over all replicas, and both sums over all replicas:
+    #     dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
+    # The sums include masked elements, which are normalized too; the two corrections apply only to
+    # the elements that the statistics were computed from.
 
     def gradient_sums(self, dy: tf.Tensor, x: tf.Tensor, *rest: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """Returns this replica's two sums, dgamma, dbeta, and what else `input_gradient` takes.
