@@ -45,7 +45,7 @@ def variants(shape: tuple[int, int], dtype: str) -> dict[str, list[Callable[[], 
         return kernels.scale_and_offset(x, vector, vector, vector, axes, chosen.fused)
 
     def sums(chosen: Kernels) -> object:
-        return kernels.gradient_sums(dy, x, vector, vector, axes, chosen)[0]
+        return kernels.gradient_sums(dy, x, vector, vector, axes, chosen)[:2]
 
     def gradient(chosen: Kernels) -> object:
         scaled = tf.cast(dy, tf.float32)  # another kernel has made it
@@ -61,9 +61,8 @@ def variants(shape: tuple[int, int], dtype: str) -> dict[str, list[Callable[[], 
         return training_kernels.normalize_single_replica(x, vector, vector, 1e-3, axes)
 
     def one_replica_gradient() -> object:
-        return training_kernels.single_replica_gradient(
-            dy, x, vector, vector, tf.square(vector), 1e-3, axes
-        )
+        vectors = vector, vector, tf.square(vector)
+        return kernels.fused_gradient(dy, x, *vectors, 1e-3, axes, training=True)
 
     return {
         "moments": [exact, lambda: training_kernels.rough_moments(x, axes), compiled(exact)],

@@ -31,7 +31,7 @@ def with_rule(rows: Sequence[Sequence[str]], notes: Sequence[str], right: Contai
 
 
 def rich_table(rows: Sequence[Sequence[str]], notes: Sequence[str], right: Container[int]) -> Any:
-    """Returns the same for rich; it has to be installed."""
+    """Returns the same for rich."""
     from rich.box import SIMPLE
     from rich.console import Group
     from rich.table import Table

@@ -102,3 +102,9 @@ def test_one_trace_serves_all_batch_sizes_and_layers_of_as_many_channels(monkeyp
     for size in (4, 7):
         assert step(tf.random.stateless_normal([size, 5], [1, 2])).shape == (size, 5)
     assert len(traces) == 1
+
+
+def test_tensorflow_warns_of_no_retracing_where_many_widths_follow_each_other(caplog):
+    for channels in range(20, 26):
+        syncbn.SyncCentering()(tf.ones([4, channels]), training=True)
+    assert "retracing" not in caplog.text

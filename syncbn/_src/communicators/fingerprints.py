@@ -20,8 +20,7 @@ import tensorflow as tf
 from syncbn._src.communicators.base import AddUp, Communicator
 from syncbn._src.communicators.strategy import replica_number
 from syncbn._src.ops import xla
-from syncbn._src.ops.graphs import in_session
-from syncbn._src.ops.shared_traces import traced_outside
+from syncbn._src.ops.graphs import in_session, traced_outside
 
 _CALL = slice(0, 4)
 LENGTH = 9

@@ -13,15 +13,10 @@ from typing import Any
 
 import tensorflow as tf
 
-_ASKED_FOR_KERAS_2 = ("1", "True", "true")
-"""The values of TF_USE_LEGACY_KERAS with which TensorFlow takes tf_keras."""
+# The values with which TensorFlow takes tf_keras.
+_ASKED_FOR_KERAS_2 = os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "True", "true")
 
-
-def _asked_for_keras_2() -> bool:
-    return os.environ.get("TF_USE_LEGACY_KERAS") in _ASKED_FOR_KERAS_2
-
-
-if _asked_for_keras_2() and importlib.util.find_spec("tf_keras") is None:
+if _ASKED_FOR_KERAS_2 and importlib.util.find_spec("tf_keras") is None:
     raise ImportError(
         "`tf.keras` cannot be Keras 2 without the package tf_keras. Received: "
         f"TF_USE_LEGACY_KERAS={os.environ['TF_USE_LEGACY_KERAS']}, and no tf_keras. "
@@ -33,8 +28,7 @@ keras = tf.keras
 KERAS_3 = hasattr(keras, "Variable")
 """Whether `tf.keras` is Keras 3; Keras 2 had no variables of its own."""
 
-
-if KERAS_3 and _asked_for_keras_2():
+if KERAS_3 and _ASKED_FOR_KERAS_2:
     raise RuntimeError(
         "TF_USE_LEGACY_KERAS must be set before TensorFlow is imported, which then decides what "
         f"`tf.keras` is. Received: TF_USE_LEGACY_KERAS={os.environ['TF_USE_LEGACY_KERAS']}, set "
@@ -70,19 +64,32 @@ if not KERAS_3:
     BATCH_NORMALIZATION = BATCH_NORMALIZATION.__base__
 
 
-def renorm_arguments(**arguments: Any) -> dict[str, Any]:
-    """Returns arguments for the renormalization of Keras' own `BatchNormalization`.
-
-    Raises:
-        NotImplementedError: it has no renormalization.
-    """
+def require_renorm() -> None:
+    """Raises where Keras' own `BatchNormalization` has no renormalization."""
     known = inspect.signature(PLAIN_BATCH_NORMALIZATION.__init__).parameters
     if KERAS_3 and "renorm" not in known:
         raise NotImplementedError(
             "renorm=True needs a Keras whose BatchNormalization has it: Keras 3.14, or Keras 2. "
             f"Received: Keras {keras.__version__}. Update it: pip install -U keras."
         )
-    return arguments
+
+
+def pass_on_configs(ours: Any) -> None:
+    """Makes the Keras 2 class of the same name pass on the configs of our `SyncBatchNormalization`.
+
+    Keras 2 looks up layers in wrappers, and in nested models in HDF5 files, by the bare class name.
+    """
+    if KERAS_3:
+        return
+    theirs = keras.layers.experimental.SyncBatchNormalization
+    own = theirs.from_config.__func__
+
+    @classmethod  # type: ignore[misc]
+    def from_config(cls: Any, config: dict[str, Any]) -> Any:
+        of_ours = cls is theirs and "communicator" in config
+        return ours.from_config(config) if of_ours else own(cls, config)
+
+    theirs.from_config = from_config
 
 
 def variable(weight: Any) -> Any:

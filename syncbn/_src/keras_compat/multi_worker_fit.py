@@ -19,8 +19,6 @@ import tensorflow as tf
 
 from syncbn._src.keras_compat.keras_api import KERAS_3, keras
 
-__all__ = ["mend_fit_in_scope", "mend_keras_fit"]
-
 _log = logging.getLogger("syncbn")
 
 
@@ -96,17 +94,16 @@ def _mend() -> tuple[str, ...]:
     try:
         from keras.src.backend.tensorflow import trainer
 
-        faults = {
-            "TensorFlowTrainer._maybe_symbolic_build": _averages_batches(trainer),
-            "reduce_per_replica": _averages_scalars_over_an_axis(trainer),
-        }
+        faults = (
+            ("TensorFlowTrainer._maybe_symbolic_build", _averages_batches, _mend_symbolic_build),
+            ("reduce_per_replica", _averages_scalars_over_an_axis, _mend_reduce_per_replica),
+        )
+        found = [(name, mend) for name, has_fault, mend in faults if has_fault(trainer)]
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         raise _UnknownTrainerError(error) from error
-    if faults["TensorFlowTrainer._maybe_symbolic_build"]:
-        _mend_symbolic_build(trainer)
-    if faults["reduce_per_replica"]:
-        _mend_reduce_per_replica(trainer)
-    return tuple(name for name, faulty in faults.items() if faulty)
+    for _, mend in found:
+        mend(trainer)
+    return tuple(name for name, _ in found)
 
 
 def _mend_symbolic_build(trainer: Any) -> None:

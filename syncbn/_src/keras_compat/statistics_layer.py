@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from syncbn._src.keras_compat.keras_api import KERAS_3, keras
 from syncbn._src.keras_compat.session_graphs import in_session_graph, require_updates
+from syncbn._src.ops.channels import statistics_dtype
 from syncbn._src.ops.graphs import in_session
 
 _STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
@@ -25,7 +26,7 @@ class StatisticsLayer(keras.layers.Layer):
         """Creates a moving statistic. ``dtype`` is by default the layer's, but float32 at least."""
         if dtype is None:
             own = tf.as_dtype(self.variable_dtype if KERAS_3 else self.dtype or "float32")
-            dtype = "float64" if own == tf.float64 else "float32"
+            dtype = statistics_dtype(own).name
         if not KERAS_3:
             return super().add_weight(
                 name=name,

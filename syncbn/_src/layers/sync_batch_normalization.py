@@ -146,10 +146,8 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
                 f"Received: virtual_batch_size={virtual_batch_size} and {grouping}. Use one."
             )
         if renorm:
-            kwargs |= keras_api.renorm_arguments(
-                renorm=True,
-                renorm_clipping=_checked_clipping(renorm_clipping or {}),
-            )
+            keras_api.require_renorm()
+            kwargs |= {"renorm": True, "renorm_clipping": _checked_clipping(renorm_clipping or {})}
         axis = integer_axes(axis)
         if isinstance(axis, list) and keras_api.KERAS_3:
             raise TypeError(
@@ -273,23 +271,7 @@ class SyncBatchNormalization(SynchronizedLayer, keras_api.PLAIN_BATCH_NORMALIZAT
         return keras_api.PLAIN_BATCH_NORMALIZATION.call(self, inputs, training=False)
 
 
-def _told_from(others: Any) -> None:
-    """Makes the Keras 2 class of the same name pass on the configs of our layers.
-
-    Keras looks up layers in wrappers, and in nested models in HDF5 files, by the bare class name.
-    """
-    own = others.from_config.__func__
-
-    @classmethod  # type: ignore[misc]
-    def from_config(cls: Any, config: dict[str, Any]) -> Any:
-        ours = cls is others and "communicator" in config
-        return SyncBatchNormalization.from_config(config) if ours else own(cls, config)
-
-    others.from_config = from_config
-
-
-if not keras_api.KERAS_3:
-    _told_from(keras_api.keras.layers.experimental.SyncBatchNormalization)
+keras_api.pass_on_configs(SyncBatchNormalization)
 
 
 def _checked_clipping(given: Mapping[str, float | None]) -> dict[str, float]:

@@ -38,6 +38,7 @@ class SynchronizedLayer(StatisticsLayer):
     """
 
     momentum = MomentumAttribute(or_none="the cumulative average")
+    _host_supports_jit = True
 
     def __init__(
         self,
@@ -52,8 +53,6 @@ class SynchronizedLayer(StatisticsLayer):
         self.momentum = momentum
         self.supports_masking = True
         mend_fit_in_scope()
-
-    _host_supports_jit = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(getattr(type(self), name, None), MomentumAttribute):
@@ -157,23 +156,29 @@ class SynchronizedLayer(StatisticsLayer):
             )
         else:
             outputs, *batch = self._train(inputs, mask, before)
-        if isinstance(update_moving_statistics, tf.Variable):
-            update_moving_statistics = tf.convert_to_tensor(update_moving_statistics)
-        if tf.is_symbolic_tensor(update_moving_statistics):
-            # Where the count is zero, nothing moves; but zero times a NaN of the batch is one.
-            moves = tf.cast(update_moving_statistics, tf.bool)
-            batch = [tf.where(moves, one, tf.zeros_like(one)) for one in batch]
-            update_moving_statistics = True
-        if update_moving_statistics:
-            if not repeats_forward():
-                self._move(before, *batch)
-            elif self._uses_moving_statistics():
-                raise NotImplementedError(
-                    f"tf.recompute_grad repeats a call of {self.name}, whose outputs depend on "
-                    "statistics that the first call has moved. Received: renorm=True. Call it with "
-                    "update_moving_statistics=False there, or leave out one of the two."
-                )
+        self._take_up(before, batch, update_moving_statistics)
         return outputs
+
+    def _take_up(
+        self, before: Mapping[str, tf.Tensor], batch: Sequence[tf.Tensor], update: Any
+    ) -> None:
+        """Moves the statistics by `_move`, unless ``update``, a bool or a tensor, is false."""
+        if isinstance(update, tf.Variable):
+            update = tf.convert_to_tensor(update)
+        if tf.is_symbolic_tensor(update):
+            # Where the count is zero, nothing moves; but zero times a NaN of the batch is one.
+            moves = tf.cast(update, tf.bool)
+            batch = [tf.where(moves, one, tf.zeros_like(one)) for one in batch]
+        elif not update:
+            return
+        if not repeats_forward():
+            self._move(before, *batch)
+        elif self._uses_moving_statistics():
+            raise NotImplementedError(
+                f"tf.recompute_grad repeats a call of {self.name}, whose outputs depend on "
+                "statistics that the first call has moved. Received: renorm=True. Call it with "
+                "update_moving_statistics=False there, or leave out one of the two."
+            )
 
     def _without_padding(
         self, inputs: tf.RaggedTensor, mask: Any, trains: bool

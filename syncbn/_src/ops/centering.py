@@ -20,7 +20,7 @@ from syncbn._src.ops.differentiation import (
     with_recomputed_gradient,
 )
 from syncbn._src.ops.kernels import choose_kernels
-from syncbn._src.ops.moments import Moments, cut_off, first_sums, rounded
+from syncbn._src.ops.moments import Moments, cut_off, local_sums, rounded
 from syncbn._src.ops.replicas import Replicas
 
 
@@ -46,7 +46,7 @@ def center(
 
     @tf.custom_gradient
     def subtract_mean(x: tf.Tensor) -> tuple[Any, Any]:
-        merged, taken_up = replicas.merge(first_sums(x, axes, mask))
+        merged, taken_up = replicas.merge(local_sums(x, axes, mask, squares=False))
         y = pieces.outputs(x, merged.mean)
         y.set_shape(x.shape)
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 # tests/single/test_accuracy.py covers it.
 from tensorflow.python.eager import forwardprop_util
 
-from syncbn._src.ops.graphs import copied_branches
+from syncbn._src.ops.graphs import copied_branches, traced_outside
 from syncbn._src.ops.vectorization import convert_loops_with
 
 
@@ -151,12 +151,7 @@ def compiled(function: Callable[..., Any], axes: Sequence[int]) -> Callable[...,
 
     @functools.cache
     def traced(*specs: tf.TensorSpec) -> Callable[..., Any]:
-        # One function for each signature: TensorFlow warns of one that is retraced often.
-        @functools.wraps(function)
-        def piece(*inputs: tf.Tensor) -> Any:
-            return function(*inputs)
-
-        return tf.function(piece, jit_compile=True, autograph=False, input_signature=specs)
+        return traced_outside(function, *specs, jit_compile=True)
 
     def kernel(*inputs: tf.Tensor) -> Any:
         return traced(*(tf.TensorSpec(_known(one, axes), one.dtype) for one in inputs))(*inputs)

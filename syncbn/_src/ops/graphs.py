@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -76,3 +76,20 @@ def in_session() -> bool:
     That is a graph, or a function inside of one.
     """
     return not tf.compat.v1.executing_eagerly_outside_functions()
+
+
+def traced_outside(
+    function: Callable[..., Any], *specs: tf.TensorSpec, **options: Any
+) -> Callable[..., Any]:
+    """Returns ``function``, traced outside of the graph, replica and device of the call.
+
+    TensorFlow warns of a `tf.function` that is called with one new signature after the other, but
+    not of many such traces.
+
+    Args:
+        function: The function.
+        *specs: Its inputs.
+        **options: Of `tf.function`.
+    """
+    with tf.init_scope(), tf.device(None):
+        return tf.function(function, autograph=False, **options).get_concrete_function(*specs)

@@ -23,6 +23,7 @@ from syncbn._src.ops import xla
 from syncbn._src.ops.channels import (
     broadcast_channels,
     channel_count,
+    channels_are_last,
     known_rows,
     sum_to_channels,
     where,
@@ -72,7 +73,7 @@ def choose_kernels(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> K
         return PLAIN
     if xla.on_gpus():
         return PLAIN._replace(compiled=in_function)
-    if x.dtype == tf.float64 or tuple(axes) != (x.shape.rank - 1,):
+    if x.dtype == tf.float64 or not channels_are_last(x, axes):
         return PLAIN
     # An unknown size, mostly that of the batch, counts as one.
     elements = math.prod(size or 1 for size in x.shape)
@@ -106,28 +107,10 @@ def _scale_and_offset(axes: tuple[int, ...], fused: bool) -> Callable[..., tf.Te
         return tf.cast((tf.cast(x, mean.dtype) - mean) * scale + offset, x.dtype)
 
     def kernel(x: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
-        with xla.kept_out_of(x):
-            y = tf.raw_ops.FusedBatchNormV3(
-                x=as_rows(x, axes),
-                scale=scale,
-                offset=offset,
-                mean=mean,
-                variance=tf.fill([channel_count(x, axes)], _UNIT_VARIANCE),
-                epsilon=_EPSILON,
-                is_training=False,
-            ).y
-        return tf.cast(shaped_like(x, y), x.dtype)
+        moments = mean, _unit_variance(x, axes)
+        return fused_forward(x, scale, offset, _EPSILON, axes, moments)[0]
 
     return with_recomputed_gradient(axes, plain, kernel if fused else None)
-
-
-class GradientSums(NamedTuple):
-    """What replicas all-reduce for the input gradient, float64 ``(channels,)`` each."""
-
-    first: tf.Tensor
-    """The sum of ``dy``."""
-    centered: tf.Tensor
-    """The sum of ``dy * (x - mean)``."""
 
 
 def gradient_sums(
@@ -138,18 +121,18 @@ def gradient_sums(
     axes: Sequence[int],
     kernels: Kernels,
     mask: tf.Tensor | None = None,
-) -> tuple[GradientSums, tf.Tensor]:
-    """Returns this replica's sums, and ``dy * scale``, which the kernel computes as well.
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the sums of ``dy`` and of ``dy * (x - mean)``, float64, and ``dy * scale``.
 
-    With `kernels.compiled_gradient` the latter has the dtype of ``dy`` and is unused; otherwise it
-    has that of ``scale``. ``mask`` only says that ``x`` may hold NaN or Inf where ``dy`` is zero.
+    The kernel computes the last as well. With `kernels.compiled_gradient` it has the dtype of
+    ``dy`` and is unused; otherwise it has that of ``scale``. ``mask`` only says that ``x`` may hold
+    NaN or Inf where ``dy`` is zero.
     """
     if not kernels.compiled_gradient:  # which uses only the sums
         dy, x = tf.cast(dy, scale.dtype), tf.cast(x, scale.dtype)
 
     operation = _gradient_sums(tuple(axes), kernels.fused and mask is None, mask is not None)
-    *sums, scaled = operation(dy, x, mean, scale)
-    return GradientSums(*sums), scaled
+    return operation(dy, x, mean, scale)
 
 
 @functools.cache
@@ -168,20 +151,11 @@ def _gradient_sums(
         dy: tf.Tensor, x: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         def sums() -> tuple[tf.Tensor, ...]:
-            with xla.kept_out_of(x):
-                terms = tf.raw_ops.FusedBatchNormGradV3(
-                    y_backprop=as_rows(dy, axes),
-                    x=as_rows(x, axes),
-                    scale=scale,
-                    reserve_space_1=mean,
-                    reserve_space_2=tf.fill([channel_count(x, axes)], _UNIT_VARIANCE),
-                    reserve_space_3=tf.zeros([0]),
-                    epsilon=_EPSILON,
-                    is_training=False,
-                )
-            both = terms.offset_backprop, terms.scale_backprop
-            wide = (tf.cast(part, tf.float64) for part in both)
-            return *wide, tf.cast(shaped_like(dy, terms.x_backprop), dy.dtype)
+            scaled, *both = fused_gradient(
+                dy, x, scale, mean, _unit_variance(x, axes), _EPSILON, axes, training=False
+            )
+            centered, first = (tf.cast(part, tf.float64) for part in both)
+            return first, centered, scaled
 
         if known_rows(x, axes) is not None:
             return sums()
@@ -255,7 +229,69 @@ _COMPILED_AFFINE_INPUT_GRADIENT = {
 }
 
 
-def as_rows(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+def _unit_variance(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    return tf.fill([channel_count(x, axes)], _UNIT_VARIANCE)
+
+
+def fused_forward(
+    x: tf.Tensor,
+    scale: tf.Tensor,
+    offset: tf.Tensor,
+    epsilon: float,
+    axes: Sequence[int],
+    moments: Sequence[tf.Tensor] = (),
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Runs TensorFlow's fused batch norm: in its training form, unless it is given ``moments``.
+
+    Returns:
+        The outputs, shape and dtype of ``x``, and the mean and the unbiased variance that it took.
+    """
+    mean, variance = moments or (tf.zeros([0]), tf.zeros([0]))
+    with xla.kept_out_of(x):
+        outputs = tf.raw_ops.FusedBatchNormV3(
+            x=_as_rows(x, axes),
+            scale=scale,
+            offset=offset,
+            mean=mean,
+            variance=variance,
+            epsilon=epsilon,
+            is_training=not moments,
+        )
+    return _shaped_like(x, outputs.y), outputs.batch_mean, outputs.batch_variance
+
+
+def fused_gradient(
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    scale: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    epsilon: float,
+    axes: Sequence[int],
+    training: bool,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Runs the kernel of its gradient, in one of the two forms, with the moments of the forward.
+
+    Returns:
+        The gradients for ``x``, ``scale`` and the offset.
+    """
+    # This is only called on CPUs, where the second reserve is the variance in both forms.
+    with xla.kept_out_of(x):
+        outputs = tf.raw_ops.FusedBatchNormGradV3(
+            y_backprop=_as_rows(dy, axes),
+            x=_as_rows(x, axes),
+            scale=scale,
+            reserve_space_1=mean,
+            reserve_space_2=variance,
+            reserve_space_3=tf.zeros([0]),
+            epsilon=epsilon,
+            is_training=training,
+        )
+    dx = _shaped_like(x, outputs.x_backprop)
+    return dx, outputs.scale_backprop, outputs.offset_backprop
+
+
+def _as_rows(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     """Returns ``x`` as the fused kernels take it: ``(rows, 1, 1, channels)``."""
     # In float16 the kernels are slower than a cast and float32; in bfloat16 they are faster.
     if x.dtype == tf.float16:
@@ -264,6 +300,6 @@ def as_rows(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     return tf.reshape(x, [-1, 1, 1, channel_count(x, axes)])
 
 
-def shaped_like(x: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-    """Returns a kernel's result for `as_rows` in the shape of ``x``."""
-    return tf.reshape(rows, tf.shape(x, tf.int64))
+def _shaped_like(x: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """Returns a kernel's result for `_as_rows` in the shape and dtype of ``x``."""
+    return tf.cast(tf.reshape(rows, tf.shape(x, tf.int64)), x.dtype)

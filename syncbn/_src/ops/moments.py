@@ -13,6 +13,7 @@ from syncbn._src.ops import xla
 from syncbn._src.ops.channels import (
     broadcast_channels,
     channel_count,
+    channels_are_last,
     reduction_axes,
     statistics_dtype,
     sum_to_channels,
@@ -23,7 +24,7 @@ from syncbn._src.ops.kernels import MOST_FUSED_ROWS, choose_kernels
 from syncbn._src.ops.training_kernels import rough_moments
 
 # benchmarks/studies/kernel_times.py measures it; docs/design.md has the figures.
-_FEW_ELEMENTS = 1 << 15
+_MOST_WIDENED_ELEMENTS = 1 << 15
 
 
 class Sums(NamedTuple):
@@ -37,7 +38,7 @@ class Sums(NamedTuple):
     """Elements per channel; ``(1,)`` where the channels are last, else ``(channels,)``."""
     first: tf.Tensor
     """The sum of the elements, ``(channels,)``."""
-    second: tf.Tensor | None
+    second: tf.Tensor | None = None
     """The sum of their squares, ``(channels,)``. ``None`` where no variance is needed."""
 
 
@@ -93,7 +94,7 @@ def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = N
     ``(1,)`` where the channels are the last axis. Elsewhere ``(channels,)``, since a mask can
     differ from channel to channel there; without a mask too, since another replica may have one.
     """
-    if tuple(axes) == (x.shape.rank - 1,):
+    if channels_are_last(x, axes):
         shape = tf.shape(x, tf.int64)[:-1]
         if mask is not None:
             seen = tf.cast(tf.broadcast_to(mask[..., 0], shape), tf.float64)
@@ -111,39 +112,25 @@ def count_elements(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = N
     return tf.fill([channel_count(x, axes)], tf.reduce_prod(tf.cast(reduced, tf.float64)))
 
 
-def local_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Sums:
+def local_sums(
+    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None, squares: bool = True
+) -> Sums:
     """Returns this replica's sums.
 
     Args:
         x: The input, of any floating dtype and of rank 2 at least.
         axes: The normalized axes, sorted and non-negative.
         mask: From `expand_mask`; the statistics leave out elements where it is false.
+        squares: Whether to sum the squares too.
     """
-    count = count_elements(x, axes, mask)
     kernels = choose_kernels(x, axes)
-    if mask is None and kernels.fused:
-        return Sums(count, *_checked_sums(tuple(axes))(x, count))
     if kernels.compiled:
         inputs = [x] if mask is None else [x, mask]
-        return Sums(*_compiled_sums(tuple(axes))(*inputs))
-    return Sums(count, *exact_sums(x, count, axes, mask))
-
-
-def first_sums(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Sums:
-    """Returns this replica's sums without the squares; the arguments are those of `local_sums`."""
-    if choose_kernels(x, axes).compiled:
-        inputs = [x] if mask is None else [x, mask]
-        count, first = _compiled_first_sum(tuple(axes))(*inputs)
-        return Sums(count, first, None)
-    return Sums(*_count_and_first_sum(x, axes, mask), None)
-
-
-def _count_and_first_sum(
-    x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
-) -> tuple[tf.Tensor, tf.Tensor]:
+        return Sums(*_compiled_sums(tuple(axes), squares)(*inputs))
     count = count_elements(x, axes, mask)
-    inputs = [x, count] if mask is None else [x, count, mask]
-    return count, _first_sum(tuple(axes))(*inputs)
+    if squares and mask is None and kernels.fused:
+        return Sums(count, *_checked_sums(tuple(axes))(x, count))
+    return Sums(count, *exact_sums(x, count, axes, mask, squares))
 
 
 def is_reliable(rough: Moments) -> tf.Tensor:
@@ -171,12 +158,16 @@ def _checked_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Te
             lambda: exact_sums(x, count, axes, None),
         )
 
-    return with_recomputed_gradient(axes, _exact(axes), kernel)
+    return with_recomputed_gradient(axes, _exact(axes, squares=True), kernel)
 
 
 def exact_sums(
-    x: tf.Tensor, count: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
-) -> tuple[tf.Tensor, tf.Tensor]:
+    x: tf.Tensor,
+    count: tf.Tensor,
+    axes: Sequence[int],
+    mask: tf.Tensor | None,
+    squares: bool = True,
+) -> tuple[tf.Tensor, ...]:
     """Returns the sums of the elements and of their squares, float64, accurate for any mean.
 
     Few elements, or those that XLA compiles, are summed in float64, as accurate as what is sent.
@@ -185,60 +176,45 @@ def exact_sums(
     Computing the Sample Variance" (1983), equation 1.7, and its counterpart for the mean.
     """
     inputs = [x, count] if mask is None else [x, count, mask]
-    return _exact_sums(tuple(axes))(*inputs)
+    return _exact_sums(tuple(axes), squares)(*inputs)
 
 
 @functools.cache
-def _exact_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
-    return with_recomputed_gradient(axes, _exact(axes))
+def _exact_sums(axes: tuple[int, ...], squares: bool) -> Callable[..., tuple[tf.Tensor, ...]]:
+    return with_recomputed_gradient(axes, _exact(axes, squares))
 
 
-def _exact(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+def _exact(axes: tuple[int, ...], squares: bool) -> Callable[..., tuple[tf.Tensor, ...]]:
     def sums(
         x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None
-    ) -> tuple[tf.Tensor, tf.Tensor]:
+    ) -> tuple[tf.Tensor, ...]:
         if _is_small(x) and not xla.compiles_everything():
             wide = tf.cast(where(mask, x), tf.float64)
-            return _sum_at_once(wide, axes), _sum_at_once(tf.square(wide), axes)
-        centered, pivot = _about_a_pivot(x, count, axes, mask)
-        off, squares = (_sum(part, axes) for part in (centered, tf.square(centered)))
-        first = count * pivot
-        return first + off, squares + pivot * (first + 2.0 * off)
+            parts = (wide, tf.square(wide)) if squares else (wide,)
+            return tuple(_sum_at_once(part, axes) for part in parts)
+        centered, pivot = _channels_about_pivot(x, count, axes, mask)
+        off, at_pivot = _sum(centered, axes), count * pivot
+        first = at_pivot + off
+        if not squares:
+            return (first,)
+        second = _sum(tf.square(centered), axes) + pivot * (at_pivot + 2.0 * off)
+        return first, second
 
     return sums
 
 
 @functools.cache
-def _compiled_sums(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, ...]]:
+def _compiled_sums(axes: tuple[int, ...], squares: bool) -> Callable[..., tuple[tf.Tensor, ...]]:
     def sums(x: tf.Tensor, mask: tf.Tensor | None = None) -> tuple[tf.Tensor, ...]:
         count = count_elements(x, axes, mask)
-        return count, *exact_sums(x, count, axes, mask)
+        return count, *exact_sums(x, count, axes, mask, squares)
 
     return compiled(sums, axes)
-
-
-@functools.cache
-def _compiled_first_sum(axes: tuple[int, ...]) -> Callable[..., tuple[tf.Tensor, ...]]:
-    def sums(x: tf.Tensor, mask: tf.Tensor | None = None) -> tuple[tf.Tensor, ...]:
-        return _count_and_first_sum(x, axes, mask)
-
-    return compiled(sums, axes)
-
-
-@functools.cache
-def _first_sum(axes: tuple[int, ...]) -> Callable[..., tf.Tensor]:
-    def plain(x: tf.Tensor, count: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
-        if _is_small(x) and not xla.compiles_everything():
-            return _sum_at_once(tf.cast(where(mask, x), tf.float64), axes)
-        centered, pivot = _about_a_pivot(x, count, axes, mask)
-        return count * pivot + _sum(centered, axes)
-
-    return with_recomputed_gradient(axes, plain)
 
 
 def _is_small(x: tf.Tensor) -> bool:
     """Says whether fewer operations, in float64, are faster than more in the dtype of ``x``."""
-    return x.shape.is_fully_defined() and x.shape.num_elements() <= _FEW_ELEMENTS
+    return x.shape.is_fully_defined() and x.shape.num_elements() <= _MOST_WIDENED_ELEMENTS
 
 
 def _sum(centered: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
@@ -249,7 +225,7 @@ def _sum_at_once(wide: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     return tf.reshape(tf.reduce_sum(wide, reduction_axes(wide.shape.rank, axes)), [-1])
 
 
-def _about_a_pivot(
+def _channels_about_pivot(
     x: tf.Tensor, count: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns ``x`` minus a pivot near its mean, and the pivot, float64."""
@@ -306,7 +282,7 @@ def moments_about(
 def exact_moments(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None = None) -> Moments:
     """Returns the moments of ``x``, float64, accurate for any mean; arguments as `local_sums`."""
     count = count_elements(x, axes, mask)
-    centered, pivot = _about_a_pivot(x, count, axes, mask)
+    centered, pivot = _channels_about_pivot(x, count, axes, mask)
     return moments_about(pivot, count, _sum(centered, axes), _sum(tf.square(centered), axes))
 
 

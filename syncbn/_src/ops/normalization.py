@@ -27,6 +27,7 @@ from syncbn._src.ops.kernels import (
     PLAIN,
     Kernels,
     choose_kernels,
+    fused_gradient,
     gradient_sums,
     input_gradient,
     scale_and_offset,
@@ -46,7 +47,7 @@ from syncbn._src.ops.moments import (
 )
 from syncbn._src.ops.replicas import Replicas
 from syncbn._src.ops.shared_traces import shared
-from syncbn._src.ops.training_kernels import normalize_single_replica, single_replica_gradient
+from syncbn._src.ops.training_kernels import normalize_single_replica
 
 Correction = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 """Returns ``r`` and ``d`` of batch renormalization for a mean and a variance."""
@@ -163,18 +164,26 @@ class _Normalization(NamedTuple):
             scale, offset = scale * r, beta + gamma * d
         return _Factors(count, mean, rest, inverse_deviation, scale, offset, *renorm)
 
+    @property
+    def keeps_scaled(self) -> bool:
+        """Whether `input_gradient` takes ``dy * scale`` from the kernel of `gradient_sums`.
+
+        Where no kernel computes it with the sums, it is not kept during the collective.
+        """
+        return self.kernels.fused and not (self.kernels.compiled_gradient or self.masked)
+
     # With x^ the normalized input, n the count over all replicas, and both sums over all replicas:
     #     dx = gamma r / sigma * (dy - sum(dy) / n - x^ * sum(dy * x^) / n).
     # The sums include masked elements, which are normalized too; the two corrections apply only to
     # the elements that the statistics were computed from.
 
     def gradient_sums(self, dy: tf.Tensor, x: tf.Tensor, *rest: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """Returns this replica's two sums, dgamma, dbeta, and ``dy * scale`` for `input_gradient`.
+        """Returns this replica's two sums, dgamma, dbeta, and what else `input_gradient` takes.
 
         ``rest``: the factors, and the mask.
         """
         by, mask = self._parted(rest)
-        (first, centered), scaled = gradient_sums(
+        first, centered, scaled = gradient_sums(
             dy, x, by.mean, by.scale, self.axes, self.kernels, mask
         )
         centered -= tf.cast(by.rest, first.dtype) * first
@@ -182,18 +191,18 @@ class _Normalization(NamedTuple):
         dgamma *= by.inverse_deviation
         if by.r is not None:
             dgamma = by.r * dgamma + by.d * dbeta
-        return tf.concat([first, centered], 0), dgamma, dbeta, scaled
+        own = tf.concat([first, centered], 0), dgamma, dbeta
+        return (*own, scaled) if self.keeps_scaled else own
 
     def input_gradient(
-        self,
-        dy: tf.Tensor,
-        x: tf.Tensor,
-        total: tf.Tensor,
-        scaled: tf.Tensor | None,
-        *rest: tf.Tensor,
+        self, dy: tf.Tensor, x: tf.Tensor, total: tf.Tensor, *rest: tf.Tensor
     ) -> tf.Tensor:
-        """Returns dx, given the sums over all replicas. ``rest`` is that of `gradient_sums`."""
-        by, mask = self._parted(rest)
+        """Returns dx, given the sums over all replicas.
+
+        ``rest``: what `gradient_sums` returns for this, and its own ``rest``.
+        """
+        scaled, *others = rest if self.keeps_scaled else (None, *rest)
+        by, mask = self._parted(others)
         sums = tf.split(total, 2)
         means = (tf.math.divide_no_nan(part, by.count) for part in sums)
         mean_dy, mean_dy_x = (tf.cast(part, by.scale.dtype) for part in means)
@@ -228,25 +237,9 @@ def _pieces(normalization: _Normalization) -> _Pieces:
         return local_sums(x, axes, *mask)
 
     # For XLA, `local_sums` is a compiled piece already.
-    outputs, all_sums = piece(own.outputs), sums if kernels.compiled else shared(sums)
-    if kernels.fused and not (kernels.compiled_gradient or normalization.masked):
-        return _Pieces(all_sums, outputs, shared(own.gradient_sums), shared(own.input_gradient))
-
-    # Where no kernel computes it with the sums, dy * scale is not kept during the collective.
-    def gradient_sums(*inputs: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return own.gradient_sums(*inputs)[:-1]
-
-    def input_gradient(
-        dy: tf.Tensor, x: tf.Tensor, total: tf.Tensor, *rest: tf.Tensor
-    ) -> tf.Tensor:
-        return own.input_gradient(dy, x, total, None, *rest)
-
-    only_sums, dx = piece(gradient_sums), piece(input_gradient)
+    all_sums = sums if kernels.compiled else shared(sums)
     return _Pieces(
-        all_sums,
-        outputs,
-        lambda *inputs: (*only_sums(*inputs), None),
-        lambda dy, x, total, _, *rest: dx(dy, x, total, *rest),
+        all_sums, piece(own.outputs), piece(own.gradient_sums), piece(own.input_gradient)
     )
 
 
@@ -279,9 +272,9 @@ def _normalize(
 
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             dy, (x_, *others) = of_shape(dy, x.shape), kept((x, *rest))
-            sums, dgamma, dbeta, scaled = pieces.gradient_sums(dy, x_, *others)
+            sums, dgamma, dbeta, *scaled = pieces.gradient_sums(dy, x_, *others)
             total = replicas.all_reduce_sum(sums, "gradient")
-            dx = pieces.input_gradient(dy, x_, total, scaled, *others)
+            dx = pieces.input_gradient(dy, x_, total, *scaled, *others)
             dx.set_shape(x.shape)
             return dx, dgamma, dbeta
 
@@ -331,8 +324,8 @@ def _single_replica_kernels(normalization: _Normalization) -> _SingleReplicaKern
     def gradients(
         by: _Normalization, dy: tf.Tensor, x: tf.Tensor, *factors: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        sums, dgamma, dbeta, scaled = by.gradient_sums(dy, x, *factors)
-        return by.input_gradient(dy, x, sums, scaled, *factors), dgamma, dbeta
+        sums, dgamma, dbeta, *scaled = by.gradient_sums(dy, x, *factors)
+        return by.input_gradient(dy, x, sums, *scaled, *factors), dgamma, dbeta
 
     def exact(x: tf.Tensor) -> Moments:
         count = count_elements(x, axes)
@@ -370,7 +363,7 @@ def _single_replica_kernels(normalization: _Normalization) -> _SingleReplicaKern
         narrow = tf.cast(variance, gamma.dtype)
         return tf.cond(
             reliable,
-            lambda: single_replica_gradient(dy, x, gamma, by.mean, narrow, epsilon, axes),
+            lambda: fused_gradient(dy, x, gamma, by.mean, narrow, epsilon, axes, training=True),
             lambda: gradients(normalization, dy, x, *by.tensors()),
         )
 

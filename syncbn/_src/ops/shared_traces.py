@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from syncbn._src.ops import xla
 from syncbn._src.ops.differentiation import has_tangent
-from syncbn._src.ops.graphs import in_session
+from syncbn._src.ops.graphs import in_session, traced_outside
 
 # For each function; the least recently used are dropped.
 _MOST_TRACES = 256
@@ -57,18 +57,6 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
         return trace(xla.on_gpus(), *specs)(*inputs)
 
     return call
-
-
-def traced_outside(function: Callable[..., Any], *specs: tf.TensorSpec, **options: Any) -> Any:
-    """Returns a concrete function, traced outside of the graph, replica and device of the call.
-
-    Args:
-        function: What is traced.
-        specs: What it takes.
-        options: Of `tf.function`.
-    """
-    with tf.init_scope(), tf.device(None):
-        return tf.function(function, autograph=False, **options).get_concrete_function(*specs)
 
 
 def _in_place() -> bool:

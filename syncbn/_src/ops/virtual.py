@@ -8,11 +8,15 @@ gradients are enough.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import tensorflow as tf
 
-from syncbn._src.ops.channels import channel_count, reduction_axes, statistics_dtype
+from syncbn._src.ops.channels import (
+    channel_count,
+    channels_are_last,
+    reduction_axes,
+    statistics_dtype,
+)
 from syncbn._src.ops.moments import (
     Moments,
     about_pivot,
@@ -24,15 +28,6 @@ from syncbn._src.ops.moments import (
 )
 from syncbn._src.ops.normalization import Correction
 from syncbn._src.ops.replicas import Replicas
-
-
-class Slices(NamedTuple):
-    """The slices of a batch."""
-
-    of_samples: tf.Tensor
-    """The slice of each sample, ``(batch,)``."""
-    moments: Moments
-    """float64, one row for each slice."""
 
 
 def virtual_batch_normalize(
@@ -57,16 +52,16 @@ def virtual_batch_normalize(
     """
     dtype = statistics_dtype(x.dtype)
     wide_x = tf.cast(x, dtype)
-    slices = _slices(wide_x, axes, size, mask)
-    taken_up = _average(unbiased(slices.moments) if bessel else slices.moments, replicas)
-    mean, variance = (tf.cast(part, dtype) for part in slices.moments[1:])
+    of_samples, moments = _slices(wide_x, axes, size, mask)
+    taken_up = _average(unbiased(moments) if bessel else moments, replicas)
+    mean, variance = (tf.cast(part, dtype) for part in moments[1:])
     scale = gamma * tf.math.divide_no_nan(tf.ones([], dtype), tf.sqrt(variance + epsilon))
     if correction is not None:
         r, d = map(tf.stop_gradient, correction(*(tf.cast(part, dtype) for part in taken_up[1:])))
         scale, beta = scale * r, beta + gamma * d
     offset = tf.broadcast_to(beta, tf.shape(scale))
     mean, scale, offset = (
-        _to_samples(tf.gather(part, slices.of_samples), x, axes) for part in (mean, scale, offset)
+        _to_samples(tf.gather(part, of_samples), x, axes) for part in (mean, scale, offset)
     )
     # Its gradient is zero where that of y is, even where a mask hides a NaN of x.
     multiply = tf.multiply if mask is None else tf.math.multiply_no_nan
@@ -74,7 +69,10 @@ def virtual_batch_normalize(
     return tf.cast(y, x.dtype), taken_up
 
 
-def _slices(x: tf.Tensor, axes: Sequence[int], size: int, mask: tf.Tensor | None) -> Slices:
+def _slices(
+    x: tf.Tensor, axes: Sequence[int], size: int, mask: tf.Tensor | None
+) -> tuple[tf.Tensor, Moments]:
+    """Returns each sample's slice, ``(batch,)``, and the moments, float64, a row for each slice."""
     batch = tf.shape(x, tf.int64)[0]
     number = -(-batch // size)
     of_samples = tf.range(batch) % tf.maximum(number, 1)
@@ -91,7 +89,7 @@ def _slices(x: tf.Tensor, axes: Sequence[int], size: int, mask: tf.Tensor | None
     count = per_slice(_sample_counts(x, axes, mask))
     centered, pivot = about_pivot(x, count, mask, add_up, spread)
     moments = moments_about(pivot, count, add_up(centered), add_up(tf.square(centered)))
-    return Slices(of_samples, moments)
+    return of_samples, moments
 
 
 def _average(moments: Moments, replicas: Replicas) -> Moments:
@@ -105,8 +103,8 @@ def _sample_counts(x: tf.Tensor, axes: Sequence[int], mask: tf.Tensor | None) ->
     if mask is not None:
         seen = tf.cast(tf.broadcast_to(mask, tf.shape(x, tf.int64)), tf.float64)
         counts = _sample_sums(seen, axes)
-        return counts[:, :1] if tuple(axes) == (x.shape.rank - 1,) else counts
-    columns = 1 if tuple(axes) == (x.shape.rank - 1,) else channel_count(x, axes)
+        return counts[:, :1] if channels_are_last(x, axes) else counts
+    columns = 1 if channels_are_last(x, axes) else channel_count(x, axes)
     inner = tf.constant(reduction_axes(x.shape.rank, axes)[1:], tf.int32)  # none in rank 2
     elements = tf.reduce_prod(tf.cast(tf.gather(tf.shape(x, tf.int64), inner), tf.float64))
     return tf.fill([tf.shape(x, tf.int64)[0], columns], elements)

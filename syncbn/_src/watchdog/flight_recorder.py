@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from syncbn._src.ops.graphs import in_session
-from syncbn._src.ops.shared_traces import traced_outside
+from syncbn._src.ops.graphs import in_session, traced_outside
 from syncbn._src.ops.vectorization import convert_loops_with, same_in_all_iterations
 
 LENGTH = 200
