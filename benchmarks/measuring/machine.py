@@ -23,8 +23,8 @@ def describe() -> dict[str, str]:
     ]
     try:
         _, mpi = engines.mpirun()
-    except engines.Unusable:
-        mpi = "not installed"
+    except engines.Unusable as error:
+        mpi = error.reason
     return {
         "CPU": models[0] if models else platform.machine(),
         "GPU": ", ".join(gpus) or "none",

@@ -17,8 +17,12 @@ def at_least_one(name: str, value: Any, otherwise: str = "") -> int:
     Raises:
         ValueError: it is not one.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except (AttributeError, TypeError):  # as some arrays and tensors raise
+        number = 0
+    if number < 1:
         raise ValueError(
             f"`{name}` must be a positive integer{otherwise}. Received: {name}={value!r}."
         )
-    return operator.index(value)
+    return number

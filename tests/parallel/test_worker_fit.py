@@ -97,6 +97,16 @@ def test_training_goes_on_from_the_model_that_the_root_has_loaded(replicas, tmp_
         same_on_all_ranks(variable.numpy())
 
 
+def test_workers_on_which_keras_has_numbered_layers_otherwise_are_told_the_way_out(replicas):
+    other = replicas.rank == replicas.size - 1
+    callbacks = [training.BroadcastVariables()]
+    frozen = compiled(syncbn.SyncBatchNormalization(name=f"norm_{other:d}", trainable=False))
+    frozen.fit(*samples(4), verbose=0, callbacks=callbacks)  # it sends nothing
+    model = compiled(syncbn.SyncBatchNormalization(name=f"norm_{other:d}"))
+    with pytest.raises(ValueError, match="give the model and the layers names"):
+        model.fit(*samples(4), verbose=0, callbacks=callbacks)
+
+
 def test_the_learning_rate_and_the_loss_scale_are_those_of_the_root(replicas):
     root = replicas.rank == 0
     sgd = keras.optimizers.SGD(0.01 if root else 0.1)

@@ -302,6 +302,45 @@ def test_an_optimizer_has_its_state_before_the_first_step(name):
     assert int(model.optimizer.iterations.numpy()) == 0
 
 
+def every_optimizer():
+    named = {name: getattr(keras.optimizers, name) for name in dir(keras.optimizers)}
+    around_others = ("Optimizer", "LossScaleOptimizer", "MultiOptimizer")
+    return {
+        **{
+            name: one
+            for name, one in named.items()
+            if isinstance(one, type) and issubclass(one, keras.optimizers.Optimizer)
+            if name not in around_others
+        },
+        **optimizers(),
+    }
+
+
+@pytest.mark.parametrize("name", every_optimizer())
+def test_steps_after_a_restored_state_are_those_that_followed_it(name):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    optimizer, weights = every_optimizer()[name](), model.trainable_variables
+    gradients = [tf.random.stateless_normal(one.shape, [5, 6]) for one in weights]
+
+    @tf.function  # eagerly, Keras 2's Nadam keeps a number in Python too
+    def step():
+        optimizer.apply_gradients(zip(gradients, weights, strict=True))
+
+    def steps():
+        for _ in range(3):
+            step()
+        return model.get_weights()
+
+    state = training.ElasticState(model, optimizer)
+    steps()
+    state.commit()
+    expected = steps()
+    optimizer.learning_rate = 0.5
+    steps()
+    state.restore()
+    assert_same(steps(), expected)
+
+
 def test_passes_that_made_no_step_are_dropped():
     optimizer = training.distribute(keras.optimizers.SGD(1.0), backward_passes_per_step=2)
     model = built(optimizer)

@@ -120,10 +120,21 @@ def test_a_training_step_that_scales_its_loss_wrongly(model, advice):
     assert re.search(advice, received), received
 
 
-def test_every_optimizer_of_a_model_gives_its_gradients():
+def several_in_one():
+    by_name = keras.optimizers.OptimizerMap(keras.optimizers.Adam(), {".*": keras.optimizers.SGD()})
+    return keras.optimizers.MultiOptimizer(by_name)
+
+
+OPTIMIZERS = [keras.optimizers.Adam]
+if hasattr(keras.optimizers, "MultiOptimizer"):
+    OPTIMIZERS.append(several_in_one)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_every_optimizer_of_a_model_gives_its_gradients(make):
     def build():
         model = TwoOptimizers()
-        model.compile(keras.optimizers.Adam(), keras.optimizers.SGD(1e-3))
+        model.compile(make(), keras.optimizers.SGD(1e-3))
         return model
 
     found = check_equivalence(build, (X, Y))

@@ -180,8 +180,8 @@ class MPICommunicator:
             "order. Received: "
             + "; ".join(f"on rank {rank} {one}" for rank, one in enumerate(calls))
             + ". Make the same calls on every worker. Where only the numbers in names differ, name "
-            "the layers. Where a tf.function calls others, put the GradientTape inside of the "
-            "outer one, once, or use Horovod, which matches by name."
+            "models and layers. Where a tf.function calls others, put the GradientTape inside of "
+            "the outer one, once, or use Horovod, which matches by name."
         )
 
 

@@ -26,8 +26,10 @@ def inner_optimizer(optimizer: Any) -> Any:
 
 
 def innermost(optimizer: Any) -> Any:
-    """Returns the optimizer that a loss-scaling one wraps, or that optimizer itself."""
-    return inner_optimizer(optimizer) or optimizer
+    """Returns the optimizer that loss-scaling ones wrap, or that optimizer itself."""
+    while (inner := inner_optimizer(optimizer)) is not None:
+        optimizer = inner
+    return optimizer
 
 
 def trained_variables(optimizer: Any, given: Any) -> list[Any]:
@@ -79,16 +81,23 @@ def create_optimizer_state(optimizer: Any, variables: Sequence[Any]) -> None:
 def optimizer_variables(optimizer: Any) -> list[Any]:
     """Returns the state of an optimizer, as far as it has been created.
 
-    In Keras 2, `variables` lacks the learning rate, and what a loss-scaling one has itself.
+    In Keras 2, `variables` lacks what TensorFlow finds: the learning rate, the loss scale, and
+    Nadam's product, for three.
     """
-    variables = optimizer.variables
-    found = list(variables() if callable(variables) else variables)
+    found = _counted_variables(optimizer)
     if not KERAS_3:
-        if isinstance(rate := getattr(optimizer, "learning_rate", None), tf.Variable):
-            found.append(rate)
-        if getattr(optimizer, "dynamic", False):
-            found += [optimizer._loss_scale.current_loss_scale, optimizer.dynamic_counter]
+        known = {id(one) for one in found}
+        found += [
+            one
+            for one in tf.train.TrackableView(optimizer).descendants()
+            if isinstance(one, tf.Variable) and id(one) not in known
+        ]
     return found
+
+
+def _counted_variables(optimizer: Any) -> list[Any]:
+    variables = optimizer.variables
+    return list(variables() if callable(variables) else variables)
 
 
 def optimizer_kind(optimizer: Any) -> dict[str, list[str]]:
@@ -100,7 +109,7 @@ def optimizer_kind(optimizer: Any) -> dict[str, list[str]]:
     nested = [optimizer, inner_optimizer(optimizer)]
     return {
         "classes": [type(one).__name__ for one in nested if one is not None],
-        "shapes": [str(tuple(one.shape)) for one in optimizer_variables(optimizer)],
+        "shapes": [str(tuple(one.shape)) for one in _counted_variables(optimizer)],
     }
 
 
@@ -138,7 +147,7 @@ def state_of(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
         return _slots(optimizer, variables, optimizer.get_slot_names())
     indices = getattr(optimizer, _INDICES, {})
     own = [indices[key] for key in map(optimizer._var_key, variables) if key in indices]
-    state = optimizer_variables(optimizer)
+    state = _counted_variables(optimizer)
     known = {id(one) for one in state}
     lists = [
         value
@@ -202,6 +211,8 @@ def leave_gradients(optimizer: Any) -> None:
         return assign(tf.IndexedSlices(gradient, indices, variable.shape), variable)
 
     optimizer = innermost(optimizer)
+    for one in getattr(optimizer, "optimizers", ()):  # of Keras 3's MultiOptimizer
+        leave_gradients(one)
     if hasattr(optimizer, "update_step"):
         optimizer.update_step = assign
     else:  # of `tf.keras.optimizers.legacy`

@@ -179,7 +179,7 @@ def input_gradient(
 ) -> tf.Tensor:
     """Returns ``dy * scale - ((x - mean) * slope + offset)``, shape and dtype of ``x``.
 
-    ``scaled`` is the second result of `gradient_sums` for the same arguments, or ``None`` if that
+    ``scaled`` is the last result of `gradient_sums` for the same arguments, or ``None`` if that
     was not kept. Where ``mask`` is false, the result is ``dy * scale``.
     """
     if kernels.compiled_gradient:

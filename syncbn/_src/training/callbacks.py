@@ -121,22 +121,25 @@ class BroadcastVariables(WorkerCallback):
         """Raises where workers would wait for layers that others do not have."""
         if not joins_by_messages(communicator):
             return
-        layers = [
-            layer
-            for layer in named_layers(self.model).values()
+        layers = {
+            f"{self.model.name}/{path}": layer
+            for path, layer in named_layers(self.model).items()
             if isinstance(layer, SynchronizedLayer)
+        }
+        names = list(layers)
+        # By its names, too, are the calls of a layer that trains matched or compared.
+        descriptions = [
+            f"{type(layer).__name__} {name if layer.trainable else 'that is frozen'}"
+            for name, layer in layers.items()
         ]
-        names = [layer.name for layer in layers]
-        # Names too: by these are calls matched or compared.
-        descriptions = [f"{type(layer).__name__} {layer.name}" for layer in layers]
         with self.model.distribute_strategy.scope():
             descriptions.append(f"{local_replicas()} replicas")
         descriptions.append(f"optimizers: {', '.join(self._optimizers)}")
         names += ["of a process", "of the model"]
         remedy = (
-            "Where only the number in a name differs, since other layers were made before on a "
-            "worker, give the layers names, or call tf.keras.backend.clear_session() before the "
-            "model is built."
+            "Where only the number in a name differs, since others were made before on a worker, "
+            "give the model and the layers names, or call tf.keras.backend.clear_session() before "
+            "the model is built."
         )
         require_agreement(
             communicator, descriptions, names, "synchronized layers", self.root, remedy
