@@ -76,6 +76,8 @@ def common_factor(rows: Sequence[Row]) -> float | None:
 
 def _factor(actual: np.ndarray, expected: np.ndarray, slack: float) -> float | None:
     """Returns the least-squares factor, if its residual is within ``slack``."""
+    if not np.isfinite(actual).all():  # as where float16 overflows
+        return None
     actual = actual.reshape(-1, *expected.shape)
     factor = float(np.sum(actual * expected) / (np.sum(expected * expected) * len(actual)))
     rest = magnitude(actual - factor * expected)
