@@ -1,6 +1,7 @@
 # make demo   train a real model on several replicas, with and without synchronized statistics
 # make test   lint, type-check and test, in real processes under every engine
 # make quick  lint, type-check and test in one process, on Keras 3, without the slowest; some minutes
+# make test-wide  test what `make test` tests on some engines and with one Keras on more, and with both
 # make test-control-flow  test every cell of docs/control-flow.md on every engine, and write it (hours)
 # make bench  time the layers and their peers under every engine (may take hours; BENCH=--quick: minutes)
 # make docker-test  build the CPU image and train across two containers (docker or podman)
@@ -18,8 +19,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BUILD ?= build
-# How many tests run side by side.
-JOBS ?= 2
+# How many tests run side by side: on two cores one more, since some of them wait.
+JOBS ?= 3
 
 bin := $(VENV)/bin
 python := $(bin)/python
@@ -36,8 +37,9 @@ launchers := $(pytest) --dist load --maxschedchunk 1 tests/launchers
 
 # The tests in which no Keras has a part run once; as do the contract's with threads for replicas, and
 # with what XLA compiles for GPUs, which real engines have under either Keras.
-keras_free := accuracy architecture cli clustering compiled docker_files forge_files horovod_settings \
-  markdown ops oracle order patience properties scaling shared
+keras_free := accuracy architecture cli clustering compiled docker_files fingerprints forge_files \
+  horovod_settings job_start markdown ops oracle order patience properties scaling shared \
+  statistics_errors watchdog
 
 # The parts of `make test` and `make quick`, each also a target of its own. Where one fails the others
 # are made all the same, and a table at the end says which.
@@ -46,7 +48,7 @@ quick_parts := lint lint-scripts types test-quickly
 # What `make quick` leaves out of the tests of one process.
 slow := clustering control_flow converted_files recalibrate saving
 
-.PHONY: demo test quick docs test-clients test-control-flow test-faults test-matrix test-newcomer bench coverage dist docker-test clean
+.PHONY: demo test quick docs test-wide test-clients test-control-flow test-faults test-matrix test-newcomer bench coverage dist docker-test clean
 .PHONY: lint lint-scripts types test-keras-3 test-keras-2 test-launchers test-quickly
 
 demo: $(VENV)/.demo
@@ -82,7 +84,10 @@ test-keras-2: $(VENV)/.test
 	TF_USE_LEGACY_KERAS=1 $(single) $(keras_free:%=--ignore=tests/single/test_%.py)
 
 test-launchers: $(VENV)/.test
-	$(launchers)
+	$(launchers) -m "not wide"
+
+test-wide: $(VENV)/.test
+	$(launchers) -m wide
 
 test-quickly: $(VENV)/.test
 	TF_USE_LEGACY_KERAS=0 $(single) $(slow:%=--ignore=tests/single/test_%.py)

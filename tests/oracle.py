@@ -84,3 +84,14 @@ def centering(x, dy, *, axis=-1, mask=None):
     y = x - mean
     count, mean = count.reshape(-1), mean.reshape(-1)
     return Result(y, dy - share, none, none, count, mean, none, none, dy)
+
+
+def measured_errors(batches, mean, variance, epsilon):
+    """The errors of the statistics of these batches: mean, variance, normalized elements."""
+    off = (batches.mean(1) - mean) / np.sqrt(variance + epsilon)
+    ratio = (batches.var(1) + epsilon) / (variance + epsilon)
+    own = (batches - batches.mean(1, keepdims=True)) / np.sqrt(
+        batches.var(1, keepdims=True) + epsilon
+    )
+    true = (batches - mean) / np.sqrt(variance + epsilon)
+    return [np.sqrt(np.mean(part**2)) for part in (off, ratio - 1, own - true)]

@@ -67,6 +67,8 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
 
     (progress,) = checkpoints.glob("checkpoint-*/progress.json")
     epochs = json.loads(progress.read_text())["epoch"]
+    # With what horovodrun chooses itself to carry messages.
+    launcher = launcher.removesuffix(" --gloo")
     command = job(launcher, *train, "--epochs", str(epochs + 2), "--metrics", str(metrics))
     finished = run([(launcher, command, {})], env=env)
     assert finished.code == 0, finished.output
@@ -74,13 +76,6 @@ def test_a_job_whose_worker_dies_ends_and_goes_on_from_its_checkpoint(launcher, 
     lines = metrics.read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["epoch", str(epochs), str(epochs + 1)]
     # Every worker but the first is silent, and the first says how well it went.
-    assert finished.output.count("synchronized, 2 replicas x 64  ") == 1, finished.output
-
-
-def test_a_job_runs_where_horovodrun_chooses_what_carries_messages():
-    command = job("horovodrun", *TRAIN, "--epochs", "1")
-    finished = run([("horovodrun", command, {})], env={"TF_USE_LEGACY_KERAS": "0"})
-    assert finished.code == 0, finished.output
     assert finished.output.count("synchronized, 2 replicas x 64  ") == 1, finished.output
 
 
@@ -164,11 +159,10 @@ def test_a_job_ends_when_the_checkpoint_is_of_another_model(tmp_path):
     finished = processes.python(other)
     assert finished.code == 0, finished.output
     train = [*TRAIN, "--epochs", "1", "--checkpoint", str(tmp_path)]
-    for launcher in "mpirun", "horovodrun --gloo":
-        finished = run([(launcher, job(launcher, *train), {})])
-        assert finished.code not in (0, 124), finished.output
-        assert "A checkpoint must be of this model. Received" in finished.output, finished.output
-        assert "ended after the limit" not in finished.output, finished.output
+    finished = run([("mpirun", job("mpirun", *train), {})])
+    assert finished.code not in (0, 124), finished.output
+    assert "A checkpoint must be of this model. Received" in finished.output, finished.output
+    assert "ended after the limit" not in finished.output, finished.output
 
 
 def test_workers_with_other_arguments_are_told():

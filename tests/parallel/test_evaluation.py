@@ -96,6 +96,7 @@ def test_evaluate_gives_the_numbers_of_all_samples(replicas):
         keras.layers.BatchNormalization(),
         optimizer=keras.optimizers.SGD(0.1),
         metrics=["accuracy", keras.metrics.AUC(name="auc")],
+        run_eagerly=True,
     )
     alone.set_weights(model.get_weights())
     separate = workers.across(replicas)

@@ -81,7 +81,11 @@ def test_a_ragged_job_is_the_job_of_one_process(replicas, known):
         callbacks=[training.BroadcastVariables()],
     )
 
-    alone = compiled(keras.layers.BatchNormalization(), optimizer=keras.optimizers.SGD(0.1, 0.9))
+    alone = compiled(
+        keras.layers.BatchNormalization(),
+        optimizer=keras.optimizers.SGD(0.1, 0.9),
+        run_eagerly=True,
+    )
     alone.set_weights(weights)
     for _ in range(2):
         for step in range(7):
@@ -143,11 +147,11 @@ def test_given_weights_may_have_any_shape(replicas, sample, shape, dtype):
         np.testing.assert_allclose(loss(whole_y, whole_w), truth, rtol=1e-5)
 
 
-def two_outputs(optimizer):
+def two_outputs(optimizer, **options):
     inputs = keras.Input((3,))
     outputs = {name: keras.layers.Dense(units, name=name)(inputs) for name, units in UNITS.items()}
     model = keras.Model(inputs, outputs)
-    model.compile(optimizer, "mse", jit_compile=False)
+    model.compile(optimizer, "mse", jit_compile=False, **options)
     return model
 
 
@@ -177,7 +181,7 @@ def test_weights_of_one_output_of_several_are_those_of_one_process(replicas):
     joined = training.join(dataset(starts[rank], starts[rank + 1]), sample_weight=True)
     model.fit(joined, verbose=0, shuffle=False)
 
-    alone = two_outputs(keras.optimizers.SGD(0.1))
+    alone = two_outputs(keras.optimizers.SGD(0.1), run_eagerly=True)
     alone.set_weights(weights)
     for step in range(3):
         begins = [start + sum(own[:step]) for start, own in zip(starts, sizes, strict=False)]

@@ -56,13 +56,13 @@ def draw():
     return x.astype("float32"), y.astype("float32")
 
 
-def make(norm, distribute=True):
+def make(norm, distribute=True, **options):
     keras.utils.set_random_seed(5)
     layers = [keras.layers.Dense(4, use_bias=False), norm, keras.layers.Activation("tanh")]
     model = keras.Sequential([keras.Input((3,)), *layers, keras.layers.Dense(2)])
     optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
     optimizer = training.distribute(optimizer) if distribute else optimizer
-    model.compile(optimizer, "mse", jit_compile=False)
+    model.compile(optimizer, "mse", jit_compile=False, **options)
     return model
 
 
@@ -111,7 +111,7 @@ def fit(model, preemption, data, *callbacks):
 
 def expected_weights(data):
     """Those of one process that nobody interrupts, with the layer of Keras and whole batches."""
-    model = make(keras.layers.BatchNormalization(momentum=0.8), distribute=False)
+    model = make(keras.layers.BatchNormalization(momentum=0.8), distribute=False, run_eagerly=True)
     model.fit(**data, epochs=EPOCHS, shuffle=False, verbose=0)
     return model.get_weights(), model.optimizer
 

@@ -203,6 +203,7 @@ def test_metrics_are_those_of_all_samples(replicas):
         keras.layers.BatchNormalization(trainable=False),
         optimizer=keras.optimizers.SGD(0.0),
         metrics=["accuracy", keras.metrics.AUC(name="auc")],
+        run_eagerly=True,
     )
     alone.set_weights(model.get_weights())
     expected = alone.evaluate(x, y, verbose=0, return_dict=True)

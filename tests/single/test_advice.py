@@ -9,67 +9,11 @@ import tensorflow as tf
 import syncbn
 from syncbn._src.cli import main
 from syncbn._src.models.advice_estimation import advise
-from syncbn._src.models.statistics_errors import (
-    ReplicaMoments,
-    batch_distribution,
-    statistics_error,
-)
+from tests import oracle
 from tests.keras import keras
 
 L = keras.layers
 REPLICAS, SAMPLES = 4, 3
-
-
-def moments(batches):
-    """Of ``(batches, elements, channels)``, which have all the same number of elements."""
-    count = np.full((len(batches), batches.shape[-1]), float(batches.shape[1]))
-    return ReplicaMoments(count, batches.mean(1), batches.var(1))
-
-
-def measured(batches, mean, variance, epsilon):
-    """The errors of the statistics of these batches: mean, variance, normalized elements."""
-    off = (batches.mean(1) - mean) / np.sqrt(variance + epsilon)
-    ratio = (batches.var(1) + epsilon) / (variance + epsilon)
-    own = (batches - batches.mean(1, keepdims=True)) / np.sqrt(
-        batches.var(1, keepdims=True) + epsilon
-    )
-    true = (batches - mean) / np.sqrt(variance + epsilon)
-    return [np.sqrt(np.mean(part**2)) for part in (off, ratio - 1, own - true)]
-
-
-def images(number, pixels, resemblance, seed, draw="normal"):
-    """Batches of two images, whose pixels resemble each other, with a large mean."""
-    rng = np.random.default_rng(seed)
-    shared, own = (getattr(rng, draw)(size=(number, 2, size, 16)) for size in (1, pixels))
-    x = np.sqrt(resemblance) * shared + np.sqrt(1 - resemblance) * own
-    return (3 * x + 100).reshape(number, 2 * pixels, 16)
-
-
-@pytest.mark.parametrize("draw", ["normal", "exponential"])
-@pytest.mark.parametrize(("pixels", "resemblance"), [(1, 1.0), (4, 0.5), (49, 0.3), (49, 0.0)])
-def test_the_error_of_a_group_is_predicted_from_single_replicas(pixels, resemblance, draw):
-    seen = batch_distribution(moments(images(200, pixels, resemblance, 1, draw)))
-    many = images(16000, pixels, resemblance, 2, draw)
-    mean, variance = many.mean((0, 1)), many.reshape(-1, 16).var(0)
-    for group in 1, 2, 8:
-        batches = many.reshape(len(many) // group, -1, 16)
-        found = statistics_error(seen, group, 1e-3)
-        expected = measured(batches, mean, variance, 1e-3)
-        np.testing.assert_allclose(found[1:], expected, rtol=0.2)
-
-
-def test_independent_elements_are_counted():
-    assert batch_distribution(moments(images(500, 1, 1.0, 3))).independent == pytest.approx(2, 0.1)
-    # Of 49 pixels that have nothing in common each is one; of those that are alike all are one.
-    found = batch_distribution(moments(images(500, 49, 0.0, 3))).independent
-    assert found == pytest.approx(98, rel=0.1)
-    assert batch_distribution(moments(images(500, 49, 1.0, 3))).independent == pytest.approx(2, 0.1)
-
-
-def test_a_channel_that_never_changes_has_no_error():
-    batches = np.ones((8, 4, 3)) * [1.0, 2.0, 1e6]
-    found = statistics_error(batch_distribution(moments(batches)), 1, 0.0)
-    assert found[1:] == (0, 0, 0)
 
 
 def make_model():
@@ -130,7 +74,7 @@ def test_it_observes_what_replicas_see_and_changes_nothing():
         epsilon = 0.0 if centers else 1e-3
         mean = batches.mean((0, 1))
         variance = np.mean(batches.var(1) + (batches.mean(1) - mean) ** 2, 0)
-        error = measured(batches, mean, variance, epsilon)
+        error = oracle.measured_errors(batches, mean, variance, epsilon)
         # Estimated without bias: the mean of all is nearer to these batches than the true one.
         assert layer.errors[0].mean == pytest.approx(error[0] * np.sqrt(20 / 19), rel=1e-3)
         if centers:
@@ -153,7 +97,7 @@ def test_what_is_left_out_by_a_mask_does_not_count():
     found = advise(model, [x], 2, batch=4, batches=100, verbose=0).layers[0]
     rows = x[:, :2].reshape(100, 8, 3).astype("float64")
     assert found.elements == 8
-    error = measured(rows, rows.mean((0, 1)), rows.reshape(-1, 3).var(0), 1e-3)
+    error = oracle.measured_errors(rows, rows.mean((0, 1)), rows.reshape(-1, 3).var(0), 1e-3)
     assert found.errors[0].mean == pytest.approx(error[0], rel=0.05)
 
 
@@ -224,7 +168,8 @@ def test_the_error_of_a_replica_is_within_a_fifth_of_that_measured(digits_batche
     for layer in found.layers:
         rows = np.concatenate([run[layer.name] for run in runs])
         own = rows.reshape(100, -1, rows.shape[-1])
-        error = measured(own, own.mean((0, 1)), own.reshape(-1, own.shape[-1]).var(0), 1e-3)
+        mean, variance = own.mean((0, 1)), own.reshape(-1, own.shape[-1]).var(0)
+        error = oracle.measured_errors(own, mean, variance, 1e-3)
         np.testing.assert_allclose(layer.errors[0][1:], error, rtol=0.2)
 
 
