@@ -8,7 +8,7 @@ import pytest
 import syncbn
 import syncbn.testing
 from tests import docstrings
-from tests.keras import KERAS_3
+from tests.keras import KERAS_3, keras
 
 IN_A_JOB = [one for names in docstrings.IN_A_JOB.values() for one in names]
 # It has to come before TensorFlow starts, as it does in tests/launchers/test_clustering.py.
@@ -38,6 +38,7 @@ def _keras_comes_back(monkeypatch):
         for owner, name in (
             (trainer, "reduce_per_replica"),
             (trainer.TensorFlowTrainer, "_maybe_symbolic_build"),
+            (keras.optimizers.LossScaleOptimizer, "check_finite"),
         ):
             monkeypatch.setattr(owner, name, getattr(owner, name))
 

@@ -1,8 +1,9 @@
-"""`fit` and `evaluate` of Keras 3 under `MultiWorkerMirroredStrategy`, where Keras' own fail.
+"""`fit` and `evaluate` of Keras 3 under tf.distribute, where Keras' own fail.
 
-Two private functions of Keras' trainer are at fault (keras#20585); there is no public API to avoid
-them. Tried with Keras 3.10.0, 3.12.0, 3.14.1 and 3.15.1, which need both of them fixed. The code
-here probes the Keras that it finds, not its version. tf_keras needs nothing.
+Two private functions of Keras' trainer are at fault (keras#20585), and what its
+`LossScaleOptimizer` makes of one; there is no public API to avoid them. Tried with Keras 3.10.0,
+3.12.0, 3.14.1 and 3.15.1, which need all of them fixed. The code here probes the Keras that it
+finds, not its version. tf_keras needs nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _log = logging.getLogger("syncbn")
 
 
 def mend_keras_fit() -> tuple[str, ...]:
-    """Makes Keras 3's `fit` and `evaluate` work where tf.distribute has several workers.
+    """Makes Keras 3's `fit` and `evaluate` right where tf.distribute has several replicas.
 
     A synchronized layer that is created in the scope of a `MirroredStrategy` or a
     `MultiWorkerMirroredStrategy` does it by itself. Call it for models that have none, or whose
@@ -32,15 +33,18 @@ def mend_keras_fit() -> tuple[str, ...]:
     import; and it patches Keras rather than a model, so that models of any class, loaded ones too,
     need nothing.
 
-    Each function is first tried on a stand-in for a strategy, and replaced only if it has the
-    fault. So a Keras that has fixed it is left alone, as is tf_keras, and a second call does
-    nothing.
+    Each function of the trainer is first tried on a stand-in for a strategy, and replaced only if
+    it has the fault. So a Keras that has fixed it is left alone, as is tf_keras, and a second call
+    does nothing.
 
     - Before its first step, Keras averages the first batch over the replicas, to infer shapes from
       it. That fails with several workers, and under `MirroredStrategy` if the batch does not divide
       evenly. Instead, the shapes are those of this process's first replica.
     - After each step with several workers, Keras averages the logs, which are scalars, over their
       first axis. Instead, they are averaged over the replicas only, as under `MirroredStrategy`.
+    - In ``mixed_float16`` Keras skips a step if the gradients of the first replica are not finite,
+      and takes them as they are if those of another one are not, so that weights become infinite.
+      Instead, all replicas are asked: one all-reduce of a scalar in each step.
 
     Returns:
         The names of what was replaced.
@@ -69,8 +73,9 @@ def mend_fit_in_scope() -> None:
     """Does the same in the scope of a strategy whose `fit` would fail, with no warning.
 
     That is safe there: what is replaced is what has the fault, and its replacement differs only in
-    calls that fail without it. The shapes of a batch that divides evenly are those of its mean, and
-    the logs of several workers are never averaged otherwise.
+    calls that fail without it. The shapes of a batch that divides evenly are those of its mean,
+    the logs of several workers are never averaged otherwise, and replicas with finite gradients
+    are never kept from their step.
     """
     strategies = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
     if isinstance(tf.distribute.get_strategy(), strategies):
@@ -97,6 +102,7 @@ def _mend() -> tuple[str, ...]:
         faults = (
             ("TensorFlowTrainer._maybe_symbolic_build", _averages_batches, _mend_symbolic_build),
             ("reduce_per_replica", _averages_scalars_over_an_axis, _mend_reduce_per_replica),
+            ("LossScaleOptimizer.check_finite", _asks_one_replica, _mend_check_finite),
         )
         found = [(name, mend) for name, has_fault, mend in faults if has_fault(trainer)]
     except (AttributeError, ImportError, TypeError, ValueError) as error:
@@ -136,6 +142,22 @@ def _mend_reduce_per_replica(trainer: Any) -> None:
         return reduce(values, strategy, reduction)
 
     trainer.reduce_per_replica = reduce_per_replica
+
+
+def _mend_check_finite(trainer: Any) -> None:
+    check = keras.optimizers.LossScaleOptimizer.check_finite
+
+    @functools.wraps(check)
+    def check_finite(self: Any, grads: Any) -> tf.Tensor:
+        finite = check(self, grads)
+        replica = tf.distribute.get_replica_context()
+        if replica is None or replica.num_replicas_in_sync == 1:
+            return finite
+        # Keras asks before it adds up the gradients of the replicas.
+        not_finite = tf.where(finite, 0.0, 1.0)
+        return tf.equal(replica.all_reduce(tf.distribute.ReduceOp.SUM, not_finite), 0.0)
+
+    keras.optimizers.LossScaleOptimizer.check_finite = check_finite
 
 
 # What follows must not run any TensorFlow operation: a strategy has to be created before the first
@@ -188,3 +210,9 @@ def _averages_scalars_over_an_axis(trainer: Any) -> bool:
     strategy = _Strategy()
     trainer.reduce_per_replica(0.0, strategy, reduction="auto")
     return strategy.axes != [None]
+
+
+def _asks_one_replica(trainer: Any) -> bool:
+    # To try it would take TensorFlow's operations. Of a Keras that asks all of them, all are asked
+    # twice.
+    return not hasattr(keras.optimizers.LossScaleOptimizer.check_finite, "__wrapped__")
