@@ -19,8 +19,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BUILD ?= build
-# How many tests run side by side: on two cores one more, since some of them wait.
-JOBS ?= 3
+# How many tests run side by side.
+JOBS ?= 2
 
 bin := $(VENV)/bin
 python := $(bin)/python

@@ -17,7 +17,7 @@ import tensorflow as tf
 from syncbn._src import cli
 from syncbn._src.watchdog import kill_timer, waiting_limits, watchdog
 from syncbn._src.watchdog.flight_recorder import FlightRecorder
-from syncbn._src.watchdog.rank_store import Store, StoreClient, _Codec
+from syncbn._src.watchdog.rank_store import TIMEOUT, Store, StoreClient, _Codec
 from syncbn._src.watchdog.waiting_for_all import starting_within_limits, within_limits
 from tests import patience, processes
 
@@ -65,6 +65,24 @@ def test_ranks_learn_who_is_not_in_their_call(client):
     other, silent = first.say(state(0))["missing"]
     assert (other["rank"], other["status"], other["waiting"]) == (1, "running", ["b", 1])
     assert silent == {"rank": 2, "status": "silent"}
+
+
+def test_a_rank_is_silent_after_a_while_and_lost_where_it_has_no_connection(store, client):
+    first, second = client(), client()
+    second.say(state(1, waiting=None))
+
+    def second_said(seconds_ago):
+        store._heard[1] = time.monotonic() - seconds_ago
+        (found, _) = first.say(state(0))["missing"]
+        return found["status"], found.get("silent", 0.0) >= seconds_ago
+
+    assert second_said(0.0) == ("running", True)
+    assert second_said(1.5 * TIMEOUT) == ("silent", True)
+    assert second_said(3 * TIMEOUT) == ("silent", True)
+    second.close()
+    soon(lambda: 1 not in store._connections)
+    assert second_said(1.5 * TIMEOUT) == ("silent", True)
+    assert second_said(3 * TIMEOUT) == ("lost", True)
 
 
 def test_only_those_count_that_take_part(client):
