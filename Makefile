@@ -1,7 +1,7 @@
 # make demo   train a real model on several replicas, with and without synchronized statistics
 # make test   lint, type-check and test, in real processes under every engine
 # make quick  lint, type-check and test in one process, on Keras 3, without the slowest; some minutes
-# make test-wide  test what `make test` tests on some engines and with one Keras on more, and with both
+# make test-wide  run more of the same tests on more engines and with the other Keras
 # make test-control-flow  test every cell of docs/control-flow.md on every engine, and write it (hours)
 # make bench  time the layers and their peers under every engine (may take hours; BENCH=--quick: minutes)
 # make docker-test  build the CPU image and train across two containers (docker or podman)

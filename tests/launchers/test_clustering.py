@@ -34,7 +34,7 @@ def commands(engine):
     ("engine", "legacy"),
     [
         *((engine, False) for engine in ("local", "mirrored:2", "multiworker", "horovod", "mpi")),
-        pytest.param("mpi+mirrored:2", False, marks=pytest.mark.wide),
+        ("mpi+mirrored:2", False),
         # Keras has no part in what XLA makes of collectives; one replica, which has none, shows
         # that the layers themselves are the same.
         ("local", True),

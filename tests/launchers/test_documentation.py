@@ -58,7 +58,7 @@ def command(engine, *arguments):
 
 @pytest.mark.parametrize(
     ("engine", "keras_2", "alone"),
-    # What is before a migration there is not this package's own.
+    # What a page on migration starts from uses nothing of this package.
     [pytest.param(*job, marks=pytest.mark.wide if "before" in job[2] else []) for job in JOBS],
 )
 def test_the_scripts_of_the_pages_run(engine, keras_2, alone, tmp_path):

@@ -22,88 +22,73 @@ def parts(*but):
     return [part for part in PARTS if part not in but]
 
 
+# Control flow and what is sent know no Keras.
+NO_KERAS = ("agreement", "collectives", "control_flow", "engines", "groups", "mixups")
+# Whole models ask over every engine for the same sums and lists.
+NO_ENGINE = ("equivalence", "recalibrate")
+
 # Launcher, replicas, whether with Keras 2, parts, and whether with what is marked as arithmetic.
 RUNS = [
-    # Everything where arithmetic differs: in one process, with either Keras, and in several.
-    # Control flow and what is sent know no Keras.
+    # Everything where arithmetic differs: in one process, with either Keras, and in several. Joined
+    # datasets and jobs that are told to end are another run's of these engines.
     ("mpi", 2, False, parts("join", "preemption"), True),
-    ("mirrored", 2, False, parts("evaluation", "preemption"), True),
-    (
-        "mirrored",
-        2,
-        True,
-        parts(
-            *("agreement", "collectives", "control_flow", "engines", "groups", "mixups"),
-            "preemption",
-        ),
-        True,
-    ),
-    # Other engines: what is sent, and what becomes of it. Whole models ask over every engine for
-    # the same sums and lists. Of what is the same for MPI and Horovod, which is all that is above
-    # their communicators, Horovod has Keras 2.
-    ("horovod-gloo", 2, True, parts("equivalence", "recalibrate"), False),
-    (
-        "multiworker",
-        2,
-        False,
-        parts(
-            *("equivalence", "recalibrate", "agreement", "elastic", "same_job"),
-            "second_derivatives",
-        ),
-        False,
-    ),
+    ("mirrored", 2, False, PARTS, True),
+    ("mirrored", 2, True, parts(*NO_KERAS), True),
+    # Other engines: what is sent, and what becomes of it. Of what is the same for MPI and Horovod,
+    # which is all that is above their communicators, Horovod has Keras 2.
+    ("horovod-gloo", 2, True, parts(*NO_ENGINE), False),
+    ("multiworker", 2, False, parts(*NO_ENGINE), False),
     # What jobs over these have of the other Keras: optimizers, callbacks and `fit`.
-    ("mpi", 2, True, ["contract", "distribute", "fit", "tape"], False),
+    (
+        "mpi",
+        2,
+        True,
+        [
+            *("accumulation", "distribute", "fit", "learning_rate", "local_variables", "tape"),
+            "worker_fit",
+        ],
+        True,
+    ),
     ("multiworker", 2, True, ["fit", "learning_rate", "multi_worker_fit"], False),
     # What carries Horovod's messages is nothing to who sends them, if it carries all kinds.
     ("horovod-mpi", 2, False, ["collectives", "engines", "groups", "worker_fit"], False),
     # Other numbers of replicas: sums of three, uneven groups, workers with nothing at all.
-    ("mpi", 3, False, ["contract", "groups", "join"], False),
+    ("mpi", 3, False, ["contract", "groups", "join", "recalibrate"], False),
     ("horovod-gloo", 3, False, ["distribute", "fit", "groups", "learning_rate"], False),
     ("multiworker", 3, False, ["contract", "fit", "groups"], False),
-    ("mirrored", 3, False, ["contract", "fit", "groups"], False),
+    ("mirrored", 3, False, ["fit", "groups", "learning_rate", "same_job"], False),
+    ("mirrored", 8, False, ["contract", "groups"], False),
     # Two replicas in each of two processes: what depends on communication, each on one of the
-    # engines. First what uneven processes are told, which groups made before do not ask.
-    ("mpi+mirrored", 2, False, ["nested", "agreement", "collectives", "preemption"], False),
+    # engines. First what uneven processes are told, which groups that were made before do not ask.
+    (
+        "mpi+mirrored",
+        2,
+        False,
+        [
+            *("nested", "advice", "agreement", "collectives", "learning_rate", "preemption"),
+            *("same_job", "tape"),
+        ],
+        False,
+    ),
     (
         "horovod-gloo+mirrored",
         2,
         True,
-        ["nested", "groups", "local_variables", "second_derivatives"],
+        ["nested", "contract", "groups", "local_variables", "second_derivatives"],
         False,
     ),
 ]
 
-# On more engines, with the other Keras and in other numbers: what these reach of the package, those
-# above reach, too.
+# The same on more engines, with the other Keras, and in other numbers.
 WIDE = [
     ("mpi", 2, False, ["join", "preemption"], False),
-    ("mpi", 2, True, ["join", "same_job", "worker_fit"], False),
-    ("mirrored", 2, False, ["evaluation", "preemption"], False),
-    ("mirrored", 2, True, ["preemption"], False),
-    (
-        "horovod-gloo",
-        2,
-        False,
-        ["contract", "distribute", "fit", "join", "same_job", "tape", "worker_fit"],
-        False,
-    ),
-    (
-        "multiworker",
-        2,
-        False,
-        ["agreement", "elastic", "same_job", "second_derivatives"],
-        False,
-    ),
-    ("multiworker", 2, True, ["contract"], False),
+    ("mpi", 2, True, ["contract", "join", "same_job"], False),
+    ("horovod-gloo", 2, False, ["contract", "join", "same_job", "tape", "worker_fit"], False),
     ("horovod-mpi", 2, False, ["contract", "join"], False),
-    ("mpi", 3, False, ["recalibrate"], False),
     ("horovod-gloo", 3, False, ["contract", "join"], False),
+    ("multiworker", 2, True, ["contract"], False),
     ("multiworker", 3, False, ["multi_worker_fit"], False),
-    ("mirrored", 3, False, ["learning_rate", "same_job"], False),
-    ("mirrored", 8, False, ["contract", "groups"], False),
-    ("mpi+mirrored", 2, False, ["advice", "learning_rate", "same_job", "tape"], False),
-    ("horovod-gloo+mirrored", 2, True, ["contract"], False),
+    ("mirrored", 3, False, ["contract"], False),
 ]
 
 

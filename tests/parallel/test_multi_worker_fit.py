@@ -5,7 +5,9 @@ import pytest
 import tensorflow as tf
 
 import syncbn
+from syncbn import training
 from tests.keras import KERAS_3, keras
+from tests.parallel import workers
 from tests.parallel.conftest import ENGINE
 
 pytestmark = pytest.mark.skipif(
@@ -134,6 +136,23 @@ def test_shuffled_arrays_are_shared_out_when_the_seeds_are_equal(replicas):
     losses = model.fit(x, y, batch_size=step, epochs=EPOCHS, shuffle=True, verbose=0)
     # A sample that two workers read, or none, would change the mean.
     np.testing.assert_allclose(losses.history["loss"], [np.mean(y**2)] * EPOCHS, rtol=1e-5)
+
+
+@pytest.mark.parametrize("overflows", [0, 1])
+def test_no_worker_takes_a_step_where_the_gradients_of_one_overflow(replicas, overflows):
+    training.mend_keras_fit()  # as a synchronized layer in the scope does
+    scales = np.full(replicas.size, 0.01)
+    scales[overflows] = 100.0
+    with replicas.strategy.scope():
+        dense = keras.layers.Dense(1, dtype="mixed_float16", kernel_initializer="ones")
+        model = keras.Sequential([keras.Input((3,)), dense])
+        optimizer = workers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+        model.compile(optimizer, "mse", jit_compile=False)
+    x, y = scales[:, None] * np.ones((len(scales), 3)), np.zeros((len(scales), 1))
+    fit(model, x=x, y=y, batch_size=len(x))
+    np.testing.assert_array_equal(model.get_weights()[0], np.ones((3, 1)))
+    scale = optimizer.dynamic_scale.value if KERAS_3 else optimizer.loss_scale
+    assert float(replicas.strategy.experimental_local_results(scale)[0]) == 2**14
 
 
 def test_all_workers_write_checkpoints_each_to_its_own_path(replicas, tmp_path):

@@ -1,9 +1,9 @@
 """`fit` and `evaluate` of Keras 3 under tf.distribute, where Keras' own fail.
 
-Two private functions of Keras' trainer are at fault (keras#20585), and what its
-`LossScaleOptimizer` makes of one; there is no public API to avoid them. Tried with Keras 3.10.0,
-3.12.0, 3.14.1 and 3.15.1, which need all of them fixed. The code here probes the Keras that it
-finds, not its version. tf_keras needs nothing.
+Two private functions of Keras' trainer are at fault (keras#20585), and `LossScaleOptimizer.apply`;
+there is no public API to avoid them. Tried with Keras 3.10.0, 3.12.0, 3.14.1 and 3.15.1, which need
+all three of them fixed. The code here probes the trainer that it finds, not its version. tf_keras
+needs nothing.
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ def mend_keras_fit() -> tuple[str, ...]:
     need nothing.
 
     Each function of the trainer is first tried on a stand-in for a strategy, and replaced only if
-    it has the fault. So a Keras that has fixed it is left alone, as is tf_keras, and a second call
-    does nothing.
+    it has the fault. So a trainer that has fixed it is left alone, as is tf_keras, and a second
+    call does nothing.
 
     - Before its first step, Keras averages the first batch over the replicas, to infer shapes from
       it. That fails with several workers, and under `MirroredStrategy` if the batch does not divide
       evenly. Instead, the shapes are those of this process's first replica.
     - After each step with several workers, Keras averages the logs, which are scalars, over their
       first axis. Instead, they are averaged over the replicas only, as under `MirroredStrategy`.
-    - In ``mixed_float16`` Keras skips a step if the gradients of the first replica are not finite,
-      and takes them as they are if those of another one are not, so that weights become infinite.
-      Instead, all replicas are asked: one all-reduce of a scalar in each step.
+    - In ``mixed_float16``, each replica's gradients decide by themselves whether a step is skipped.
+      Under `MirroredStrategy` only those of the first one do: where another one's overflow, weights
+      become infinite. With several workers, those that take the step wait for ever for one that
+      skips it. Instead, all skip it if the gradients of one are not finite: an all-reduce of a
+      scalar in each step. This is replaced untried; a Keras that does it by itself does it twice.
 
     Returns:
         The names of what was replaced.
@@ -74,8 +76,8 @@ def mend_fit_in_scope() -> None:
 
     That is safe there: what is replaced is what has the fault, and its replacement differs only in
     calls that fail without it. The shapes of a batch that divides evenly are those of its mean,
-    the logs of several workers are never averaged otherwise, and replicas with finite gradients
-    are never kept from their step.
+    the logs of several workers are never averaged otherwise, and a step in which all gradients are
+    finite is never skipped.
     """
     strategies = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
     if isinstance(tf.distribute.get_strategy(), strategies):
@@ -86,7 +88,7 @@ def mend_fit_in_scope() -> None:
 @functools.cache
 def _mend_once() -> None:
     if names := _mend():
-        _log.info("Keras' own fit fails under this strategy: replaced %s.", " and ".join(names))
+        _log.info("Keras' own fails under this strategy: replaced %s.", " and ".join(names))
 
 
 class _UnknownTrainerError(Exception):
@@ -102,7 +104,7 @@ def _mend() -> tuple[str, ...]:
         faults = (
             ("TensorFlowTrainer._maybe_symbolic_build", _averages_batches, _mend_symbolic_build),
             ("reduce_per_replica", _averages_scalars_over_an_axis, _mend_reduce_per_replica),
-            ("LossScaleOptimizer.check_finite", _asks_one_replica, _mend_check_finite),
+            ("LossScaleOptimizer.apply", _applies_on_some, _mend_apply),
         )
         found = [(name, mend) for name, has_fault, mend in faults if has_fault(trainer)]
     except (AttributeError, ImportError, TypeError, ValueError) as error:
@@ -144,20 +146,34 @@ def _mend_reduce_per_replica(trainer: Any) -> None:
     trainer.reduce_per_replica = reduce_per_replica
 
 
-def _mend_check_finite(trainer: Any) -> None:
-    check = keras.optimizers.LossScaleOptimizer.check_finite
+def _mend_apply(trainer: Any) -> None:
+    apply = keras.optimizers.LossScaleOptimizer.apply
 
-    @functools.wraps(check)
-    def check_finite(self: Any, grads: Any) -> tf.Tensor:
-        finite = check(self, grads)
+    @functools.wraps(apply)
+    def apply_on_all_or_none(self: Any, grads: Any, trainable_variables: Any = None) -> None:
         replica = tf.distribute.get_replica_context()
-        if replica is None or replica.num_replicas_in_sync == 1:
-            return finite
-        # Keras asks before it adds up the gradients of the replicas.
-        not_finite = tf.where(finite, 0.0, 1.0)
-        return tf.equal(replica.all_reduce(tf.distribute.ReduceOp.SUM, not_finite), 0.0)
+        if replica is not None and replica.num_replicas_in_sync > 1:
+            # Keras asks before it adds up the gradients of the replicas.
+            not_finite = tf.where(self.check_finite(grads), 0.0, 1.0)
+            none = replica.all_reduce(tf.distribute.ReduceOp.SUM, not_finite) > 0.0
+            grads = _not_finite_where(none, list(grads))
+        apply(self, grads, trainable_variables)
 
-    keras.optimizers.LossScaleOptimizer.check_finite = check_finite
+    vars(apply_on_all_or_none)[_ASKS_ALL] = True
+    keras.optimizers.LossScaleOptimizer.apply = apply_on_all_or_none
+
+
+_ASKS_ALL = "asks_all_replicas"
+
+
+def _not_finite_where(none: tf.Tensor, grads: list[Any]) -> list[Any]:
+    """Makes one of the gradients NaN: a dense one, since a sparse one may have no rows."""
+    given = [index for index, gradient in enumerate(grads) if gradient is not None]
+    given.sort(key=lambda index: isinstance(grads[index], tf.IndexedSlices))
+    for index in given[:1]:
+        gradient = tf.convert_to_tensor(grads[index])
+        grads[index] = tf.where(none, tf.cast(float("nan"), gradient.dtype), gradient)
+    return grads
 
 
 # What follows must not run any TensorFlow operation: a strategy has to be created before the first
@@ -212,7 +228,7 @@ def _averages_scalars_over_an_axis(trainer: Any) -> bool:
     return strategy.axes != [None]
 
 
-def _asks_one_replica(trainer: Any) -> bool:
-    # To try it would take TensorFlow's operations. Of a Keras that asks all of them, all are asked
-    # twice.
-    return not hasattr(keras.optimizers.LossScaleOptimizer.check_finite, "__wrapped__")
+def _applies_on_some(trainer: Any) -> bool:
+    # To try it would take TensorFlow's operations. In a Keras that asks all replicas, they are
+    # asked twice.
+    return _ASKS_ALL not in vars(keras.optimizers.LossScaleOptimizer.apply)
