@@ -155,8 +155,8 @@ def _mend_apply(trainer: Any) -> None:
         if replica is not None and replica.num_replicas_in_sync > 1:
             # Keras asks before it adds up the gradients of the replicas.
             not_finite = tf.where(self.check_finite(grads), 0.0, 1.0)
-            none = replica.all_reduce(tf.distribute.ReduceOp.SUM, not_finite) > 0.0
-            grads = _not_finite_where(none, list(grads))
+            skip = replica.all_reduce(tf.distribute.ReduceOp.SUM, not_finite) > 0.0
+            grads = _not_finite_where(skip, list(grads))
         apply(self, grads, trainable_variables)
 
     vars(apply_on_all_or_none)[_ASKS_ALL] = True
@@ -166,13 +166,13 @@ def _mend_apply(trainer: Any) -> None:
 _ASKS_ALL = "asks_all_replicas"
 
 
-def _not_finite_where(none: tf.Tensor, grads: list[Any]) -> list[Any]:
+def _not_finite_where(skip: tf.Tensor, grads: list[Any]) -> list[Any]:
     """Makes one of the gradients NaN: a dense one, since a sparse one may have no rows."""
     given = [index for index, gradient in enumerate(grads) if gradient is not None]
     given.sort(key=lambda index: isinstance(grads[index], tf.IndexedSlices))
     for index in given[:1]:
         gradient = tf.convert_to_tensor(grads[index])
-        grads[index] = tf.where(none, tf.cast(float("nan"), gradient.dtype), gradient)
+        grads[index] = tf.where(skip, tf.cast(float("nan"), gradient.dtype), gradient)
     return grads
 
 
