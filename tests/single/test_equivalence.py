@@ -241,8 +241,7 @@ def test_what_is_not_finite_differs():
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16", "float64"])
 def test_other_dtypes(dtype):
-    # With other weights, scaled gradients may be too large for float16 on a replica that Keras 3
-    # does not ask.
+    # With other weights, scaled gradients may be too large for float16, and a step is skipped.
     keras.utils.set_random_seed(0)
     policy = keras.mixed_precision.set_global_policy
     before = keras.mixed_precision.global_policy()

@@ -1,9 +1,8 @@
-"""`fit` and `evaluate` of Keras 3 under tf.distribute, where Keras' own fail.
+"""`fit` and `evaluate` of Keras 3 under `MultiWorkerMirroredStrategy`, where Keras' own fail.
 
-Two private functions of Keras' trainer are at fault (keras#20585), and `LossScaleOptimizer.apply`;
-there is no public API to avoid them. Tried with Keras 3.10.0, 3.12.0, 3.14.1 and 3.15.1, which need
-all three of them fixed. The code here probes the trainer that it finds, not its version. tf_keras
-needs nothing.
+Two private functions of Keras' trainer are at fault (keras#20585); there is no public API to avoid
+them. Tried with Keras 3.10.0, 3.12.0, 3.14.1 and 3.15.1, which need both of them fixed. The code
+here probes the Keras that it finds, not its version. tf_keras needs nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from syncbn._src.keras_compat.keras_api import KERAS_3, keras
+from syncbn._src.keras_compat.loss_scaling import mend_loss_scaling
 
 _log = logging.getLogger("syncbn")
 
@@ -104,14 +104,13 @@ def _mend() -> tuple[str, ...]:
         faults = (
             ("TensorFlowTrainer._maybe_symbolic_build", _averages_batches, _mend_symbolic_build),
             ("reduce_per_replica", _averages_scalars_over_an_axis, _mend_reduce_per_replica),
-            ("LossScaleOptimizer.apply", _applies_on_some, _mend_apply),
         )
         found = [(name, mend) for name, has_fault, mend in faults if has_fault(trainer)]
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         raise _UnknownTrainerError(error) from error
     for _, mend in found:
         mend(trainer)
-    return tuple(name for name, _ in found)
+    return (*(name for name, _ in found), *mend_loss_scaling())
 
 
 def _mend_symbolic_build(trainer: Any) -> None:
@@ -144,36 +143,6 @@ def _mend_reduce_per_replica(trainer: Any) -> None:
         return reduce(values, strategy, reduction)
 
     trainer.reduce_per_replica = reduce_per_replica
-
-
-def _mend_apply(trainer: Any) -> None:
-    apply = keras.optimizers.LossScaleOptimizer.apply
-
-    @functools.wraps(apply)
-    def apply_on_all_or_none(self: Any, grads: Any, trainable_variables: Any = None) -> None:
-        replica = tf.distribute.get_replica_context()
-        if replica is not None and replica.num_replicas_in_sync > 1:
-            # Keras asks before it adds up the gradients of the replicas.
-            not_finite = tf.where(self.check_finite(grads), 0.0, 1.0)
-            skip = replica.all_reduce(tf.distribute.ReduceOp.SUM, not_finite) > 0.0
-            grads = _not_finite_where(skip, list(grads))
-        apply(self, grads, trainable_variables)
-
-    vars(apply_on_all_or_none)[_ASKS_ALL] = True
-    keras.optimizers.LossScaleOptimizer.apply = apply_on_all_or_none
-
-
-_ASKS_ALL = "asks_all_replicas"
-
-
-def _not_finite_where(skip: tf.Tensor, grads: list[Any]) -> list[Any]:
-    """Makes one of the gradients NaN: a dense one, since a sparse one may have no rows."""
-    given = [index for index, gradient in enumerate(grads) if gradient is not None]
-    given.sort(key=lambda index: isinstance(grads[index], tf.IndexedSlices))
-    for index in given[:1]:
-        gradient = tf.convert_to_tensor(grads[index])
-        grads[index] = tf.where(skip, tf.cast(float("nan"), gradient.dtype), gradient)
-    return grads
 
 
 # What follows must not run any TensorFlow operation: a strategy has to be created before the first
@@ -226,9 +195,3 @@ def _averages_scalars_over_an_axis(trainer: Any) -> bool:
     strategy = _Strategy()
     trainer.reduce_per_replica(0.0, strategy, reduction="auto")
     return strategy.axes != [None]
-
-
-def _applies_on_some(trainer: Any) -> bool:
-    # To try it would take TensorFlow's operations. In a Keras that asks all replicas, they are
-    # asked twice.
-    return _ASKS_ALL not in vars(keras.optimizers.LossScaleOptimizer.apply)
