@@ -37,9 +37,9 @@ launchers := $(pytest) --dist load --maxschedchunk 1 tests/launchers
 
 # The tests in which no Keras has a part run once; as do the contract's with threads for replicas, and
 # with what XLA compiles for GPUs, which real engines have under either Keras.
-keras_free := accuracy architecture cli clustering compiled docker_files fingerprints forge_files \
-  horovod_settings job_start markdown ops oracle order patience properties scaling shared \
-  statistics_errors watchdog
+keras_free := accuracy architecture cli clustering compiled docker_files fingerprints \
+  flight_recorder forge_files horovod_settings job_start markdown ops oracle order patience properties \
+  scaling shared statistics_errors watchdog
 
 # The parts of `make test` and `make quick`, each also a target of its own. Where one fails the others
 # are made all the same, and a table at the end says which.

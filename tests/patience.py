@@ -6,6 +6,7 @@ them, for a machine that is busier or slower than tenfold.
 
 import math
 import os
+import time
 
 import pytest
 
@@ -27,3 +28,11 @@ def factor():
 def limit(takes=12):
     """The seconds after which what ``takes`` so many on a quiet machine is said to hang."""
     return max(120, 10 * takes) * factor()
+
+
+def soon(condition):
+    """Waits for what another thread does."""
+    deadline = time.monotonic() + limit()
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
