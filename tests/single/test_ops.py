@@ -138,10 +138,13 @@ def test_the_kernels_of_one_replica_alone_give_what_differentiation_does(rows):
 
 
 def test_fused_kernels_are_chosen_for_large_channels_last_inputs_only(monkeypatch):
-    def chosen(shape, axes, dtype=tf.float32):
-        return kernels.choose_kernels(tf.TensorSpec(shape, dtype), axes).fused
+    def chosen(shape, axes, dtype=tf.float32, **options):
+        return kernels.choose_kernels(tf.TensorSpec(shape, dtype), axes, **options).fused
 
     assert chosen([8, 56, 56, 64], (3,))
+    # A single replica's passes are one kernel each from fewer elements on.
+    assert [chosen([32, 7, 7, 64], (3,), at_once=alone) for alone in (False, True)] == [False, True]
+    assert not chosen([2, 7, 7, 512], (3,), at_once=True)
     assert chosen([None, 56, 56, 64], (3,))
     assert not chosen([2, 7, 7, 512], (3,))
     assert not chosen([8, 64, 56, 56], (1,))

@@ -35,6 +35,9 @@ from syncbn._src.ops.graphs import in_session
 # `benchmarks/studies/kernel_times.py` prints and docs/design.md shows.
 FUSED_FROM_ELEMENTS = 1 << 17
 
+# And their training forms, which are all of a single replica's passes, from fewer.
+FUSED_AT_ONCE_FROM_ELEMENTS = 1 << 16
+
 # XLA compiles the input gradient from this many elements on. Compiling takes one or two tenths of a
 # second for each shape and device, before the first step; with fewer elements it would save a step
 # 0.1 ms.
@@ -65,8 +68,17 @@ class Kernels(NamedTuple):
 PLAIN = Kernels(fused=False, compiled_gradient=False)
 
 
-def choose_kernels(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> Kernels:
-    """Returns the fastest kernels that apply to ``x``, by its static shape."""
+def choose_kernels(
+    x: tf.Tensor, axes: Sequence[int], masked: bool = False, at_once: bool = False
+) -> Kernels:
+    """Returns the fastest kernels that apply to ``x``, by its static shape.
+
+    Args:
+        x: The input.
+        axes: The normalized axes.
+        masked: Whether there is a mask.
+        at_once: Whether a kernel can do all of a pass, as on a single replica.
+    """
     # A function that XLA compiles as a whole needs no compiled pieces; a session takes none.
     in_function = not in_session()
     if xla.compiles_everything():
@@ -77,7 +89,8 @@ def choose_kernels(x: tf.Tensor, axes: Sequence[int], masked: bool = False) -> K
         return PLAIN
     # An unknown size, mostly that of the batch, counts as one.
     elements = math.prod(size or 1 for size in x.shape)
-    fused = elements >= FUSED_FROM_ELEMENTS and elements <= MOST_FUSED_ROWS * x.shape[-1]
+    least = FUSED_AT_ONCE_FROM_ELEMENTS if at_once else FUSED_FROM_ELEMENTS
+    fused = least <= elements <= MOST_FUSED_ROWS * x.shape[-1]
     # XLA recompiles for each new shape.
     once = x.shape.is_fully_defined() and not tf.executing_eagerly()
     large = fused and elements >= COMPILED_FROM_ELEMENTS

@@ -90,17 +90,19 @@ def batch_normalize(
         ``x``, and this replica's own contribution to those of ``gamma`` and ``beta``.
     """
     dtype = statistics_dtype(x.dtype)
-    kernels = choose_kernels(x, axes, masked=mask is not None)
+    # A single replica's passes can be one kernel each.
+    at_once = replicas.alone and mask is None and correction is None
+    at_once = at_once and _is_positive(epsilon, dtype)
+    kernels = choose_kernels(x, axes, masked=mask is not None, at_once=at_once)
     x, gamma, beta = (
         in_current_graph(x),
         in_current_graph(tf.cast(gamma, dtype)),
         in_current_graph(tf.cast(beta, dtype)),
     )
     normalization = _Normalization(tuple(axes), epsilon, kernels, mask is not None)
-    in_one_kernel = kernels.compiled or (kernels.fused and _is_positive(epsilon, dtype))
     # The moments are not among its results: a tape would create zeros for their gradients.
     taken_up: list[Moments] = []
-    if replicas.alone and in_one_kernel and mask is None and correction is None:
+    if at_once and (kernels.fused or kernels.compiled):
         normalize = _normalize_single_replica(normalization, bessel, taken_up.append)
     else:
         normalize = _normalize(normalization, replicas, mask, correction, bessel, taken_up.append)
@@ -321,9 +323,15 @@ def _single_replica_kernels(normalization: _Normalization) -> _SingleReplicaKern
     axes, epsilon = normalization.axes, normalization.epsilon
     plain = normalization._replace(kernels=PLAIN)
 
-    def gradients(
-        by: _Normalization, dy: tf.Tensor, x: tf.Tensor, *factors: tf.Tensor
+    def exact_gradients(
+        by: _Normalization,
+        dy: tf.Tensor,
+        x: tf.Tensor,
+        gamma: tf.Tensor,
+        beta: tf.Tensor,
+        *moments: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        factors = by.factors(gamma, beta, count_elements(x, axes), *moments).tensors()
         sums, dgamma, dbeta, *scaled = by.gradient_sums(dy, x, *factors)
         return by.input_gradient(dy, x, sums, *scaled, *factors), dgamma, dbeta
 
@@ -336,35 +344,40 @@ def _single_replica_kernels(normalization: _Normalization) -> _SingleReplicaKern
         y, *_ = plain.outputs(x, gamma, beta, *own)
         return y, own.mean, own.variance, tf.constant(True)
 
+    def exactly(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        own = exact(x)
+        return normalization.outputs(x, gamma, beta, *own)[0], own.mean, own.variance
+
+    # The branches that are seldom taken: prepared once, not for each layer.
+    exact_forward = shared(exactly, always_called=True)
+    exact_backward = shared(functools.partial(exact_gradients, normalization), always_called=True)
+
     def checked_forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
         rough_y, *rest = normalize_single_replica(x, gamma, beta, epsilon, axes)
         rough = Moments(count_elements(x, axes), *rest)
         reliable = is_reliable(rough)
 
-        def exactly() -> tuple[tf.Tensor, ...]:
-            own = exact(x)
-            return normalization.outputs(x, gamma, beta, *own)[0], own.mean, own.variance
-
-        outputs = tf.cond(reliable, lambda: (rough_y, *widened(rough)[1:]), exactly)
+        outputs = tf.cond(
+            reliable,
+            lambda: (rough_y, *widened(rough)[1:]),
+            lambda: exact_forward(x, gamma, beta),
+        )
         return *outputs, reliable
 
     def backward(
         dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *kept_moments: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        mean, variance, _ = kept_moments
-        factors = plain.factors(gamma, beta, count_elements(x, axes), mean, variance)
-        return gradients(plain, dy, x, *factors.tensors())
+        return exact_gradients(plain, dy, x, gamma, beta, *kept_moments[:2])
 
     def checked_backward(
         dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *kept_moments: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        mean, variance, reliable = kept_moments
-        by = normalization.factors(gamma, beta, count_elements(x, axes), mean, variance)
-        narrow = tf.cast(variance, gamma.dtype)
+        *moments, reliable = kept_moments
+        mean, variance = (tf.cast(moment, gamma.dtype) for moment in moments)
         return tf.cond(
             reliable,
-            lambda: fused_gradient(dy, x, gamma, by.mean, narrow, epsilon, axes, training=True),
-            lambda: gradients(normalization, dy, x, *by.tensors()),
+            lambda: fused_gradient(dy, x, gamma, mean, variance, epsilon, axes, training=True),
+            lambda: exact_backward(dy, x, gamma, beta, *moments),
         )
 
     if normalization.kernels.compiled:
