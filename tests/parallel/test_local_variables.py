@@ -176,6 +176,23 @@ def test_fit_keeps_them_apart_and_the_rest_equal(replicas):
 
 
 @workers.on_one_level
+def test_each_of_several_optimizers_has_its_own(replicas):
+    model = keras.Sequential([trunk(), keras.layers.BatchNormalization(name="own_norm")])
+    model.compile(training.distribute(keras.optimizers.SGD(0.1)), "mse", jit_compile=False)
+    model.build((None, 3))
+    own = model.layers[-1]
+    own.moving_mean.assign([replicas.rank] * 4)
+    with pytest.raises(ValueError, match="Received: another moving_mean of own_norm on rank 1"):
+        syncbn.assert_synchronized(model)
+    model.critic = training.distribute(keras.optimizers.SGD(0.1), local=own)
+    syncbn.assert_synchronized(model)
+    average = training.AverageStatistics()
+    average.set_model(model)
+    average.on_epoch_end(0)
+    np.testing.assert_array_equal(own.moving_mean, [replicas.rank] * 4)
+
+
+@workers.on_one_level
 def test_a_step_that_one_worker_must_skip_is_skipped_by_all(replicas):
     inner = keras.optimizers.SGD(1.0)
     shared, own = tf.Variable([1.0]), tf.Variable([1.0])

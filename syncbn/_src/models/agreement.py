@@ -13,7 +13,7 @@ from syncbn._src.layers.synchronized_layer import SynchronizedLayer
 from syncbn._src.models import in_place
 from syncbn._src.models.statistics import normalizations, uncalled
 from syncbn._src.models.training_job import TrainingJob, job_of
-from syncbn._src.training.kept_local import local_variables
+from syncbn._src.training.kept_local import local_in
 
 
 def assert_synchronized(
@@ -27,7 +27,7 @@ def assert_synchronized(
 
     Args:
         model: A built model or layer of `tf.keras`. The statistics are those of the layers of this
-            package and of Keras' `BatchNormalization`. What its optimizer keeps local (see
+            package and of Keras' `BatchNormalization`. What its optimizers keep local (see
             `syncbn.training.distribute`) is not compared.
         communicator: The communicator: as for `syncbn.SyncBatchNormalization`, and
             ``"auto"`` also finds the strategy that the model was built under.
@@ -109,8 +109,7 @@ def _difference(
 
 
 def _shared(model: Any, named: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    local = local_variables(getattr(model, "optimizer", None))
-    owns = local.among(weight for _, weight in named)
+    owns = local_in(model).among(weight for _, weight in named)
     return [one for one, own in zip(named, owns, strict=True) if not own]
 
 

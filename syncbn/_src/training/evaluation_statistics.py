@@ -21,7 +21,7 @@ from syncbn._src.models.statistics import (
 )
 from syncbn._src.models.training_job import job_of
 from syncbn._src.training.callbacks import WorkerCallback
-from syncbn._src.training.kept_local import local_variables
+from syncbn._src.training.kept_local import local_in
 
 
 class AverageStatistics(WorkerCallback):
@@ -58,9 +58,9 @@ class AverageStatistics(WorkerCallback):
     def _average(self) -> None:
         job = job_of(self.model, self._communicator)
         workers, layers = job.workers(), normalizations(self.model)
-        local = local_variables(getattr(self.model, "optimizer", None))
         means = [layer.moving_mean for layer in layers.values()]
-        shared = [name for name, own in zip(layers, local.among(means), strict=True) if not own]
+        owns = local_in(self.model).among(means)
+        shared = [name for name, own in zip(layers, owns, strict=True) if not own]
         weights = [
             (name, weight)
             for name in shared

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.optimizer_state import state_of
+from syncbn._src.training.model_optimizers import optimizers_of
 
 
 class LocalVariables:
@@ -73,6 +74,16 @@ def shared_variables(variables: Sequence[Any], optimizers: Iterable[Any]) -> lis
             local = LocalVariables([*theirs, *state_of(optimizer, theirs)])
             left = [v for v, own in zip(left, local.among(left), strict=True) if not own]
     return left
+
+
+def local_in(model: Any) -> LocalVariables:
+    """Returns the variables that one of a model's optimizers keeps local.
+
+    Raises:
+        ValueError: see `local_variables`.
+    """
+    optimizers = optimizers_of(model, getattr(model, "optimizer", None)).values()
+    return LocalVariables([local_variables(one).variables() for one in optimizers])
 
 
 def local_variables(optimizer: Any) -> LocalVariables:
