@@ -44,6 +44,15 @@ def test_a_large_mean_is_subtracted_to_the_last_digit(make, mean, tolerance, row
     np.testing.assert_allclose(ours[1], dx, atol=tolerance)
 
 
+def test_sums_of_squares_may_be_too_large_for_float32():
+    x = 1e18 * np.random.default_rng(0).normal(size=(2048, 64)).astype("float32")
+    layer = syncbn.SyncBatchNormalization(momentum=0.0)
+    y, _ = outputs_and_gradients(layer, x, np.ones_like(x))
+    wide = x.astype("float64")
+    np.testing.assert_allclose(y, (wide - wide.mean(0)) / wide.std(0), atol=2e-6)
+    np.testing.assert_allclose(layer.moving_variance, wide.var(0), rtol=2e-6)
+
+
 @pytest.mark.parametrize(("rows", "mean"), [(2048, 60.0), (4096, 30.0)])
 def test_xla_takes_no_moments_from_a_kernel_that_it_computes_another_way(rows, mean):
     x = np.random.default_rng(0).normal(mean, 1, size=(rows, 64)).astype("float32")

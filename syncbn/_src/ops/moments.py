@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from syncbn._src.ops import xla
@@ -137,9 +138,11 @@ def is_reliable(rough: Moments) -> tf.Tensor:
     """Says whether moments from TensorFlow's fused kernel (`rough_moments`) are accurate enough."""
     # Accept them only if the kernel's mean is off by a hundredth of the standard deviation at most,
     # even in the worst case: then its variance is off by 1e-4. That excludes means that are large
-    # beside the deviation, and no rows, which make NaN of both; NaN compares false.
+    # beside the deviation, sums of squares that overflow, and no rows, which make NaN of both; NaN
+    # compares false.
     mean, variance = (tf.cast(part, tf.float64) for part in rough[1:])
     reliable = tf.square(rough.count * 2.0**-24 * mean) <= 1e-4 * variance
+    reliable &= variance < np.inf
     return tf.reduce_all(reliable & (rough.count <= MOST_FUSED_ROWS))
 
 

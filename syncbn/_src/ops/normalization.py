@@ -91,8 +91,8 @@ def batch_normalize(
     """
     dtype = statistics_dtype(x.dtype)
     # A single replica's passes can be one kernel each.
-    at_once = replicas.alone and mask is None and correction is None
-    at_once = at_once and _is_positive(epsilon, dtype)
+    unmixed = replicas.alone and mask is None and correction is None
+    at_once = unmixed and _is_positive(epsilon, dtype)
     kernels = choose_kernels(x, axes, masked=mask is not None, at_once=at_once)
     x, gamma, beta = (
         in_current_graph(x),
@@ -323,61 +323,51 @@ def _single_replica_kernels(normalization: _Normalization) -> _SingleReplicaKern
     axes, epsilon = normalization.axes, normalization.epsilon
     plain = normalization._replace(kernels=PLAIN)
 
-    def exact_gradients(
-        by: _Normalization,
-        dy: tf.Tensor,
-        x: tf.Tensor,
-        gamma: tf.Tensor,
-        beta: tf.Tensor,
-        *moments: tf.Tensor,
+    def outputs(
+        by: _Normalization, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        factors = by.factors(gamma, beta, count_elements(x, axes), *moments).tensors()
+        count = count_elements(x, axes)
+        own = moments_of(Sums(count, *exact_sums(x, count, axes, None)))
+        return by.outputs(x, gamma, beta, *own)[0], own.mean, own.variance
+
+    def gradients(
+        by: _Normalization, dy: tf.Tensor, x: tf.Tensor, *vectors: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        gamma, beta, mean, variance = vectors
+        factors = by.factors(gamma, beta, count_elements(x, axes), mean, variance).tensors()
         sums, dgamma, dbeta, *scaled = by.gradient_sums(dy, x, *factors)
         return by.input_gradient(dy, x, sums, *scaled, *factors), dgamma, dbeta
 
-    def exact(x: tf.Tensor) -> Moments:
-        count = count_elements(x, axes)
-        return moments_of(Sums(count, *exact_sums(x, count, axes, None)))
-
     def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        own = exact(x)
-        y, *_ = plain.outputs(x, gamma, beta, *own)
-        return y, own.mean, own.variance, tf.constant(True)
-
-    def exactly(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        own = exact(x)
-        return normalization.outputs(x, gamma, beta, *own)[0], own.mean, own.variance
-
-    # The branches that are seldom taken: prepared once, not for each layer.
-    exact_forward = shared(exactly, always_called=True)
-    exact_backward = shared(functools.partial(exact_gradients, normalization), always_called=True)
+        return *outputs(plain, x, gamma, beta), tf.constant(True)
 
     def checked_forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, ...]:
         rough_y, *rest = normalize_single_replica(x, gamma, beta, epsilon, axes)
         rough = Moments(count_elements(x, axes), *rest)
         reliable = is_reliable(rough)
-
-        outputs = tf.cond(
+        taken = tf.cond(
             reliable,
             lambda: (rough_y, *widened(rough)[1:]),
-            lambda: exact_forward(x, gamma, beta),
+            lambda: outputs(normalization, x, gamma, beta),
         )
-        return *outputs, reliable
+        return *taken, reliable
 
     def backward(
-        dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *kept_moments: tf.Tensor
+        dy: tf.Tensor, x: tf.Tensor, *rest: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        return exact_gradients(plain, dy, x, gamma, beta, *kept_moments[:2])
+        *vectors, _ = rest
+        return gradients(plain, dy, x, *vectors)
 
     def checked_backward(
-        dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *kept_moments: tf.Tensor
+        dy: tf.Tensor, x: tf.Tensor, *rest: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        *moments, reliable = kept_moments
+        *vectors, reliable = rest
+        gamma, _, *moments = vectors
         mean, variance = (tf.cast(moment, gamma.dtype) for moment in moments)
         return tf.cond(
             reliable,
             lambda: fused_gradient(dy, x, gamma, mean, variance, epsilon, axes, training=True),
-            lambda: exact_backward(dy, x, gamma, beta, *moments),
+            lambda: gradients(normalization, dy, x, *vectors),
         )
 
     if normalization.kernels.compiled:

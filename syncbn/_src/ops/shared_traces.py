@@ -26,7 +26,7 @@ _MOST_TRACES = 256
 _CALLED_FROM_ELEMENTS = 1 << 16
 
 
-def shared(function: Callable[..., Any], *, always_called: bool = False) -> Callable[..., Any]:
+def shared(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns ``function``, traced once for inputs of the same shapes and dtypes.
 
     Create it once, not in each call: it caches the traces.
@@ -34,8 +34,6 @@ def shared(function: Callable[..., Any], *, always_called: bool = False) -> Call
     Args:
         function: From tensors to tensors in any structure. It must depend neither on anything else
             that changes, nor on where it is called.
-        always_called: Whether it is never inlined. For what seldom runs: a graph then has one node
-            for it.
     """
 
     @functools.lru_cache(_MOST_TRACES)
@@ -44,12 +42,11 @@ def shared(function: Callable[..., Any], *, always_called: bool = False) -> Call
             one.shape.is_fully_defined() and one.shape.num_elements() < _CALLED_FROM_ELEMENTS
             for one in specs
         )
-        inlined = few and not always_called
         return traced_outside(
             function,
             *specs,
             jit_compile=by_xla or None,
-            experimental_attributes=None if by_xla or inlined else {"_noinline": True},
+            experimental_attributes=None if by_xla or few else {"_noinline": True},
         )
 
     @functools.wraps(function)
