@@ -106,7 +106,7 @@ def test_averages_in_a_model_between_epochs_are_not_saved_as_its_weights(recalib
         if recalibrated:
             callbacks.append(training.Recalibrate([samples()[0]], every=1, verbose=0))
         model = averaging()
-        fit(model, *callbacks, training.PreemptionCheckpoint(path), *others, epochs=4)
+        fit(model, *callbacks, *others, training.PreemptionCheckpoint(path), epochs=4)
         return model.get_weights()
 
     whole = run(tmp_path / "whole")
