@@ -142,6 +142,13 @@ def test_every_normalization_has_a_row_and_what_does_not_synchronize_a_note(mode
     )
 
 
+def test_a_frozen_layer_needs_no_advice():
+    model = sequential(keras.layers.BatchNormalization(name="plain"))
+    assert (row(model, "plain").note, len(report(model).advice)) == ("not synchronized", 1)
+    model.get_layer("plain").trainable = False
+    assert (row(model, "plain").note, len(report(model).advice)) == ("frozen", 0)
+
+
 def test_it_changes_nothing(model):
     before = model.get_weights()
     report(model)

@@ -184,6 +184,8 @@ def _layer_report(name: str, layer: Any, job: TrainingJob | None) -> LayerReport
         # Other packages, and Keras itself, derive synchronized layers from it.
         plain = type(layer) is keras_api.PLAIN_BATCH_NORMALIZATION
         plain = plain and not getattr(layer, "synchronized", False)
+        if plain and not layer.trainable:
+            return row._replace(note="frozen")
         return row._replace(note="not synchronized" if plain else "not a layer of syncbn")
     given = layer.communicator
     row = row._replace(engine=given if isinstance(given, str) else given.name)
