@@ -89,44 +89,6 @@ def test_what_follows_is_what_would_have_followed(name, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def averaging():
-    return compiled(keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.9))
-
-
-@pytest.mark.skipif(not KERAS_3, reason="Keras 2 puts averages into a model at the end only")
-@pytest.mark.parametrize("recalibrated", [False, True])
-def test_averages_in_a_model_between_epochs_are_not_saved_as_its_weights(recalibrated, tmp_path):
-    def end(epoch, logs):
-        if epoch == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def run(path, *others):
-        keras.utils.set_random_seed(1)
-        callbacks = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
-        if recalibrated:
-            callbacks.append(training.Recalibrate([samples()[0]], every=1, verbose=0))
-        model = averaging()
-        fit(model, *callbacks, *others, training.PreemptionCheckpoint(path), epochs=4)
-        return model.get_weights()
-
-    whole = run(tmp_path / "whole")
-    with pytest.raises(SystemExit):
-        run(tmp_path / "parts", keras.callbacks.LambdaCallback(on_epoch_end=end))
-    for ours, theirs in zip(run(tmp_path / "parts"), whole, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_averages_do_not_replace_the_weights_that_a_job_has_ended_with(tmp_path):
-    def job():
-        model = averaging()
-        best = keras.callbacks.EarlyStopping("loss", 10.0, patience=1, restore_best_weights=True)
-        fit(model, best, training.PreemptionCheckpoint(tmp_path), epochs=4)
-        return model.get_weights()
-
-    for first, again in zip(job(), job(), strict=True):
-        np.testing.assert_array_equal(again, first)
-
-
 def two_optimizers(**options):
     keras.utils.set_random_seed(4)
     model = TwoOptimizers()
@@ -618,9 +580,10 @@ def test_positions_are_saved_after_as_many_steps_and_not_where_nothing_is_done(
     positions, model = saved_at(preemption, monkeypatch), compiled("sgd")
     model.compile("sgd", "mse", steps_per_execution=2)
     fit(model, preemption)
-    assert positions == [(0, 4), (1, 0), (1, 4), (2, 0)]
+    # At the end once more, since other callbacks may have set weights there.
+    assert positions == [(0, 4), (1, 0), (1, 4), (2, 0), (2, 0)]
     fit(model, preemption)
-    assert len(positions) == 4
+    assert len(positions) == 5
 
 
 def test_a_loop_of_ones_own_saves_each_epoch(tmp_path, monkeypatch):

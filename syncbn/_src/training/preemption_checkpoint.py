@@ -54,14 +54,16 @@ class PreemptionCheckpoint(WorkerCallback):
     the same.
 
     In `fit` it belongs on all workers, behind the other callbacks. These see the steps that had
-    been made before with empty logs: so ``logs.get("loss")``, not ``logs["loss"]``. A loop of one's
-    own calls `restore` before it, `step` after each step, and `finish` at the end. Forked processes
+    been made before with empty logs: so ``logs.get("loss")``, not ``logs["loss"]``. At the end of
+    an epoch it saves the weights that are in the model then, which Keras'
+    ``SwapEMAWeights(swap_on_epoch=True)`` has replaced by their averages: do not use both. A loop of
+    one's own calls `restore` before it, `step` after each step, and `finish` at the end. Forked processes
     do not catch the signals.
 
     Args:
         path: The folder of the checkpoints of this job, and of no other.
-        every: When to save besides: ``"epoch"`` for between epochs, when the next one begins, or a
-            number of steps, or ``None`` for not at all.
+        every: When to save besides: ``"epoch"`` for after each epoch, or a number of steps, or
+            ``None`` for not at all.
         signals: The signals that announce the end.
         exit_code: The code that all processes exit with after a signal. The default is 75,
             ``EX_TEMPFAIL``: a failure that another try may mend.
@@ -116,15 +118,13 @@ class PreemptionCheckpoint(WorkerCallback):
         """The last checkpoint when it was looked for, by its number, and what it says."""
         self._position, self._seen_before = (0, 0), 0
         """Where training goes on, and how many samples of that epoch have been seen before."""
-        self._number, self._resumed = 0, dict[str, Any]()
-        """The checkpoint that training goes on from, by its number, and what it says."""
+        self._resumed: dict[str, Any] = {}
+        """What the checkpoint says that training goes on from."""
         self._unsaved, self._reached = 0, (0, 0)
         """The steps since the last checkpoint, and the epoch and its steps that have been made."""
         self._saved: tuple[int, int] | None = None
         """The epoch and its steps of the last checkpoint."""
         self._in_fit = False
-        self._between_epochs = False
-        """Whether an epoch of `fit` has ended, and the next one has not begun."""
         self._skipped: SkippedSteps | None = None
 
     def indices(
@@ -242,13 +242,15 @@ class PreemptionCheckpoint(WorkerCallback):
         """
         epochs = operator.index(epochs)
         self._exit_if_told(epochs, 0, ask=True)
+        if self._reached != self._position:
+            self._saved = None  # other callbacks may set weights at the end, such as the best ones
         self._save(epochs, 0)
         self._notice.stop()
 
     def on_train_begin(self, logs: Any = None) -> None:
         leave_no_steps_out(self.model)
         self._restore(self.model, self.model.optimizer)
-        self._in_fit, self._between_epochs, self._skipped = True, False, None
+        self._in_fit, self._skipped = True, None
         self._require_same_data()
         self._notice.listen(within=_frame_of_fit())
         if not self._resumed:
@@ -264,13 +266,6 @@ class PreemptionCheckpoint(WorkerCallback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         resume_at_epoch(self.model, None)  # the next `fit` may be one without this callback
         self._epoch = epoch
-        if self._between_epochs:
-            # Not when the last epoch ended: until this one begins, other callbacks may have put
-            # other weights into the model, as Keras' `SwapEMAWeights` does.
-            self._between_epochs = False
-            self._exit_if_told(epoch, 0, ask=True)
-            if self.every == "epoch" or self._is_due():
-                self._save(epoch, 0)
         if self._steps_skipped(epoch):
             self._skipped = SkippedSteps(
                 self.model, self._steps_skipped(epoch), drop_batches=self._order is None
@@ -285,7 +280,7 @@ class PreemptionCheckpoint(WorkerCallback):
             return
         self._reach(self._epoch, batch + 1)
         if batch + 1 == self.params.get("steps"):
-            return  # saved when the next epoch begins, or at the end of training
+            return  # saved at the end of the epoch, with its validation
         self._exit_if_told(self._epoch, batch + 1)
         if self._is_due():
             self._save(self._epoch, batch + 1)
@@ -294,14 +289,12 @@ class PreemptionCheckpoint(WorkerCallback):
         if self._skipped is not None:
             self._skipped.end()
             self._skipped = None
-        self._between_epochs = True
+        self._exit_if_told(epoch + 1, 0, ask=True)
+        if self.every == "epoch" or self._is_due():
+            self._save(epoch + 1, 0)
 
     def on_train_end(self, logs: Any = None) -> None:
         resume_at_epoch(self.model, None)
-        if self._resumed and self._reached == self._position:
-            # Nothing was left to do, but with `use_ema` Keras has put the averages in the place of
-            # the weights, such as the best ones, that training had ended with.
-            require_success(self._workers, self._read, "Restoring")
         # Where training was stopped before its last epoch, it is not to go on either.
         self.finish(max(self.params["epochs"], self._position[0]))
         self._in_fit = False
@@ -315,9 +308,9 @@ class PreemptionCheckpoint(WorkerCallback):
         self._require_same(workers)
         number, progress = self._find()
         self._found = None  # there may be others when it is asked again
-        self._number, self._resumed, self._unsaved = number, progress, 0
         if progress:
-            require_success(workers, self._read, "Restoring")
+            require_success(workers, lambda: self._read(number, progress), "Restoring")
+        self._resumed, self._unsaved = progress, 0
         self._saved = (progress["epoch"], progress["batch"]) if progress else None
         epoch, steps, seen = (progress.get(name) or 0 for name in ("epoch", "batch", "seen"))
         if seen and self._order is not None:  # whose batches may have another size now
@@ -385,9 +378,9 @@ class PreemptionCheckpoint(WorkerCallback):
                 "none. Name a folder that all of them see."
             )
 
-    def _read(self) -> None:
-        self._contents.require_of_this_model(self._resumed, self.path)
-        self._files.read(self._number, self._contents.variables)
+    def _read(self, number: int, progress: dict[str, Any]) -> None:
+        self._contents.require_of_this_model(progress, self.path)
+        self._files.read(number, self._contents.variables)
 
     def _is_due(self) -> bool:
         """Says whether as many steps have been made as `every` says."""
