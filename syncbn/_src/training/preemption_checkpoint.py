@@ -56,9 +56,9 @@ class PreemptionCheckpoint(WorkerCallback):
     In `fit` it belongs on all workers, behind the other callbacks. These see the steps that had
     been made before with empty logs: so ``logs.get("loss")``, not ``logs["loss"]``. At the end of
     an epoch it saves the weights that are in the model then, which Keras'
-    ``SwapEMAWeights(swap_on_epoch=True)`` has replaced by their averages: do not use both. A loop of
-    one's own calls `restore` before it, `step` after each step, and `finish` at the end. Forked processes
-    do not catch the signals.
+    ``SwapEMAWeights(swap_on_epoch=True)`` has replaced by their averages: do not use both. A loop
+    of one's own calls `restore` before it, `step` after each step, and `finish` at the end. Forked
+    processes do not catch the signals.
 
     Args:
         path: The folder of the checkpoints of this job, and of no other.
