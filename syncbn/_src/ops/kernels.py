@@ -35,7 +35,7 @@ from syncbn._src.ops.graphs import in_session
 # `benchmarks/studies/kernel_times.py` prints and docs/design.md shows.
 FUSED_FROM_ELEMENTS = 1 << 17
 
-# A single replica's passes, which their training forms do at once, from fewer.
+# And from this many on for a single replica, whose passes are one of them each.
 FUSED_AT_ONCE_FROM_ELEMENTS = 1 << 16
 
 # XLA compiles the input gradient from this many elements on. Compiling takes one or two tenths of a

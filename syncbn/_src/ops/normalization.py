@@ -91,8 +91,8 @@ def batch_normalize(
     """
     dtype = statistics_dtype(x.dtype)
     # A single replica's passes can be one kernel each.
-    unmixed = replicas.alone and mask is None and correction is None
-    at_once = unmixed and _is_positive(epsilon, dtype)
+    plainly = mask is None and correction is None and _is_positive(epsilon, dtype)
+    at_once = replicas.alone and plainly
     kernels = choose_kernels(x, axes, masked=mask is not None, at_once=at_once)
     x, gamma, beta = (
         in_current_graph(x),
