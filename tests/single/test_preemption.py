@@ -1,5 +1,6 @@
 """Checkpoints of a job that may be told to end: what they hold, their files, the order of data."""
 
+import itertools
 import json
 import os
 import resource
@@ -183,6 +184,8 @@ def test_arrays_go_on_behind_the_steps_that_were_made(
     with pytest.raises(SystemExit) as ended:
         fit(make(), Signal(step), training.PreemptionCheckpoint(tmp_path, exit_code=9), epochs=3)
     assert ended.value.code == 9
+    # Where fewer epochs are asked for than have been begun, the checkpoint stays as it is.
+    assert not fit(make(), training.PreemptionCheckpoint(tmp_path), epochs=1)
     model, preemption = make(), training.PreemptionCheckpoint(tmp_path)
     found = fit(model, preemption, epochs=3, validation_data=samples(8))["val_loss"]
     np.testing.assert_allclose(found, expected[1:], rtol=1e-5)
@@ -192,22 +195,29 @@ def test_arrays_go_on_behind_the_steps_that_were_made(
 
 # What Keras 3 says at the end of data whose length it does not know.
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
-@pytest.mark.parametrize(("known", "every"), [(False, "epoch"), (True, 4)])
-def test_after_the_last_step_of_an_epoch_its_end_follows(known, every, tmp_path, signals_as_before):
+@pytest.mark.parametrize(
+    ("known", "every", "steps_per_execution"), [(False, "epoch", 1), (False, 3, 3), (True, 4, 1)]
+)
+def test_after_the_last_step_of_an_epoch_its_end_follows(
+    known, every, steps_per_execution, tmp_path, signals_as_before
+):
+    if steps_per_execution > 1 and not KERAS_3:
+        pytest.skip("Keras 2 counts no step of an execution that the data do not fill")
     x, y = samples()
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
     data = data if known else data.filter(lambda *_: True)
 
     def train(*callbacks):
         keras.utils.set_random_seed(4)
-        model = compiled(keras.optimizers.SGD(0.1), metrics=["mae"])
+        options = {"metrics": ["mae"], "steps_per_execution": steps_per_execution}
+        model = compiled(keras.optimizers.SGD(0.1), **options)
         options = {"validation_data": (x, y), "shuffle": False, "verbose": 0}
         model.fit(data, epochs=3, callbacks=list(callbacks), **options)
         return model
 
-    whole = train()
+    whole, last = train(), Signal(7 - 7 % steps_per_execution)
     with pytest.raises(SystemExit):
-        train(Signal(7), training.PreemptionCheckpoint(tmp_path, every))
+        train(last, training.PreemptionCheckpoint(tmp_path, every))
     model = train(training.PreemptionCheckpoint(tmp_path, every))
     for ours, theirs in zip(model.get_weights(), whole.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -448,6 +458,35 @@ class Fails(keras.callbacks.Callback):
             raise RuntimeError("a callback failed")
 
 
+@pytest.mark.skipif(not KERAS_3, reason="Keras 2 has no SwapEMAWeights")
+def test_averages_that_are_put_into_the_model_behind_it_are_not_gone_on_from(
+    tmp_path, signals_as_before
+):
+    def train(*callbacks):
+        keras.utils.set_random_seed(4)
+        model = compiled(keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.8))
+        averages = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        return model, fit(model, *callbacks, averages, epochs=4)["loss"]
+
+    def fail(step):
+        if step == 2:
+            raise ZeroDivisionError
+
+    whole, losses = train()
+    lost = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: fail(calls()))
+    for interruption, at in (Signal(2), (1, 3)), (lost, (1, 0)):
+        preemption = training.PreemptionCheckpoint(tmp_path / str(at))
+        calls = itertools.count(-8).__next__  # -8 is the first epoch's first step
+        with pytest.raises((SystemExit, ZeroDivisionError)):
+            train(interruption, preemption)
+        preemption._notice.stop()
+        assert preemption._saved == at
+        model, found = train(training.PreemptionCheckpoint(tmp_path / str(at)))
+        np.testing.assert_allclose(found[1:], losses[2:], rtol=1e-5)
+        for ours, theirs in zip(model.get_weights(), whole.get_weights(), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_an_error_among_the_skipped_steps_leaves_training_as_it_was(
     plain, tmp_path, signals_as_before
@@ -573,17 +612,32 @@ def saved_at(preemption, monkeypatch):
     return positions
 
 
+@pytest.mark.parametrize(
+    ("every", "steps_per_execution", "expected"),
+    [
+        (np.int64(4), 2, [(0, 4), (1, 0), (1, 4), (2, 0)]),
+        (2, 3, [(0, 3), (0, 6), (1, 0), (1, 3), (1, 6), (2, 0)]),  # the last has two steps
+    ],
+)
 def test_positions_are_saved_after_as_many_steps_and_not_where_nothing_is_done(
-    tmp_path, monkeypatch
+    every, steps_per_execution, expected, tmp_path, monkeypatch
 ):
-    preemption = training.PreemptionCheckpoint(tmp_path, every=np.int64(4))
-    positions, model = saved_at(preemption, monkeypatch), compiled("sgd")
-    model.compile("sgd", "mse", steps_per_execution=2)
+    preemption = training.PreemptionCheckpoint(tmp_path, every=every)
+    positions = saved_at(preemption, monkeypatch)
+    model = compiled("sgd", steps_per_execution=steps_per_execution)
     fit(model, preemption)
     # At the end once more, since other callbacks may have set weights there.
-    assert positions == [(0, 4), (1, 0), (1, 4), (2, 0), (2, 0)]
+    expected = [*expected, (2, 0)]
+    assert positions == expected
     fit(model, preemption)
-    assert len(positions) == 5
+    assert positions == expected
+
+
+@pytest.mark.skipif(not KERAS_3, reason="Keras 2 makes as many steps as it is told")
+def test_executions_that_go_beyond_an_epoch_are_refused(tmp_path):
+    preemption = with_order(training.PreemptionCheckpoint(tmp_path))  # 8 steps
+    with pytest.raises(ValueError, match=r"steps_per_execution=3, and 8 steps\. Compile"):
+        fit(compiled("sgd", steps_per_execution=3), preemption, steps_per_epoch=8)
 
 
 def test_a_loop_of_ones_own_saves_each_epoch(tmp_path, monkeypatch):

@@ -33,6 +33,11 @@ class _Counters:
         return self._epoch, 0
 
 
+def executes_too_many(model: Any, steps: int) -> bool:
+    """Says whether `fit` with ``steps_per_epoch`` makes more steps, to fill an execution."""
+    return KERAS_3 and steps % model.steps_per_execution != 0
+
+
 def leave_no_steps_out(model: Any) -> None:
     """Lets all steps train, where a `fit` that ended in an error has left `SkippedSteps`."""
     skipped = getattr(model.train_function, "__self__", None)
@@ -98,6 +103,8 @@ class SkippedSteps:
             try:
                 batch = next(iterator)
             except (StopIteration, tf.errors.OutOfRangeError) as error:
+                if KERAS_3 and self._steps - number < self._model.steps_per_execution:
+                    break  # of an epoch's last execution, which counts as a full one
                 raise ValueError(
                     "The data must have the batches that the checkpoint has seen. "
                     f"Received: data that end after {number} batches of an epoch, and a "

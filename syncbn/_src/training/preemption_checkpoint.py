@@ -19,7 +19,12 @@ from syncbn._src.arguments import at_least_one
 from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.host_collectives import gather_of_all, require_success
 from syncbn._src.communicators.resolution import resolve
-from syncbn._src.keras_compat.resumed_fit import SkippedSteps, leave_no_steps_out, resume_at_epoch
+from syncbn._src.keras_compat.resumed_fit import (
+    SkippedSteps,
+    executes_too_many,
+    leave_no_steps_out,
+    resume_at_epoch,
+)
 from syncbn._src.models.training_job import job_of
 from syncbn._src.training.callbacks import WorkerCallback
 from syncbn._src.training.checkpoint_contents import CheckpointContents
@@ -53,12 +58,13 @@ class PreemptionCheckpoint(WorkerCallback):
     epoch does not depend on how many there were before, and the batch of all workers together is
     the same.
 
-    In `fit` it belongs on all workers, behind the other callbacks. These see the steps that had
-    been made before with empty logs: so ``logs.get("loss")``, not ``logs["loss"]``. At the end of
-    an epoch it saves the weights that are in the model then, which Keras'
-    ``SwapEMAWeights(swap_on_epoch=True)`` has replaced by their averages: do not use both. A loop
-    of one's own calls `restore` before it, `step` after each step, and `finish` at the end. Forked
-    processes do not catch the signals.
+    In `fit` it belongs on all workers, behind the other callbacks, but before Keras'
+    ``SwapEMAWeights(swap_on_epoch=True)`` and what saves or measures its averages: at the end of an
+    epoch it saves the weights that are in the model then, and these must not be averages yet. Other
+    callbacks see the steps that had been made before with empty logs: so ``logs.get("loss")``, not
+    ``logs["loss"]``. They see the beginning of that epoch again, too: a learning rate that is
+    multiplied there is so twice. A loop of one's own calls `restore` before it, `step` after each
+    step, and `finish` at the end. Forked processes do not catch the signals.
 
     Args:
         path: The folder of the checkpoints of this job, and of no other.
@@ -240,11 +246,12 @@ class PreemptionCheckpoint(WorkerCallback):
             SystemExit: a worker has got a signal.
             RuntimeError: the checkpoint cannot be written.
         """
-        epochs = operator.index(epochs)
-        self._exit_if_told(epochs, 0, ask=True)
+        # Where there are to be fewer epochs than have been begun, it is not over before they are.
+        end = max((operator.index(epochs), 0), self._reached)
+        self._exit_if_told(*end, ask=True)
         if self._reached != self._position:
             self._saved = None  # other callbacks may set weights at the end, such as the best ones
-        self._save(epochs, 0)
+        self._save(*end)
         self._notice.stop()
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -278,12 +285,15 @@ class PreemptionCheckpoint(WorkerCallback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if batch < self._steps_skipped(self._epoch):
             return
-        self._reach(self._epoch, batch + 1)
-        if batch + 1 == self.params.get("steps"):
+        steps, steps_of_all = batch + 1, self.params.get("steps")
+        if steps_of_all is not None:
+            steps = min(steps, steps_of_all)  # Keras 3 counts an epoch's last execution as full
+        self._reach(self._epoch, steps)
+        if steps == steps_of_all:
             return  # saved at the end of the epoch, with its validation
-        self._exit_if_told(self._epoch, batch + 1)
+        self._exit_if_told(self._epoch, steps)
         if self._is_due():
-            self._save(self._epoch, batch + 1)
+            self._save(self._epoch, steps)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self._skipped is not None:
@@ -296,7 +306,7 @@ class PreemptionCheckpoint(WorkerCallback):
     def on_train_end(self, logs: Any = None) -> None:
         resume_at_epoch(self.model, None)
         # Where training was stopped before its last epoch, it is not to go on either.
-        self.finish(max(self.params["epochs"], self._position[0]))
+        self.finish(self.params["epochs"])
         self._in_fit = False
 
     def _restore(self, model: Any, optimizer: Any) -> None:
@@ -311,7 +321,6 @@ class PreemptionCheckpoint(WorkerCallback):
         if progress:
             require_success(workers, lambda: self._read(number, progress), "Restoring")
         self._resumed, self._unsaved = progress, 0
-        self._saved = (progress["epoch"], progress["batch"]) if progress else None
         epoch, steps, seen = (progress.get(name) or 0 for name in ("epoch", "batch", "seen"))
         if seen and self._order is not None:  # whose batches may have another size now
             left = self._order.steps_behind(seen)
@@ -320,6 +329,7 @@ class PreemptionCheckpoint(WorkerCallback):
             epoch, steps, seen = (epoch, steps, seen) if left else (epoch + 1, 0, 0)
         self._position, self._seen_before = (epoch, steps), seen
         self._reached = self._position
+        self._saved = self._position if progress else None
 
     def _reach(self, epoch: int, steps: int) -> None:
         """Counts the steps since it was called last: an execution of `fit` may have several."""
@@ -334,6 +344,13 @@ class PreemptionCheckpoint(WorkerCallback):
                 "`indices` makes one run through all epochs, so `fit` has to be told of how many "
                 f"steps one is. Received: {self.params.get('steps')} of them. Give it "
                 f"steps_per_epoch={self._order.steps}."
+            )
+        if self._order is not None and executes_too_many(self.model, self._order.steps):
+            raise ValueError(
+                "Keras 3 makes more steps than it is told where steps_per_execution does not "
+                "divide them, and would see samples of the next epoch. Received: "
+                f"steps_per_execution={self.model.steps_per_execution}, and {self._order.steps} "
+                "steps. Compile the model with one that divides these."
             )
         if not self._resumed:
             return
