@@ -124,6 +124,33 @@ def test_fit_that_is_interrupted_comes_to_what_it_would_have_come_to():
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.skipif(not KERAS_3, reason="Keras 2 has no SwapEMAWeights")
+def test_averages_that_are_put_into_the_model_behind_a_commit_are_not_committed():
+    def fit(model, state, *callbacks):
+        averages = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        callbacks = [*callbacks, training.CommitState(state, 4), averages]
+        epochs = {"initial_epoch": state.epoch, "epochs": 3}
+        model.fit(batches(4), **epochs, shuffle=False, verbose=0, callbacks=callbacks)
+
+    def lose(epoch, logs):
+        if epoch == 2:
+            raise Lost
+
+    def made():
+        return built(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.8))
+
+    undisturbed, model = made(), made()
+    fit(undisturbed, training.ElasticState(undisturbed))
+    state = training.ElasticState(model)
+    with pytest.raises(Lost):
+        fit(model, state, keras.callbacks.LambdaCallback(on_epoch_begin=lose))
+    state.restore()
+    assert (state.epoch, state.batch) == (2, 0)
+    fit(model, state)
+    for ours, theirs in zip(model.get_weights(), undisturbed.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_epochs_and_batches_are_counted_and_committed():
     model, committed = built(), []
     state = training.ElasticState(model)

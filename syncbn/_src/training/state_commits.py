@@ -19,9 +19,9 @@ class CommitState(keras_api.keras.callbacks.Callback):
     After each batch ``state.batch`` is the number of batches that are done in this epoch; after
     each epoch ``state.epoch`` is that of epochs, and ``state.batch`` zero. It commits after each
     epoch, and within one when so many batches are done and another begins. Put it last: what comes
-    behind it does not see the end of an epoch after which workers join or leave. It commits the
-    weights that are in the model then, which Keras' ``SwapEMAWeights(swap_on_epoch=True)`` has
-    replaced by their averages: do not use both.
+    behind it does not see the end of an epoch after which workers join or leave. But put Keras'
+    ``SwapEMAWeights(swap_on_epoch=True)`` behind it: it commits the weights that are in the model
+    then, and these must not be averages yet.
 
     Of data of unknown length (a generator, ``filter``, TFRecords) nobody knows whether another
     batch follows, and an epoch cannot go on with none: there it commits after epochs only, and logs
