@@ -1,5 +1,7 @@
 """`StatisticsMonitor` in one process: when it observes, and what it says of what."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -67,6 +69,24 @@ def test_the_steps_of_the_summaries_go_on_in_the_next_fit(tmp_path):
     files = tmp_path.glob("statistics/events.*")
     found = [step for file in files for step, tag in summaries(file) if tag == "mean_drift/norm"]
     assert sorted(found) == [4, 8, 12, 16]
+
+
+def test_the_steps_of_the_summaries_go_on_where_a_checkpoint_does(tmp_path):
+    def fail(batch, logs):
+        if made.optimizer.iterations == 9:
+            raise ZeroDivisionError
+
+    lost = keras.callbacks.LambdaCallback(on_train_batch_begin=fail)
+    for fails in True, False:
+        made, monitor = model(), training.StatisticsMonitor(X, tmp_path, update_freq=2)
+        preemption = training.PreemptionCheckpoint(tmp_path / "job", every=2)
+        callbacks, options = [monitor, preemption], {"epochs": 2, "shuffle": False, "verbose": 0}
+        with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+            made.fit(X, X[:, :1], 4, callbacks=[*callbacks, *[lost] * fails], **options)
+        preemption._notice.stop()
+    files = tmp_path.glob("statistics/events.*")
+    found = [step for file in files for step, tag in summaries(file) if tag == "mean_drift/norm"]
+    assert sorted(found) == [2, 4, 6, 8, 10, 12]
 
 
 def test_several_batches_in_one_execution_are_counted(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints of a job that may be told to end: what they hold, their files, the order of data."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -251,6 +252,43 @@ def test_the_rest_of_an_epoch_in_other_batches(step, steps_left, tmp_path, signa
     assert fit_by_numbers(6) == 8 + (step + 1) + steps_left + 5
 
 
+def test_an_epoch_of_which_no_batch_is_left_is_over(tmp_path, signals_as_before):
+    preemption = with_order(training.PreemptionCheckpoint(tmp_path, every=7))
+    model = compiled("sgd")
+    preemption.restore(model, model.optimizer)
+    preemption.step(0, 7)
+    again = training.PreemptionCheckpoint(tmp_path)
+    again.indices(32, 8, 3, seed=1)  # of the 4 samples that are left none
+    assert again.restore(model, model.optimizer) == (1, 0)
+    found = training.PreemptionCheckpoint(tmp_path)._find()[1]
+    assert (found["epoch"], found["batch"], found["seen"]) == (1, 0, 0)
+
+
+def test_training_goes_on_at_the_first_step_of_an_execution(tmp_path, signals_as_before):
+    with pytest.raises(SystemExit):
+        fit(compiled("sgd"), Signal(5), training.PreemptionCheckpoint(tmp_path))
+    for per_execution in 4, 8:  # 6 of 8 steps: the last execution, or the only one
+        model = compiled("sgd", steps_per_execution=per_execution)
+        with pytest.raises(ValueError, match=f"steps_per_execution={per_execution}, and 6 steps"):
+            fit(model, training.PreemptionCheckpoint(tmp_path))
+
+
+def test_a_rate_of_zero_in_a_step_that_was_made_ends_no_momentum(tmp_path, signals_as_before):
+    def train(*callbacks):
+        keras.utils.set_random_seed(4)
+        model = compiled(keras.optimizers.SGD(0.1, momentum=0.9))
+        schedule = training.LearningRateSchedule(0.1, lambda epoch: abs(epoch - 1), staircase=False)
+        fit(model, schedule, *callbacks, epochs=3)
+        return model
+
+    whole = train()
+    with pytest.raises(SystemExit):
+        train(Signal(3), training.PreemptionCheckpoint(tmp_path))
+    model = train(training.PreemptionCheckpoint(tmp_path))
+    for ours, theirs in zip(model.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_a_loop_of_ones_own_goes_on_too(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     model = compiled("sgd")
@@ -376,13 +414,14 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     [
         ({"every": 0}, "`every` must be a positive integer, 'epoch' or None"),
         ({"exit_code": 0}, "`exit_code` must be one that stands for no success"),
+        ({"path": "run[1]"}, r"characters \*\?\[\\, which TensorFlow takes for a pattern"),
         ({"signals": [signal.SIGKILL]}, "can catch. Received: SIGKILL"),
         ({"signals": [999]}, "`signals` must be of the module signal"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        training.PreemptionCheckpoint(tmp_path, **options)
+        training.PreemptionCheckpoint(**{"path": tmp_path, **options})
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -570,12 +609,17 @@ def test_a_handler_above_ours_passes_signals_on(tmp_path, received, fails):
         assert above == received == [signal.SIGTERM] * times
 
 
-def test_what_other_callbacks_set_at_the_end_is_saved(tmp_path):
+@pytest.mark.parametrize("told", [False, True])
+def test_what_other_callbacks_set_at_the_end_is_saved(told, tmp_path, received):
+    def end(logs):
+        model.set_weights([weight + 1 for weight in model.get_weights()])
+        if told:
+            signal.raise_signal(signal.SIGTERM)
+
     model, other = compiled("sgd"), compiled("sgd")
-    best = keras.callbacks.LambdaCallback(
-        on_train_end=lambda logs: model.set_weights([w + 1 for w in model.get_weights()])
-    )
-    fit(model, best, training.PreemptionCheckpoint(tmp_path))
+    best = keras.callbacks.LambdaCallback(on_train_end=end)
+    with pytest.raises(SystemExit) if told else contextlib.nullcontext():
+        fit(model, best, training.PreemptionCheckpoint(tmp_path))
     fit(other, training.PreemptionCheckpoint(tmp_path))
     for there, here in zip(model.get_weights(), other.get_weights(), strict=True):
         np.testing.assert_array_equal(here, there)

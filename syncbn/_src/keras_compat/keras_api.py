@@ -58,6 +58,18 @@ if not KERAS_3:
 PLAIN_BATCH_NORMALIZATION: Any = keras.layers.BatchNormalization
 """The batch normalization of `tf.keras`."""
 
+_NAMES_FIRST_STEP = KERAS_3 and [*map(int, keras.__version__.split(".")[:2])] < [3, 11]
+"""Whether ``on_train_batch_end`` gets the first step of an execution; others give the last."""
+
+
+def steps_made(model: Any, batch: int) -> int:
+    """Returns how many steps of an epoch have been made at ``on_train_batch_end(batch)``.
+
+    Keras 3 counts an execution of several steps as a full one, also where the data have ended.
+    """
+    return batch + (model.steps_per_execution if _NAMES_FIRST_STEP else 1)
+
+
 BATCH_NORMALIZATION: Any = PLAIN_BATCH_NORMALIZATION
 """The base class of all batch normalizations of `tf.keras`; that of Keras 2 is not public."""
 if not KERAS_3:

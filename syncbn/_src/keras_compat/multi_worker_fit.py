@@ -122,8 +122,11 @@ def _mend_symbolic_build(trainer: Any) -> None:
         if strategy is None or iterator is None:
             return build(self, iterator=iterator, data_batch=data_batch)
         *_, batches = next(iter(iterator))
+        batch = next(batches, None)
+        if batch is None:
+            return None  # nothing is built for no data, as where a job is over
         first = trainer.tree.map_structure(
-            lambda value: strategy.experimental_local_results(value)[0], next(batches)
+            lambda value: strategy.experimental_local_results(value)[0], batch
         )
         return build(self, data_batch=first)
 

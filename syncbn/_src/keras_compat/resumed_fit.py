@@ -45,6 +45,12 @@ def leave_no_steps_out(model: Any) -> None:
         skipped.end()
 
 
+def is_skipped(model: Any, step: int) -> bool:
+    """Says whether a step that begins or ends is one of `SkippedSteps`."""
+    skipped = getattr(getattr(model, "train_function", None), "__self__", None)
+    return isinstance(skipped, SkippedSteps) and step < skipped.steps
+
+
 class SkippedSteps:
     """Lets the first steps of an epoch pass without training.
 
@@ -55,10 +61,20 @@ class SkippedSteps:
         steps: Their number.
         drop_batches: Whether the batches of these steps are drawn from the data, and dropped;
             otherwise the data begin behind them.
+
+    Raises:
+        ValueError: they end within an execution of several.
     """
 
     def __init__(self, model: Any, steps: int, drop_batches: bool):
-        self._model, self._steps, self._drop_batches = model, steps, drop_batches
+        per_execution = int(model.steps_per_execution)
+        if steps % per_execution:
+            raise ValueError(
+                "Training can go on at the first step of an execution only. Received: "
+                f"steps_per_execution={per_execution}, and {steps} steps of an epoch that were "
+                "made. Compile the model with one that divides these, such as 1."
+            )
+        self._model, self.steps, self._drop_batches = model, steps, drop_batches
         self._begun: int | None = None
         self._train = model.train_function
         model.train_function = self._train_or_skip
@@ -74,17 +90,11 @@ class SkippedSteps:
 
     def _train_or_skip(self, iterator: Any) -> Any:
         step, self._begun = self._begun, None
-        if step is not None and step < self._steps:
+        if step is not None and step < self.steps:
             return {}
         self.end()
         if step is None:
             return self._train(iterator)
-        if step > self._steps:
-            raise ValueError(
-                "Training can go on at the first step of an execution only. Received: a checkpoint "
-                f"of {self._steps} steps of an epoch, and steps_per_execution that does not divide "
-                "that. Compile the model with the one that the checkpoint was made with."
-            )
         last = self._drop(iterator) if self._drop_batches else None
         try:
             return self._train(iterator)
@@ -99,15 +109,15 @@ class SkippedSteps:
     def _drop(self, iterator: Any) -> Any:
         """Drops the batches of the steps, and returns the last one."""
         batch = None
-        for number in range(self._steps):
+        for number in range(self.steps):
             try:
                 batch = next(iterator)
             except (StopIteration, tf.errors.OutOfRangeError) as error:
-                if KERAS_3 and self._steps - number < self._model.steps_per_execution:
+                if KERAS_3 and self.steps - number < self._model.steps_per_execution:
                     break  # of an epoch's last execution, which counts as a full one
                 raise ValueError(
                     "The data must have the batches that the checkpoint has seen. "
                     f"Received: data that end after {number} batches of an epoch, and a "
-                    f"checkpoint of {self._steps}. Give the data that it was made with."
+                    f"checkpoint of {self.steps}. Give the data that it was made with."
                 ) from error
         return batch

@@ -10,6 +10,7 @@ from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.resolution import resolve
 from syncbn._src.keras_compat.keras_api import keras, variable
 from syncbn._src.keras_compat.optimizer_state import current_rate, velocities
+from syncbn._src.keras_compat.resumed_fit import is_skipped
 from syncbn._src.training.callbacks import WorkerCallback
 
 
@@ -123,6 +124,8 @@ class LearningRateSchedule(WorkerCallback):
             self.end_epoch is not None and self._epoch >= self.end_epoch
         ):
             return
+        if is_skipped(self.model, batch):
+            return  # a rate of zero would end the momentum that belongs to a later one
         if not self.staircase:
             self._set(self._multiplier(self._epoch + (self._done + batch) / self._steps))
         elif not self._set_in_epoch:

@@ -19,6 +19,7 @@ from syncbn._src.arguments import at_least_one
 from syncbn._src.communicators.base import Communicator, process_communicator
 from syncbn._src.communicators.host_collectives import gather_of_all, require_success
 from syncbn._src.communicators.resolution import resolve
+from syncbn._src.keras_compat.keras_api import steps_made
 from syncbn._src.keras_compat.resumed_fit import (
     SkippedSteps,
     executes_too_many,
@@ -67,7 +68,8 @@ class PreemptionCheckpoint(WorkerCallback):
     step, and `finish` at the end. Forked processes do not catch the signals.
 
     Args:
-        path: The folder of the checkpoints of this job, and of no other.
+        path: The folder of the checkpoints of this job, and of no other. Its name has no ``*``,
+            ``?``, ``[`` or backslash.
         every: When to save besides: ``"epoch"`` for after each epoch, or a number of steps, or
             ``None`` for not at all.
         signals: The signals that announce the end.
@@ -77,8 +79,9 @@ class PreemptionCheckpoint(WorkerCallback):
 
     Raises:
         ValueError: an argument is none of these. When training begins: the checkpoint is of another
-            model, optimizer or order of the data, or is not the same one on all workers; the model,
-            or one of several optimizers, is not built; or an optimizer keeps variables local (see
+            model, optimizer or order of the data, or is not the same one on all workers; the steps
+            that have been made are no multiple of ``steps_per_execution``; the model, or one of
+            several optimizers, is not built; or an optimizer keeps variables local (see
             `distribute`), which are not the same on all workers.
         RuntimeError: when training begins: not in the main thread, where alone signals can be
             caught. Later: a checkpoint cannot be written, as where the disk is full. The one before
@@ -117,6 +120,11 @@ class PreemptionCheckpoint(WorkerCallback):
                 f"Received: exit_code={exit_code}."
             )
         self.path, self.every, self.exit_code = os.fspath(path), every, exit_code
+        if {*self.path} & {*"*?[\\"}:
+            raise ValueError(
+                "`path` must have none of the characters *?[\\, which TensorFlow takes for a "
+                f"pattern when it reads. Received: path={self.path!r}."
+            )
         self._files = CheckpointFiles(path)
         self._notice = PreemptionNotice(signals)
         self._order: SampleOrder | None = None
@@ -248,9 +256,9 @@ class PreemptionCheckpoint(WorkerCallback):
         """
         # Where there are to be fewer epochs than have been begun, it is not over before they are.
         end = max((operator.index(epochs), 0), self._reached)
-        self._exit_if_told(*end, ask=True)
         if self._reached != self._position:
             self._saved = None  # other callbacks may set weights at the end, such as the best ones
+        self._exit_if_told(*end, ask=True)
         self._save(*end)
         self._notice.stop()
 
@@ -285,9 +293,9 @@ class PreemptionCheckpoint(WorkerCallback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if batch < self._steps_skipped(self._epoch):
             return
-        steps, steps_of_all = batch + 1, self.params.get("steps")
+        steps, steps_of_all = steps_made(self.model, batch), self.params.get("steps")
         if steps_of_all is not None:
-            steps = min(steps, steps_of_all)  # Keras 3 counts an epoch's last execution as full
+            steps = min(steps, steps_of_all)
         self._reach(self._epoch, steps)
         if steps == steps_of_all:
             return  # saved at the end of the epoch, with its validation
@@ -330,6 +338,9 @@ class PreemptionCheckpoint(WorkerCallback):
         self._position, self._seen_before = (epoch, steps), seen
         self._reached = self._position
         self._saved = self._position if progress else None
+        if progress and epoch != progress["epoch"]:
+            self._saved = None
+            self._save(epoch, 0)  # or the last epoch would not be over as long as one looks there
 
     def _reach(self, epoch: int, steps: int) -> None:
         """Counts the steps since it was called last: an execution of `fit` may have several."""

@@ -12,7 +12,9 @@ import tensorflow as tf
 from syncbn._src.arguments import at_least_one
 from syncbn._src.communicators.base import Communicator
 from syncbn._src.communicators.host_collectives import sum_arrays
+from syncbn._src.keras_compat.keras_api import steps_made
 from syncbn._src.keras_compat.layer_names import collective_scope
+from syncbn._src.keras_compat.resumed_fit import is_skipped
 from syncbn._src.models.replica_spread import JointStatistics, ReplicaObserver
 from syncbn._src.models.statistics import normalizations
 from syncbn._src.training.callbacks import WorkerCallback
@@ -123,16 +125,23 @@ class StatisticsMonitor(WorkerCallback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._observer, self._writer = None, None
-        iterations = getattr(getattr(self.model, "optimizer", None), "iterations", 0)
-        before = int(tf.convert_to_tensor(iterations))  # of a strategy's variable, too
-        self._steps = self._observed = self._before_epoch = before
+        self._steps = self._observed = self._steps_of_epoch = 0
         self._waited = RECORDER.seconds()
+        self._first_epoch = True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._before_epoch = self._steps
+        self._steps_of_epoch = 0
+        if self._first_epoch:  # not before, since other callbacks restore it when training begins
+            self._first_epoch = False
+            iterations = getattr(getattr(self.model, "optimizer", None), "iterations", 0)
+            # Of a strategy's variable, too.
+            self._steps = self._observed = int(tf.convert_to_tensor(iterations))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._steps = self._before_epoch + batch + 1  # several, with steps_per_execution
+        before, self._steps_of_epoch = self._steps_of_epoch, steps_made(self.model, batch)
+        if is_skipped(self.model, batch):
+            return
+        self._steps += self._steps_of_epoch - before  # several, with steps_per_execution
         if self.update_freq != "epoch":
             every = int(self.update_freq)
             if self._steps // every > self._observed // every:
