@@ -160,7 +160,7 @@ def test_it_goes_on_as_if_nobody_had_interrupted_it(replicas, folder, order, cap
     # All of them.
     with _scope(replicas):
         model = make(syncbn.SyncBatchNormalization(momentum=0.8))
-    for epochs_left in [1], []:
+    for epochs_left in [*range(1, EPOCHS)], []:
         preemption = training.PreemptionCheckpoint(folder / "job")
         fit(model, preemption, data(preemption))
         assert model.history.epoch == epochs_left

@@ -67,7 +67,8 @@ class SkippedSteps:
     """
 
     def __init__(self, model: Any, steps: int, drop_batches: bool):
-        per_execution = int(model.steps_per_execution)
+        # In tf_keras a variable, perhaps of a strategy.
+        per_execution = int(tf.convert_to_tensor(model.steps_per_execution))
         if steps % per_execution:
             raise ValueError(
                 "Training can go on at the first step of an execution only. Received: "
