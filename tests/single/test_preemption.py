@@ -259,9 +259,16 @@ def test_an_epoch_of_which_no_batch_is_left_is_over(tmp_path, signals_as_before)
     preemption.step(0, 7)
     again = training.PreemptionCheckpoint(tmp_path)
     again.indices(32, 8, 3, seed=1)  # of the 4 samples that are left none
+    with pytest.raises(ValueError, match="steps_per_epoch=4"):
+        fit(model, again, batch_size=4)  # which leaves it as it was
+
+    def found():
+        progress = training.PreemptionCheckpoint(tmp_path)._find()[1]
+        return progress["epoch"], progress["batch"], progress["seen"]
+
+    assert found() == (0, 7, 28)
     assert again.restore(model, model.optimizer) == (1, 0)
-    found = training.PreemptionCheckpoint(tmp_path)._find()[1]
-    assert (found["epoch"], found["batch"], found["seen"]) == (1, 0, 0)
+    assert found() == (1, 0, 0)
 
 
 def test_training_goes_on_at_the_first_step_of_an_execution(tmp_path, signals_as_before):

@@ -62,12 +62,14 @@ _NAMES_FIRST_STEP = KERAS_3 and [*map(int, keras.__version__.split(".")[:2])] < 
 """Whether ``on_train_batch_end`` gets the first step of an execution; others give the last."""
 
 
-def steps_made(model: Any, batch: int) -> int:
-    """Returns how many steps of an epoch have been made at ``on_train_batch_end(batch)``.
+def steps_made(callback: Any, batch: int) -> int:
+    """Returns how many steps of an epoch have been made at a callback's ``on_train_batch_end``.
 
-    Keras 3 counts an execution of several steps as a full one, also where the data have ended.
+    Where nobody knows the length of the data, Keras 3 counts their last execution as a full one.
     """
-    return batch + (model.steps_per_execution if _NAMES_FIRST_STEP else 1)
+    steps = batch + (callback.model.steps_per_execution if _NAMES_FIRST_STEP else 1)
+    of_epoch = (callback.params or {}).get("steps")
+    return steps if of_epoch is None else min(steps, of_epoch)
 
 
 BATCH_NORMALIZATION: Any = PLAIN_BATCH_NORMALIZATION

@@ -40,15 +40,20 @@ def executes_too_many(model: Any, steps: int) -> bool:
 
 def leave_no_steps_out(model: Any) -> None:
     """Lets all steps train, where a `fit` that ended in an error has left `SkippedSteps`."""
-    skipped = getattr(model.train_function, "__self__", None)
-    if isinstance(skipped, SkippedSteps):
+    skipped = _skipped_steps(model)
+    if skipped is not None:
         skipped.end()
 
 
 def is_skipped(model: Any, step: int) -> bool:
     """Says whether a step that begins or ends is one of `SkippedSteps`."""
+    skipped = _skipped_steps(model)
+    return skipped is not None and step < skipped.steps
+
+
+def _skipped_steps(model: Any) -> SkippedSteps | None:
     skipped = getattr(getattr(model, "train_function", None), "__self__", None)
-    return isinstance(skipped, SkippedSteps) and step < skipped.steps
+    return skipped if isinstance(skipped, SkippedSteps) else None
 
 
 class SkippedSteps:
@@ -73,7 +78,7 @@ class SkippedSteps:
             raise ValueError(
                 "Training can go on at the first step of an execution only. Received: "
                 f"steps_per_execution={per_execution}, and {steps} steps of an epoch that were "
-                "made. Compile the model with one that divides these, such as 1."
+                "made. Compile the model with one that divides these, as the one did that it had."
             )
         self._model, self.steps, self._drop_batches = model, steps, drop_batches
         self._begun: int | None = None
@@ -119,6 +124,7 @@ class SkippedSteps:
                 raise ValueError(
                     "The data must have the batches that the checkpoint has seen. "
                     f"Received: data that end after {number} batches of an epoch, and a "
-                    f"checkpoint of {self.steps}. Give the data that it was made with."
+                    f"checkpoint of {self.steps}. Give the data and steps_per_execution that it "
+                    "was made with."
                 ) from error
         return batch

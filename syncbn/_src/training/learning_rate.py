@@ -10,7 +10,7 @@ from syncbn._src.communicators.host_collectives import require_agreement
 from syncbn._src.communicators.resolution import resolve
 from syncbn._src.keras_compat.keras_api import keras, variable
 from syncbn._src.keras_compat.optimizer_state import current_rate, velocities
-from syncbn._src.keras_compat.resumed_fit import is_skipped
+from syncbn._src.keras_compat.resumed_fit import is_skipped, leave_no_steps_out
 from syncbn._src.training.callbacks import WorkerCallback
 
 
@@ -91,6 +91,7 @@ class LearningRateSchedule(WorkerCallback):
         self.first_batch = first_batch
 
     def on_train_begin(self, logs: Any = None) -> None:
+        leave_no_steps_out(self.model)
         self._done = self.first_batch
         left = self.params.get("steps")
         self._steps = self.steps_per_epoch or (left and left + self._done)

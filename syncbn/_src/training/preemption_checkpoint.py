@@ -215,6 +215,7 @@ class PreemptionCheckpoint(WorkerCallback):
             ValueError, RuntimeError: see `PreemptionCheckpoint`.
         """
         self._restore(model, optimizer)
+        self._save_if_over()
         self._notice.listen()
         return self._position
 
@@ -267,6 +268,7 @@ class PreemptionCheckpoint(WorkerCallback):
         self._restore(self.model, self.model.optimizer)
         self._in_fit, self._skipped = True, None
         self._require_same_data()
+        self._save_if_over()
         self._notice.listen(within=_frame_of_fit())
         if not self._resumed:
             return
@@ -293,11 +295,9 @@ class PreemptionCheckpoint(WorkerCallback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if batch < self._steps_skipped(self._epoch):
             return
-        steps, steps_of_all = steps_made(self.model, batch), self.params.get("steps")
-        if steps_of_all is not None:
-            steps = min(steps, steps_of_all)
+        steps = steps_made(self, batch)
         self._reach(self._epoch, steps)
-        if steps == steps_of_all:
+        if steps == self.params.get("steps"):
             return  # saved at the end of the epoch, with its validation
         self._exit_if_told(self._epoch, steps)
         if self._is_due():
@@ -338,9 +338,12 @@ class PreemptionCheckpoint(WorkerCallback):
         self._position, self._seen_before = (epoch, steps), seen
         self._reached = self._position
         self._saved = self._position if progress else None
-        if progress and epoch != progress["epoch"]:
+
+    def _save_if_over(self) -> None:
+        """Saves that an epoch is over of which no batch was left: it may have been the last one."""
+        if self._resumed and self._position[0] != self._resumed["epoch"]:
             self._saved = None
-            self._save(epoch, 0)  # or the last epoch would not be over as long as one looks there
+            self._save(*self._position)
 
     def _reach(self, epoch: int, steps: int) -> None:
         """Counts the steps since it was called last: an execution of `fit` may have several."""

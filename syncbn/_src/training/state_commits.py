@@ -72,7 +72,7 @@ class CommitState(keras_api.keras.callbacks.Callback):
             self.state.commit()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.state.batch = self._before + keras_api.steps_made(self.model, batch)
+        self.state.batch = self._before + keras_api.steps_made(self, batch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.state.epoch, self.state.batch = epoch + 1, 0

@@ -138,7 +138,7 @@ class StatisticsMonitor(WorkerCallback):
             self._steps = self._observed = int(tf.convert_to_tensor(iterations))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        before, self._steps_of_epoch = self._steps_of_epoch, steps_made(self.model, batch)
+        before, self._steps_of_epoch = self._steps_of_epoch, steps_made(self, batch)
         if is_skipped(self.model, batch):
             return
         self._steps += self._steps_of_epoch - before  # several, with steps_per_execution
