@@ -88,6 +88,20 @@ def test_wrong_arguments_exit_with_2(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_module_is_looked_for_in_the_working_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lacking.py").write_text("import not_installed_anywhere")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    assert cli.main(["report", "lacking.py:model"]) == 2
+    assert "by its name, without .py. Received: lacking.py:model" in capsys.readouterr().err
+    assert cli.main(["report", "lacking:model"]) == 2
+    assert 'lacking.py", line 1, in <module>' in capsys.readouterr().err
+    # Where other ranks would wait for this one, the error ends the job.
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        cli.main(["report", "lacking:model"])
+
+
 @pytest.fixture
 def no_benchmarks(tmp_path, monkeypatch):
     """As if the package had none, beside another one's `benchmarks`."""

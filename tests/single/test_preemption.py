@@ -416,6 +416,34 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         fit(compiled("sgd"), training.PreemptionCheckpoint(tmp_path))
 
 
+def test_a_checkpoint_whose_variables_are_gone_is_refused(tmp_path):
+    fit(compiled("sgd"), training.PreemptionCheckpoint(tmp_path))
+    for file in tmp_path.glob("*/variables*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-\d+ \(.*\)\. Name another folder"):
+        fit(compiled("sgd"), training.PreemptionCheckpoint(tmp_path))
+
+
+def test_data_in_another_order_than_the_checkpoints_are_refused(tmp_path):
+    preemption, model = with_order(training.PreemptionCheckpoint(tmp_path)), compiled("sgd")
+    preemption.restore(model, model.optimizer)
+    preemption.finish(1)
+    with pytest.raises(ValueError, match=r"of data from PreemptionCheckpoint\.indices, and others"):
+        fit(model, training.PreemptionCheckpoint(tmp_path))
+
+
+@pytest.mark.parametrize("batch_size", [0, 33])
+def test_a_batch_must_fit_into_the_samples(batch_size, tmp_path):
+    with pytest.raises(ValueError, match=rf"batch_size={batch_size} for 1 workers and samples=32"):
+        training.PreemptionCheckpoint(tmp_path).indices(32, batch_size, 3)
+
+
+def test_a_model_that_is_not_built_is_refused(tmp_path):
+    model = keras.Sequential([keras.layers.Dense(1)], name="unbuilt")
+    with pytest.raises(ValueError, match=r"Received: unbuilt, which is not\. Give it an Input"):
+        training.PreemptionCheckpoint(tmp_path).restore(model)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -15,6 +15,7 @@ import pytest
 from syncbn._src import cli
 from syncbn._src.watchdog import kill_timer, waiting_limits, watchdog
 from syncbn._src.watchdog.flight_recorder import FlightRecorder
+from syncbn._src.watchdog.messages import description
 from syncbn._src.watchdog.rank_store import TIMEOUT, Store, StoreClient, _Codec
 from syncbn._src.watchdog.waiting_for_all import starting_within_limits, within_limits
 from tests import patience, processes
@@ -506,3 +507,13 @@ with starting_within_limits():
     assert finished.code == 1, finished.output
     assert "Timeout (0:00:07)!" in finished.output
     assert 'File "<string>", line 5' in finished.output
+
+
+def test_what_is_said_of_a_rank_that_is_gone_and_of_many():
+    last = {"name": "norm/moments", "number": 7, "left": 10.0}
+    gone = {"rank": 3, "pid": 5, "host": "one", "status": "lost", "last": last, "now": 12.0}
+    assert description(gone) == (
+        "rank 3 (process 5 on one) is gone without a word; it left its last one, "
+        "norm/moments (call 7), 2 s before"
+    )
+    assert description({"rank": None, "more": 4}) == "4 more ranks are not in it"
