@@ -78,7 +78,7 @@ class SkippedSteps:
             raise ValueError(
                 "Training can go on at the first step of an execution only. Received: "
                 f"steps_per_execution={per_execution}, and {steps} steps of an epoch that were "
-                "made. Compile the model with one that divides these, as the one did that it had."
+                "made. Compile the model with one that divides these, such as the one it had then."
             )
         self._model, self.steps, self._drop_batches = model, steps, drop_batches
         self._begun: int | None = None
