@@ -7,6 +7,7 @@ import pytest
 
 import syncbn
 import syncbn.testing
+from syncbn._src.keras_compat import multi_worker_fit
 from tests import docstrings
 from tests.keras import KERAS_3, keras
 
@@ -41,6 +42,9 @@ def _keras_comes_back(monkeypatch):
             (keras.optimizers.LossScaleOptimizer, "apply"),
         ):
             monkeypatch.setattr(owner, name, getattr(owner, name))
+    yield
+    # Or the layers of other tests would take what comes back now for mended.
+    multi_worker_fit._mend_once.cache_clear()
 
 
 @pytest.mark.parametrize("name", [one for one in PUBLIC if one not in (*IN_A_JOB, *NOT_RUN)])

@@ -30,7 +30,9 @@ def trainer(monkeypatch):
         # Keras' own: a layer of another test may have replaced it.
         monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
     multi_worker_fit._mend_once.cache_clear()
-    return trainer
+    yield trainer
+    # Or the layers of other tests would take what comes back now for mended.
+    multi_worker_fit._mend_once.cache_clear()
 
 
 def test_all_functions_of_this_keras_are_replaced_once(trainer):
