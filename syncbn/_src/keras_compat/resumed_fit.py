@@ -1,7 +1,7 @@
 """A `fit` that goes on where another one has ended: at an epoch, and at a step within it.
 
 A callback has no public way to say so. The attributes set here are those that Keras' own
-`BackupAndRestore` sets for the epoch. Tried with Keras 3.15 and tf_keras 2.21, whose trainers call
+`BackupAndRestore` sets for the epoch. Tried with Keras 3.10, 3.15 and tf_keras 2.21, which call
 ``model.train_function`` for each step; tests/parallel/test_preemption.py holds it.
 """
 
