@@ -29,13 +29,13 @@ def with_checked_channels(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     Where only other sizes are wrong, what follows is right.
 
     The name of the operation that fails, which TensorFlow shows, says why and what to do. Only
-    where that can be, in a graph in which ``x`` comes from a convolution and has any number of
-    samples, is there such an operation.
+    where that can be, in a graph in which ``x`` comes from a convolution and may have no samples,
+    is there such an operation.
     """
     if (
         tf.is_symbolic_tensor(x)
         and x.shape.rank
-        and x.shape[0] is None
+        and x.shape[0] in (None, 0)
         and os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
         and not (xla.on_gpus() or xla.compiles_everything())
         and _is_of_convolution(x)
