@@ -279,7 +279,7 @@ def main() -> int:
 
     def fail(reason: str) -> None:
         lost.append(reason)
-        if len(lost) == 1:
+        if lost[0] is reason:
             say(f"output could not be passed on: {reason}")
 
     workers: dict[int, subprocess.Popen[bytes]] = {}

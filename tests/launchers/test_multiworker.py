@@ -13,6 +13,7 @@ import uuid
 
 import pytest
 from multiworker import wait
+from process_groups import free_addresses
 
 from tests import patience, processes
 from tests.launch_scripts import ARGUMENTS, LAUNCH, launch
@@ -41,11 +42,9 @@ def test_multiworker_starts_where_python_does_not_look_beside_a_script():
 
 
 def test_multiworker_starts_one_worker_of_a_bigger_cluster():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    (address,) = free_addresses(1)
     show = ["--", "bash", "-c", 'echo "$TF_CONFIG"']
-    workers = ["other:2222", f"here:{port}"]
+    workers = ["other:2222", address.replace("127.0.0.1", "here")]
     cluster = {"cluster": {"worker": workers}}
     # A TF_CONFIG that says the same is no conflict.
     finished = launch(
@@ -151,10 +150,13 @@ def test_multiworker_passes_on_what_is_read_late():
 
 def test_a_second_signal_ends_a_multiworker_whose_output_nobody_takes():
     code = (
-        "import os, subprocess, sys, time\n"
+        "import fcntl, os, subprocess, sys, termios, time\n"
         "read, write = os.pipe()\n"
+        "full = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)\n"
         "job = subprocess.Popen(sys.argv[1:], stdout=write)\n"
-        "os.read(read, 1)\n"
+        "unread = bytes(4)\n"
+        "while int.from_bytes(unread, sys.byteorder) < full - 100:\n"
+        "    time.sleep(0.05); unread = fcntl.ioctl(read, termios.FIONREAD, unread)\n"
         "job.terminate(); time.sleep(1)\n"
         "print('ended', job.poll(), flush=True)\n"
         "job.terminate()\n"

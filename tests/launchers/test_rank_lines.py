@@ -11,8 +11,8 @@ import uuid
 import pytest
 from rank_lines import NO_TAG, Lines, Target
 
-from tests import processes
-from tests.launch_scripts import LAUNCH, launch
+from tests import patience, processes
+from tests.launch_scripts import LAUNCH
 
 TAG = rb"\[1,(\d+)\]<std(?:out|err)>:"
 
@@ -40,7 +40,7 @@ def put_together(pieces, folder):
 
 
 def test_mpi_marks_each_whole_line_once():
-    # Python writes words by themselves here, since mpi.sh's environment has it unbuffered.
+    # Python writes words by themselves here, as it is unbuffered.
     code = (
         "import sys\n"
         "for number in range(300):\n"
@@ -48,8 +48,9 @@ def test_mpi_marks_each_whole_line_once():
         "    print('error', number, 'ends', file=sys.stderr)\n"
         "sys.stdout.write('unfinished')"
     )
-    command = [sys.executable, "-u", "-c", code, "words"]
-    finished = launch("mpi.sh", "-np", "3", "--oversubscribe", *command)
+    command = processes.mpirun(3, sys.executable, "-u", "-c", code, "words")
+    # A line that takes a rank longer would not be whole.
+    finished = processes.run([("", rank_lines(*command, PATIENCE=patience.limit()), {})])
     assert finished.code == 0, finished.output
     for rank in range(3):
         of_rank = [line for line in finished.output.splitlines() if line.startswith(f"[{rank}] ")]
@@ -135,7 +136,7 @@ def test_an_unfinished_line_is_shown_after_a_second(steps, tmp_path):
         ("horovod.sh --mpi", signal.SIGINT),
     ],
 )
-def test_a_signal_reaches_the_ranks_under_mpi_once(start, number):
+def test_a_signal_reaches_the_ranks_under_mpi_once(start, number, tmp_path):
     marker = f"waiting-{uuid.uuid4().hex}"
     # The rank that is told to end does so by itself, and says so first.
     code = (
@@ -152,12 +153,16 @@ def test_a_signal_reaches_the_ranks_under_mpi_once(start, number):
         "print('ready', flush=True)\n"
         "time.sleep(600)"
     )
-    script = (
-        f"{LAUNCH}/{start} -np 1 -- {shlex.quote(sys.executable)} -c "
-        f'{shlex.quote(code)} {marker} > >(while read -r line; do echo "$line"; '
-        f"[ \"$line\" != '[0] ready' ] || kill -{int(number)} $$; done) 2>&1"
+    command = f"{LAUNCH}/{start} -np 1 -- {shlex.join([sys.executable, '-c', code, marker])}"
+    # It waits for what it reads from, and Bash for both.
+    kill = (
+        'while read -r line; do echo "$line"; '
+        f'[ "$line" != \'[0] ready\' ] || kill -{int(number)} "$(cat launcher)"; done'
     )
-    finished = processes.run([("bash", ["bash", "-c", f"exec {script}"], {})])
+    script = (
+        f"{{ echo $BASHPID >launcher; exec {command}; }} 2>&1 | {kill}; exit ${{PIPESTATUS[0]}}"
+    )
+    finished = processes.run([("bash", ["bash", "-c", script], {})], cwd=tmp_path)
     assert finished.output.count("[0] told\n") == 1, finished.output
     if number == signal.SIGUSR1:  # the rank's own affair
         assert "[0] over\n" in finished.output, finished.output

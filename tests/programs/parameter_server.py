@@ -2,17 +2,14 @@
 
 import json
 import os
-import socket
 
 import pytest
 import tensorflow as tf
 
 import syncbn
+from syncbn._src.bundled.launch.process_groups import free_addresses
 
-with socket.socket() as one, socket.socket() as other:
-    one.bind(("127.0.0.1", 0))
-    other.bind(("127.0.0.1", 0))
-    worker, server = (f"127.0.0.1:{s.getsockname()[1]}" for s in (one, other))
+worker, server = free_addresses(2)
 cluster = tf.train.ClusterSpec({"worker": [worker], "ps": [server]})
 servers = [tf.distribute.Server(cluster, job, 0, start=True) for job in ("worker", "ps")]
 resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(cluster, rpc_layer="grpc")

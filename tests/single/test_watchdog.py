@@ -157,14 +157,18 @@ def test_a_store_that_ends_waits_until_the_others_have_heard(client, store, stat
     second.say(state(1, status=status))
     third.say(state(2, status="has ended"))
     first.say(state(0, status="has ended"))
-    waits = threading.Thread(target=store.wait_until_heard, args=(60,))
+    waits = threading.Thread(target=store.wait_until_heard, args=(patience.limit(),))
     waits.start()
     third.close()  # this one asks no more
     time.sleep(0.2)
     assert waits.is_alive()
     assert 0 in {one["rank"] for one in second.say(state(1, status=status))["gone"]}
-    waits.join(30)
-    assert not waits.is_alive()
+
+    def over():
+        second.say(state(1, status=status))  # once more if it did not wait yet
+        return not waits.is_alive()
+
+    patience.soon(over)
 
 
 def test_who_has_not_the_key_neither_reads_nor_writes(client):
@@ -444,13 +448,13 @@ def test_diagnose_refuses_what_is_no_record(tmp_path, capsys):
 def test_a_wait_for_all_ranks_says_so_and_ends_the_job(monkeypatch, capfd):
     monkeypatch.setenv("SYNCBN_WARN_SECONDS", "0.5")
     monkeypatch.setenv("SYNCBN_TIMEOUT_SECONDS", "1.5")
-    codes, ended = [], threading.Event()
+    codes, ended, seconds = [], threading.Event(), iter([1.0])
 
     def end(code):
         codes.append(code)
         ended.set()
 
-    with within_limits("start", end):
+    with within_limits("start", end, lambda: next(seconds, 2.0)):
         assert ended.wait(patience.limit())
     assert codes[0] == 70
     said = capfd.readouterr().err
