@@ -17,6 +17,7 @@ FLOORS = {
     "syncbn._src.text_tables": 0,
     "syncbn._src.bundled": 0,
     "syncbn._src.named_functions": 0,
+    "syncbn._src.option_types": 0,
     "syncbn._src.terminal": 0,
     "syncbn._src.ops": 0,
     "syncbn._src.watchdog": 0,

@@ -75,6 +75,10 @@ def test_every_command_has_help(command, capsys):
         (["check", "a:b", "--input-shape", "8;8"], "such as 3,1. Received: 8;8"),
         (["check", "a:b", "--input-shape", "8", "--split", "3,x"], "such as 3,1. Received: 3,x"),
         (["check", "a:b", "--input-shape", "8", "--batch", "0"], "a positive whole number"),
+        *(
+            (["advise", "a:b", "--batch-from", "a:c", option, "0"], "a positive whole number")
+            for option in ("--replicas", "--batch", "--batches")
+        ),
         (["launch"], "ENGINE"),
         (["launch", "nccl", "--", "true"], "invalid choice: 'nccl'"),
         (["report"], "module:function"),

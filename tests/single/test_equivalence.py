@@ -360,6 +360,8 @@ def growing():
     ("build_model", "batch", "options", "error", "message"),
     [
         ("no function", X, {}, TypeError, "must be a function that returns"),
+        (dense(norm), X, {"rtol": -1.0}, ValueError, "not be negative. Received: rtol=-1.0"),
+        (dense(norm), X, {"rtol": np.nan}, ValueError, "not be negative. Received: rtol=nan"),
         (
             lambda: "no model",
             X,
@@ -381,6 +383,13 @@ def growing():
 def test_bad_arguments(build_model, batch, options, error, message):
     with pytest.raises(error, match=message):
         check_equivalence(build_model, batch, **options)
+
+
+def test_a_model_is_no_function_that_builds_it_and_a_dataset_no_batch():
+    with pytest.raises(TypeError, match="must be a function that returns a new model"):
+        check_equivalence(dense(norm)(), X)
+    with pytest.raises(TypeError, match=r"Give next\(iter\(dataset\)\)"):
+        check_equivalence(dense(norm), tf.data.Dataset.from_tensors(X))
 
 
 def test_within_a_strategy_it_is_refused(mirrored):

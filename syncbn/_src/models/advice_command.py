@@ -9,6 +9,7 @@ from typing import Any
 
 from syncbn._src.communicators.launcher import launched
 from syncbn._src.named_functions import UsageError, named_function
+from syncbn._src.option_types import positive_whole_number
 from syncbn._src.terminal import show
 
 
@@ -24,15 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a function that returns a dataset of batches, or the arrays x or (x, y) of all "
         "samples",
     )
-    parser.add_argument("--replicas", metavar="8", type=int, help="the replicas to train on")
+    parser.add_argument(
+        "--replicas", metavar="8", type=positive_whole_number, help="the replicas to train on"
+    )
     parser.add_argument(
         "--batch",
         metavar="2",
-        type=int,
+        type=positive_whole_number,
         help="the samples of a replica in a step; those of the first batch, if not given",
     )
     parser.add_argument(
-        "--batches", metavar="64", type=int, default=64, help="the batches of replicas to take"
+        "--batches",
+        metavar="64",
+        type=positive_whole_number,
+        default=64,
+        help="the batches of replicas to take",
     )
     parser.add_argument(
         "--tolerance",

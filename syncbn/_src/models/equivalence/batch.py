@@ -12,7 +12,17 @@ from syncbn._src.keras_compat import keras_api
 
 
 def as_arrays(batch: Any) -> tuple[Any, ...]:
-    """Returns ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)``, of arrays as `fit` makes them."""
+    """Returns ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)``, of arrays as `fit` makes them.
+
+    Raises:
+        TypeError: the batch is a dataset.
+        ValueError: it is a tuple of more.
+    """
+    if isinstance(batch, tf.data.Dataset):
+        raise TypeError(
+            "`batch` must be the arrays of one batch. Received: a tf.data.Dataset. Give "
+            "next(iter(dataset)), or more samples of it."
+        )
     data = batch if isinstance(batch, tuple) else (batch,)
     if not 1 <= len(data) <= 3:
         raise ValueError(

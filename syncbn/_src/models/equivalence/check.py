@@ -103,10 +103,12 @@ def check_equivalence(
         not compared.
 
     Raises:
-        TypeError: ``build_model`` cannot be called, or returns no `tf.keras.Model`.
-        ValueError: fewer than two replicas; a batch without samples, with parts of different
-            lengths, or that ``replicas`` does not divide; a ``split`` that does not fit the batch;
-            models, or batches of workers, that differ; a `train_step` that changes nothing.
+        TypeError: ``build_model`` is not a function that returns a `tf.keras.Model`; ``batch`` is a
+            dataset.
+        ValueError: fewer than two replicas; a negative ``rtol``; a batch without samples, of parts
+            of different lengths, or that ``replicas`` does not divide; a ``split`` that does not
+            fit the batch; models, or batches of workers, that differ; a `train_step` that changes
+            nothing.
         RuntimeError: TensorFlow has started with fewer devices, or this is called in the scope of a
             strategy.
 
@@ -116,11 +118,14 @@ def check_equivalence(
         >>> syncbn.check_equivalence(build_model, x).equivalent
         True
     """
-    if not callable(build_model):
+    # A model can be called, too.
+    if not callable(build_model) or isinstance(build_model, keras_api.keras.Model):
         raise TypeError(
             "`build_model` must be a function that returns a new model at each call. "
             f"Received: build_model={build_model!r}."
         )
+    if rtol is not None and not rtol >= 0:
+        raise ValueError(f"`rtol` must not be negative. Received: rtol={rtol}.")
     data = as_arrays(batch)
     samples = number_of_samples(data)
     sizes = shares(samples, replicas, split)

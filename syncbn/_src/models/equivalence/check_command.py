@@ -8,6 +8,7 @@ from typing import Any
 
 from syncbn._src.communicators.launcher import launched
 from syncbn._src.named_functions import UsageError, named_function
+from syncbn._src.option_types import positive_whole_number
 from syncbn._src.terminal import BAD, GOOD, HEADING, show
 
 _BATCH = 16
@@ -39,10 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         metavar="16",
-        type=_positive,
+        type=positive_whole_number,
         help=f"the number of random samples (default: the sum of --split, or {_BATCH})",
     )
-    parser.add_argument("--replicas", metavar="2", type=_positive, help="the number of replicas")
+    parser.add_argument(
+        "--replicas", metavar="2", type=positive_whole_number, help="the number of replicas"
+    )
     parser.add_argument(
         "--split", metavar="3,1", type=_whole_numbers, help="the number of samples for each replica"
     )
@@ -125,12 +128,6 @@ def _require_shares(
             f"{samples} in all. Received: --split {','.join(map(str, split))} and {received}. "
             f"Change --split, --batch or --replicas."
         )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number. Received: {text}")
-    return int(text)
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
