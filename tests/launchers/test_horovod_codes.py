@@ -214,7 +214,9 @@ def test_the_first_sigterm_is_for_ranks_and_the_second_for_horovodrun():
     # The rank has a session of its own, as under horovodrun, and so only what is meant for it.
     finished = first_failure(script)
     assert finished.code == 1, finished.output
-    assert "rank told once\nhorovodrun told\n" in finished.output, finished.output
+    # Bash may say in between that its `sleep` was ended.
+    told = r"rank told once\n(.*\n)?horovodrun told\n"
+    assert re.search(told, finished.output), finished.output
 
 
 def test_ended_errors_that_nobody_reads_do_not_keep_the_launcher():
@@ -224,8 +226,8 @@ def test_ended_errors_that_nobody_reads_do_not_keep_the_launcher():
         "read, write = os.pipe()\n"
         "job = subprocess.Popen(sys.argv[1:], stderr=write)\n"
         "time.sleep(2)\n"
-        "while job.poll() is None:\n"
-        "    job.terminate(); time.sleep(1.5)\n"
+        "for _ in range(10):\n"
+        "    if job.poll() is None: job.terminate(); time.sleep(1.5)\n"
         "print('ended', job.poll(), flush=True)"
     )
     words = [*command, "head -c 130000 /dev/zero >&2; exec sleep 600"]

@@ -360,8 +360,8 @@ def growing():
     ("build_model", "batch", "options", "error", "message"),
     [
         ("no function", X, {}, TypeError, "must be a function that returns"),
-        (dense(norm), X, {"rtol": -1.0}, ValueError, "not be negative. Received: rtol=-1.0"),
-        (dense(norm), X, {"rtol": np.nan}, ValueError, "not be negative. Received: rtol=nan"),
+        (dense(norm), X, {"rtol": -1.0}, ValueError, "must be 0 or more. Received: rtol=-1.0"),
+        (dense(norm), X, {"rtol": np.nan}, ValueError, "must be 0 or more. Received: rtol=nan"),
         (
             lambda: "no model",
             X,

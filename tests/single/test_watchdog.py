@@ -157,7 +157,8 @@ def test_a_store_that_ends_waits_until_the_others_have_heard(client, store, stat
     second.say(state(1, status=status))
     third.say(state(2, status="has ended"))
     first.say(state(0, status="has ended"))
-    waits = threading.Thread(target=store.wait_until_heard, args=(patience.limit(),))
+    much = 10 * patience.limit()
+    waits = threading.Thread(target=store.wait_until_heard, args=(much,), daemon=True)
     waits.start()
     third.close()  # this one asks no more
     time.sleep(0.2)
@@ -460,6 +461,13 @@ def test_a_wait_for_all_ranks_says_so_and_ends_the_job(monkeypatch, capfd):
     said = capfd.readouterr().err
     assert re.search(r"process \d+ on \S+ has waited 1 s for all ranks to start; at least", said)
     assert re.search(r"has waited 2 s for all ranks to start, the limit of 1\.5 s", said)
+
+
+def test_a_wait_for_all_ranks_is_that_since_it_began(monkeypatch):
+    monkeypatch.setenv("SYNCBN_TIMEOUT_SECONDS", "0.1")
+    ended = threading.Event()
+    with within_limits("start", lambda code: ended.set()):
+        assert ended.wait(patience.limit())
 
 
 @pytest.mark.parametrize(("limit", "seconds"), [("0", 1e9), ("3", 1.0)])

@@ -13,7 +13,6 @@ from syncbn._src.autograph import unconverted
 from syncbn._src.keras_compat import keras_api
 from syncbn._src.keras_compat.untrained_traces import never_trains
 from syncbn._src.models.statistics import MovingStatistics
-from syncbn._src.ops.empty_convolutions import with_checked_channels
 from syncbn._src.ops.moments import exact_moments, expand_mask
 
 _NAMES = ("moving_mean", "moving_variance")
@@ -250,7 +249,6 @@ def _moments(layer: Any, inputs: tf.Tensor, mask: Any, replicas: int | None) -> 
     """Returns count, mean, variance, float64 ``(3, channels)`` or ``(3, replicas, channels)``."""
     # Not from `axis`, which tf_keras shifts for virtual batches.
     axes = tuple(sorted(axis % inputs.shape.rank for axis in layer.input_spec.axes))
-    inputs = with_checked_channels(inputs, axes)
     mask = None if mask is None else expand_mask(mask, inputs)
     if replicas is None:
         count, mean, variance = exact_moments(inputs, axes, mask)

@@ -36,8 +36,10 @@ def join(
     samples where batches differ in size. With ``sample_weight=True`` it is: each sample of a step
     gets the weight ``workers * samples of this worker / samples of all workers``, as `distribute`
     and losses that divide by the size of the batch (``reduction="sum_over_batch_size"``, which is
-    the default of `tf.keras.losses`) need it. The loss that `fit` logs is weighted, too; the same
-    function among the ``metrics`` is not.
+    the default of `tf.keras.losses`) need it. The loss that `fit` and `evaluate` report is then not
+    the mean over all samples where sizes differ, also not with `AverageMetrics`: Keras weights by
+    the size of the batch once more. The same function among the ``metrics`` is right. Data of
+    validation, and for `evaluate`, need no weights.
 
     Under tf.distribute, where strategies distribute batches, the dataset is returned unchanged.
     Where each process of a job has a strategy, the datasets of the processes are joined, and each

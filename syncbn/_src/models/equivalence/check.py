@@ -125,7 +125,7 @@ def check_equivalence(
             f"Received: build_model={build_model!r}."
         )
     if rtol is not None and not rtol >= 0:
-        raise ValueError(f"`rtol` must not be negative. Received: rtol={rtol}.")
+        raise ValueError(f"`rtol` must be 0 or more. Received: rtol={rtol}.")
     data = as_arrays(batch)
     samples = number_of_samples(data)
     sizes = shares(samples, replicas, split)
