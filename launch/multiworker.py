@@ -279,7 +279,7 @@ def main() -> int:
 
     def fail(reason: str) -> None:
         lost.append(reason)
-        if lost[0] is reason:
+        if lost[0] is reason:  # also where two threads come at once, one of them
             say(f"output could not be passed on: {reason}")
 
     workers: dict[int, subprocess.Popen[bytes]] = {}
