@@ -1,15 +1,13 @@
 """The examples in the docstrings of public names run, all of them in this process."""
 
-import importlib
 import inspect
 
 import pytest
 
 import syncbn
 import syncbn.testing
-from syncbn._src.keras_compat import multi_worker_fit
 from tests import docstrings
-from tests.keras import KERAS_3, keras
+from tests.unmended_keras import unmended_keras
 
 IN_A_JOB = [one for names in docstrings.IN_A_JOB.values() for one in names]
 # It has to come before TensorFlow starts, as it does in tests/launchers/test_clustering.py.
@@ -31,26 +29,10 @@ PUBLIC = [
 ]
 
 
-@pytest.fixture
-def _keras_comes_back(monkeypatch):
-    """What `mend_keras_fit` replaces is there again after the test."""
-    if KERAS_3:
-        trainer = importlib.import_module("keras.src.backend.tensorflow.trainer")
-        for owner, name in (
-            (trainer, "reduce_per_replica"),
-            (trainer.TensorFlowTrainer, "_maybe_symbolic_build"),
-            (keras.optimizers.LossScaleOptimizer, "apply"),
-        ):
-            monkeypatch.setattr(owner, name, getattr(owner, name))
-    yield
-    # Or the layers of other tests would take what comes back now for mended.
-    multi_worker_fit._mend_once.cache_clear()
-
-
 @pytest.mark.parametrize("name", [one for one in PUBLIC if one not in (*IN_A_JOB, *NOT_RUN)])
-@pytest.mark.usefixtures("_keras_comes_back")
 def test_the_examples_of_a_public_name_run(name):
-    assert docstrings.run_examples(name) > 0
+    with unmended_keras():
+        assert docstrings.run_examples(name) > 0
 
 
 @pytest.mark.parametrize("name", [*IN_A_JOB, *NOT_RUN])

@@ -8,31 +8,22 @@ import pytest
 import tensorflow as tf
 
 import syncbn
-from syncbn._src.keras_compat import multi_worker_fit
 from syncbn._src.keras_compat.multi_worker_fit import mend_keras_fit
 from tests import processes
 from tests.keras import KERAS_3, keras
+from tests.unmended_keras import unmended_keras
 
 BUILD, REDUCE = "TensorFlowTrainer._maybe_symbolic_build", "reduce_per_replica"
 APPLY = "LossScaleOptimizer.apply"
 
 
 @pytest.fixture
-def trainer(monkeypatch):
-    """Keras' trainer, whose functions come back after the test."""
+def trainer():
+    """Keras' trainer, with its own functions: a layer of another test may have replaced them."""
     if not KERAS_3:
         pytest.skip("the trainer of Keras 3")
-    trainer = importlib.import_module("keras.src.backend.tensorflow.trainer")
-    owners = {REDUCE: trainer, BUILD: trainer.TensorFlowTrainer}
-    owners[APPLY] = keras.optimizers.LossScaleOptimizer
-    for name, owner in owners.items():
-        name = name.rpartition(".")[2]
-        # Keras' own: a layer of another test may have replaced it.
-        monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
-    multi_worker_fit._mend_once.cache_clear()
-    yield trainer
-    # Or the layers of other tests would take what comes back now for mended.
-    multi_worker_fit._mend_once.cache_clear()
+    with unmended_keras():
+        yield importlib.import_module("keras.src.backend.tensorflow.trainer")
 
 
 def test_all_functions_of_this_keras_are_replaced_once(trainer):
